@@ -1,0 +1,168 @@
+"""Make the object that a configuration mapping describes, from trusted packages only.
+
+A component is a mapping with ``_target_``, the dotted path of a class or function, and its keyword parameters. Nothing
+is imported before `build` is called, and nothing outside the trusted packages ever is: a configuration file is data
+that people pass around, so it must not be able to name ``torch.load`` or ``os.system``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedcl.rules import ConfigError
+
+TARGET_KEY = "_target_"
+TRUSTED = frozenset({"fedcl", "strategies", "clients", "flwr"})
+
+
+def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (), **runtime: Any) -> Any:
+    """Call the ``_target_`` of `node` with its parameters and the objects that only the run knows.
+
+    Parameters
+    ----------
+    node
+        A component's mapping. Mappings inside it are passed on as plain dicts, also those with a ``_target_``.
+    at
+        The dotted place of `node` in the configuration, for messages.
+    trusted
+        Top packages that may be used besides `TRUSTED`: the run's ``trusted_packages``.
+    **runtime
+        Further keyword arguments.
+
+    Returns
+    -------
+    object
+        The instance if the target is a class; a `functools.partial` with every parameter bound if it is a function.
+
+    Raises
+    ------
+    ConfigError
+        If the target is missing, not trusted or not found, if it has no such parameter or lacks one, or if its
+        constructor refuses a value with a ValueError.
+    """
+    target = node.get(TARGET_KEY)
+    if not isinstance(target, str):
+        raise ConfigError(f"{at or 'component'}: has no {TARGET_KEY}: 'package.module.Name'")
+    place = at or target
+    found = locate(target, trusted, at)
+    params = {key: value for key, value in node.items() if key != TARGET_KEY}
+    both = params.keys() & runtime.keys()
+    if both:
+        raise ConfigError(f"{place}.{min(both)}: set by the run itself; remove it from the YAML")
+    _check_parameters(found, target, params, runtime, place)
+    if not inspect.isclass(found):
+        return functools.partial(found, **params, **runtime)
+    try:
+        return found(**params, **runtime)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def locate(target: str, trusted: Collection[str] = (), at: str = "") -> Callable[..., Any]:
+    """Import the class or function at a dotted path; arguments and errors as in `build`."""
+    place = f"{at}.{TARGET_KEY}={target}" if at else f"{TARGET_KEY}={target}"
+    allowed = TRUSTED | set(trusted)
+    _check_trust(target.split(".")[0], allowed, place)
+    module_name, rest = _import_longest(target, place)
+    found: Any = importlib.import_module(module_name)
+    for name in rest:
+        if not hasattr(found, name):
+            raise ConfigError(f"{place}: {module_name} has no {'.'.join(rest)}")
+        found = getattr(found, name)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise ConfigError(f"{place}: must be a class or a function")
+    # `fedcl.cli.os.system` starts with a trusted name and is not one: what was found must be at home there too.
+    _check_trust(found.__module__.split(".")[0], allowed, place)
+    return found
+
+
+def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list[str]:
+    """Return the top packages of `targets` that lie directly in one of `directories`, importing nothing.
+
+    Only a direct child counts: a virtual environment below the current directory must not make torch a plugin. And it
+    must be what ``import`` would really take, so an installed package of the same name is never shadowed.
+    """
+    homes = {directory.resolve() for directory in directories}
+    found = set()
+    for top in {target.split(".")[0] for target in targets} - TRUSTED:
+        if not top.isidentifier():
+            continue
+        spec = importlib.util.find_spec(top)
+        spec = spec or importlib.machinery.PathFinder.find_spec(top, [str(home) for home in homes])
+        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+            continue
+        file = Path(spec.origin).resolve()
+        if (file.parent.parent if spec.submodule_search_locations else file.parent) in homes:
+            found.add(top)
+    return sorted(found)
+
+
+def plugin_directories(config_dirs: Iterable[Path | str] = ()) -> list[Path]:
+    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it."""
+    folders = [Path(os.getcwd())]
+    for directory in config_dirs:
+        folders += [Path(directory).resolve(), Path(directory).resolve().parent]
+    return list(dict.fromkeys(folders))
+
+
+def targets_in(node: Any) -> list[str]:
+    """Return every ``_target_`` of a configuration tree."""
+    if isinstance(node, Mapping):
+        own = [node[TARGET_KEY]] if isinstance(node.get(TARGET_KEY), str) else []
+        return own + [target for value in node.values() for target in targets_in(value)]
+    if isinstance(node, list):
+        return [target for value in node for target in targets_in(value)]
+    return []
+
+
+def _check_trust(top: str, allowed: Collection[str], place: str) -> None:
+    if top not in allowed:
+        raise ConfigError(
+            f"{place}: package '{top}' is not trusted; allowed: {', '.join(sorted(allowed))}, a module in the current "
+            f"directory or beside the --config-dir, or one named in trusted_packages"
+        )
+
+
+def _import_longest(target: str, place: str) -> tuple[str, list[str]]:
+    parts = target.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{place}: must be a dotted path, package.module.Name")
+    for cut in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:cut])
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            # A library that the module itself lacks is another matter than a module that is not there.
+            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+                raise ConfigError(
+                    f"{place}: {name} needs the package '{error.name}', which is not installed"
+                ) from error
+            continue
+        return name, parts[cut:]
+    raise ConfigError(f"{place}: no module '{parts[0]}' found")
+
+
+def _check_parameters(
+    found: Callable[..., Any], target: str, params: Mapping[str, Any], runtime: Mapping[str, Any], place: str
+) -> None:
+    signature = inspect.signature(found)
+    accepted = [p for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in accepted if p.name not in runtime]
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for key in [*params, *runtime]:
+            if key not in {p.name for p in accepted}:
+                raise ConfigError(f"{place}.{key}: no such parameter; {target} takes {', '.join(names) or 'none'}")
+    if inspect.isclass(found):
+        missing = [p.name for p in accepted if p.default is p.empty and p.name not in {*params, *runtime}]
+        if missing:
+            raise ConfigError(f"{place}.{missing[0]}: {target} needs this parameter; it takes {', '.join(names)}")

@@ -1,0 +1,78 @@
+"""What a client can learn from: its own samples, picked out task by task."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedcl.client.plugin import TaskData
+from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
+from fedcl.scenario.materialise import materialise, targets
+from fedcl.scenario.task import Task
+from fedcl.scenario.transforms import apply_transform
+
+
+class LocalData(Protocol):
+    """A client's samples of a task."""
+
+    def train(self, client: str, task: Task, device: torch.device) -> TaskData:
+        """Return the train samples of ``task`` that ``client`` holds; perhaps none."""
+        ...
+
+    def test(self, client: str, task: Task, device: torch.device) -> TaskData:
+        """Return the client's own test samples of ``task``; perhaps none."""
+        ...
+
+
+def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task, device: torch.device) -> TaskData:
+    """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
+    y = half.y[held]
+    chosen = materialise(task, y)
+    x = torch.from_numpy(dataset.normalise(half.x[held[chosen]]))
+    columns = torch.from_numpy(np.ascontiguousarray(targets(task, y[chosen])))
+    return TaskData(apply_transform(x, task.transform).contiguous().to(device), columns.to(device))
+
+
+class PartitionedData:
+    """Clients that share one array, each holding its part of it: the simulation's local data.
+
+    The most recent samples are kept ready on the device, up to ``cache_bytes``.
+    """
+
+    def __init__(self, dataset: Dataset, partition: Partition, clients: tuple[str, ...], cache_bytes: int = 1 << 29):
+        self.dataset = dataset
+        self._train = dict(zip(clients, partition.train, strict=True))
+        self._test = dict(zip(clients, partition.test, strict=True))
+        self._cache: OrderedDict[tuple[str, str, str], TaskData] = OrderedDict()
+        self._free = cache_bytes
+
+    def train(self, client: str, task: Task, device: torch.device) -> TaskData:
+        """Return the client's train samples of ``task``."""
+        return self._get("train", client, task, device)
+
+    def test(self, client: str, task: Task, device: torch.device) -> TaskData:
+        """Return the client's test samples of ``task``."""
+        return self._get("test", client, task, device)
+
+    def _get(self, half: str, client: str, task: Task, device: torch.device) -> TaskData:
+        key = (half, client, f"{task.classes}{task.columns}{task.transform}{device}")
+        data = self._cache.get(key)
+        if data is not None:
+            self._cache.move_to_end(key)
+            return data
+        if half == "train":
+            data = task_samples(self.dataset, self.dataset.train, self._train[client], task, device)
+        else:
+            data = task_samples(self.dataset, self.dataset.test, self._test[client], task, device)
+        self._cache[key] = data
+        self._free -= _bytes(data)
+        while self._free < 0 and len(self._cache) > 1:
+            self._free += _bytes(self._cache.popitem(last=False)[1])
+        return data
+
+
+def _bytes(data: TaskData) -> int:
+    return data.x.nbytes + data.y.nbytes

@@ -1,0 +1,214 @@
+"""What a local continual learner is made of: plugins, and the context they share.
+
+A learner is a set of plugins around one training loop (:mod:`fedcl.client.loop`). A plugin overrides only the hooks it
+needs; hooks that stay untouched are never called. Plugins run in the order of their declared :class:`Phase`, within a
+phase in the order of the configuration; they never see each other and share only through the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import Output
+from fedcl.randomness import torch_generator
+from fedcl.scenario.task import Task
+
+# P = parameters, B = batch, C = logit columns
+State = dict[str, Any]
+
+
+class Phase(IntEnum):
+    """When, within one hook, a plugin is called: the order of plugins never depends on how they are listed."""
+
+    DATA = 0
+    OBJECTIVE = 1
+    REGULARISER = 2
+    GRADIENT = 3
+    WEIGHT = 4
+    BOOKKEEPING = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Tensors a method exchanges besides the model.
+
+    ``when`` is ``every_train`` (rides in the train message) or ``query`` (travels when the server asks for ``name``).
+    ``reduction`` says what the server may do with the uploads of many clients: ``sum`` allows folding, ``stack`` needs
+    each on its own.
+    """
+
+    name: str
+    direction: Literal["up", "down"]
+    when: Literal["every_train", "query"] = "every_train"
+    reduction: Literal["sum", "stack"] = "sum"
+
+
+class Batch(NamedTuple):
+    """One step's samples: inputs (B, ...), target columns (B,), and the columns allowed: None (all), (C,) or (B, C)."""
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class TaskData:
+    """A client's samples of its present task, on the device: inputs (N, ...) and target columns (N,)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(slots=True)
+class Context:
+    """Everything a plugin may use during one visit.
+
+    ``received`` is the model vector (P,) that came with the message; ``task_columns`` maps every task this client has
+    met to its logit columns; ``payload`` is what the server sent along; ``step`` counts optimizer steps of this visit.
+    """
+
+    model: FlatModel
+    task: Task
+    data: TaskData
+    received: Tensor
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    client: str
+    visit: int
+    is_new_task: bool
+    task_columns: dict[int, tuple[int, ...]]
+    num_columns: int
+    payload: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    epoch: int = 0
+    _mask: Tensor | None = None
+    _generators: dict[str, torch.Generator] = field(default_factory=dict)
+    _teacher: tuple[Tensor, Output] | None = None
+    _twin: FlatModel | None = None
+
+    def __post_init__(self) -> None:
+        self._mask = self.columns_mask(self.task.mask)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that model and data are on."""
+        return self.model.device
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Columns the present task may predict, as bool (C,); None when all are allowed."""
+        return self._mask
+
+    def columns_mask(self, columns: Iterable[int] | None) -> Tensor | None:
+        """Return a bool mask (C,) of ``columns``, or None when they are all the columns."""
+        if columns is None:
+            return None
+        chosen = list(columns)
+        if len(chosen) == self.num_columns:
+            return None
+        mask = torch.zeros(self.num_columns, dtype=torch.bool, device=self.device)
+        mask[chosen] = True
+        return mask
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return this visit's CPU generator for ``purpose``: keyed by (seed, client, visit, purpose)."""
+        generator = self._generators.get(purpose)
+        if generator is None:
+            generator = torch_generator(self.seed, self.client, self.visit, purpose)
+            self._generators[purpose] = generator
+        return generator
+
+    def set_teacher(self, vector_P: Tensor) -> None:
+        """Choose the frozen weights that :meth:`teacher` answers with: one copy, shared by all plugins."""
+        if self._twin is None:
+            self._twin = self.model.twin()
+        self._twin.load(vector_P)
+        self._twin.eval()
+        self._teacher = None
+
+    def teacher(self, x: Tensor) -> Output:
+        """Return the frozen model's output on ``x``, without gradients; computed once a step however many ask."""
+        if self._twin is None:
+            raise RuntimeError("no teacher has been set for this visit")
+        if self._teacher is None or self._teacher[0] is not x:
+            with torch.no_grad():
+                self._teacher = (x, self._twin(x))
+        return self._teacher[1]
+
+
+class Plugin:
+    """One behaviour of a local learner. Constructors take keyword-only hyper-parameters and store them, no more.
+
+    State that must survive the visit goes through :meth:`state` and :meth:`load`: clients are rebuilt between messages.
+    """
+
+    phase: ClassVar[Phase] = Phase.REGULARISER
+    payloads: ClassVar[tuple[Payload, ...]] = ()
+    queries: ClassVar[tuple[str, ...]] = ()
+    stackable: ClassVar[bool] = False
+
+    def setup(self, ctx: Context) -> None:
+        """Prepare for a visit; state has been loaded, the received weights are in the model."""
+
+    def before_task(self, ctx: Context) -> None:
+        """First visit of a task."""
+
+    def after_task(self, ctx: Context) -> None:
+        """Conclude a task: the model holds the global weights the task ended with, ``ctx.data`` the task's samples."""
+
+    def before_round(self, ctx: Context) -> None:
+        """Before the first step of a visit."""
+
+    def after_round(self, ctx: Context) -> dict[str, Tensor]:
+        """After the last step of a visit; returns the declared upload payloads."""
+        return {}
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        """Return the batch to train on: replay, mixing, views."""
+        return batch
+
+    def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
+        """Return the main loss (scalar) in place of cross-entropy. At most one plugin of a learner may own it."""
+        raise TypeError(f"{type(self).__name__} does not define an objective")
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        """Return a scalar to add to the loss, already weighted; None adds nothing."""
+        return None
+
+    def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
+        """Edit the gradients in place; one per trainable parameter, in the model's order."""
+
+    def after_step(self, ctx: Context) -> None:
+        """After the optimizer has moved the weights."""
+
+    def predict(self, ctx: Context, x: Tensor) -> Tensor:
+        """Return logits (B, C) in place of the model's own. At most one plugin of a learner may own it."""
+        raise TypeError(f"{type(self).__name__} does not define a prediction")
+
+    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Answer the server's question ``name`` (one of :attr:`queries`) with tensors."""
+        raise TypeError(f"{type(self).__name__} does not answer {name!r}")
+
+    def state(self) -> State:
+        """Return everything that must survive: nested dicts of tensors, numbers, strings, lists of numbers."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Restore what :meth:`state` returned; an empty dict is a client that has never been visited."""
+
+
+def overrides(plugin: Plugin, hook: str) -> bool:
+    """Whether ``plugin`` defines ``hook`` itself (untouched hooks are never bound)."""
+    return getattr(type(plugin), hook) is not getattr(Plugin, hook)

@@ -1,0 +1,174 @@
+"""A client's side of every message: one resident model, one learner, one visit at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedcl.client.local_data import LocalData
+from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
+from fedcl.client.plugin import Context, Plugin, State, TaskData
+from fedcl.client.state import ClientStateStore
+from fedcl.messages import Reply, Request
+from fedcl.models.flat import FlatModel
+from fedcl.scenario.task import Task
+from fedcl.tree import clone
+
+PluginFactories = Mapping[str, Callable[[], Plugin]]
+
+
+@dataclass
+class ClientRuntime:
+    """Runs visits. Holds nothing about any client between two of them: that is the state store's.
+
+    ``plugins`` builds the learner afresh for each visit, so nothing can leak from one client to the next.
+    """
+
+    model: FlatModel
+    plugins: PluginFactories
+    data: LocalData
+    training: LocalTraining
+    seed: int
+    num_columns: int
+    personal_evaluation: bool = False
+
+    def visit(self, request: Request, store: ClientStateStore) -> Reply:
+        """Do what ``request`` asks and stage the state that results.
+
+        Raises
+        ------
+        ValueError
+            If the request is malformed or its model does not fit.
+        """
+        if request.kind == "train":
+            return self._train(request, store)
+        if request.kind == "task_end":
+            return self._task_end(request, store)
+        if request.kind == "query":
+            return self._query(request, store)
+        if request.kind == "evaluate":
+            return self._evaluate(request, store)
+        raise ValueError(f"a client cannot answer a message of kind {request.kind!r}")
+
+    def _train(self, request: Request, store: ClientStateStore) -> Reply:
+        learner, ctx = self._enter(request, store)
+        if len(ctx.data) == 0:
+            self._stage(request, store, learner, ctx)
+            return Reply(0, {}, self.model.vector())
+        metrics: dict[str, float] = {}
+        plugins = list(learner.values())
+        test = self._own_test(request)
+        if test is not None:
+            metrics["accuracy_received"] = accuracy(ctx, plugins, test.x, test.y)
+        for plugin in plugins:
+            if ctx.is_new_task:
+                plugin.before_task(ctx)
+            plugin.before_round(ctx)
+        metrics.update(fit(ctx, plugins, self.training))
+        if test is not None:
+            metrics["accuracy_trained"] = accuracy(ctx, plugins, test.x, test.y)
+        payload: dict[str, Tensor] = {}
+        for plugin in plugins:
+            payload.update(plugin.after_round(ctx))
+        self._stage(request, store, learner, ctx)
+        return Reply(len(ctx.data), metrics, self.model.vector(), payload)
+
+    def _task_end(self, request: Request, store: ClientStateStore) -> Reply:
+        learner, ctx = self._enter(request, store)
+        if len(ctx.data):
+            for plugin in learner.values():
+                plugin.after_task(ctx)
+        self._stage(request, store, learner, ctx)
+        return Reply(len(ctx.data))
+
+    def _query(self, request: Request, store: ClientStateStore) -> Reply:
+        learner, ctx = self._enter(request, store)
+        for plugin in learner.values():
+            if request.name in plugin.queries:
+                answer = plugin.answer(ctx, request.name, request.payload) if len(ctx.data) else {}
+                return Reply(len(ctx.data), {}, None, answer)
+        raise ValueError(f"no plugin of this client answers {request.name!r}")
+
+    def _evaluate(self, request: Request, store: ClientStateStore) -> Reply:
+        learner, ctx = self._enter(request, store)
+        test = self._own_test(request, always=True)
+        if test is None:
+            return Reply(0)
+        return Reply(len(test), {"accuracy": accuracy(ctx, list(learner.values()), test.x, test.y)})
+
+    def _enter(self, request: Request, store: ClientStateStore) -> tuple[dict[str, Plugin], Context]:
+        if request.model is None or request.task is None:
+            raise ValueError(f"a message of kind {request.kind!r} needs a model and a task")
+        self.model.load(request.model)
+        instances = {name: build() for name, build in self.plugins.items()}
+        names = {id(plugin): name for name, plugin in instances.items()}
+        learner = {names[id(plugin)]: plugin for plugin in ordered(list(instances.values()))}
+        state = clone(store.load(request.client, request.committed)) if learner else {}
+        ctx = self._context(request, request.task, request.model, state)
+        self.model.set_generator(self._dropout_generator(ctx))
+        for name, plugin in learner.items():
+            plugin.load(state.get("plugins", {}).get(name, {}))
+            plugin.setup(ctx)
+        return learner, ctx
+
+    def _context(self, request: Request, task: Task, model: Tensor, state: State) -> Context:
+        met = {int(id_): tuple(columns) for id_, columns in state.get("tasks", {}).items()}
+        is_new = task.id not in met
+        met[task.id] = task.columns
+        return Context(
+            model=self.model,
+            task=task,
+            data=self.data.train(request.client, task, self.model.device),
+            received=model.to(self.model.device),
+            epochs=self.training.epochs,
+            batch_size=self.training.batch_size,
+            lr=self.training.lr,
+            seed=self.seed,
+            client=request.client,
+            visit=request.visit,
+            is_new_task=is_new,
+            task_columns=met,
+            num_columns=self.num_columns,
+            payload=request.payload,
+        )
+
+    def _dropout_generator(self, ctx: Context) -> torch.Generator:
+        generator = ctx.rng("dropout")
+        if ctx.device.type == "cpu":
+            return generator
+        return torch.Generator(ctx.device).manual_seed(generator.initial_seed())
+
+    def _own_test(self, request: Request, always: bool = False) -> TaskData | None:
+        if not (always or self.personal_evaluation) or request.task is None:
+            return None
+        test = self.data.test(request.client, request.task, self.model.device)
+        return test if len(test) else None
+
+    def _stage(self, request: Request, store: ClientStateStore, learner: dict[str, Plugin], ctx: Context) -> None:
+        if not learner:
+            return  # a learner without plugins has nothing to remember
+        tasks = {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
+        state = {"tasks": tasks, "plugins": {name: plugin.state() for name, plugin in learner.items()}}
+        store.stage(request.client, request.visit, clone(state))
+
+
+def check_learner(plugins: PluginFactories) -> None:
+    """Refuse a learner whose plugins cannot live together, before anything runs.
+
+    Raises
+    ------
+    ValueError
+        Naming the plugins and what they both claim.
+    """
+    instances = [build() for build in plugins.values()]
+    for hook in ("objective", "predict"):
+        owner(instances, hook)
+    asked: dict[str, str] = {}
+    for plugin in instances:
+        for name in plugin.queries:
+            if name in asked:
+                raise ValueError(f"learner: {asked[name]} and {type(plugin).__name__} both answer {name!r}")
+            asked[name] = type(plugin).__name__

@@ -1,0 +1,1 @@
+"""Data sources, and how samples are spread over clients."""

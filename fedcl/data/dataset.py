@@ -1,0 +1,75 @@
+"""The one form in which data reach fedcl: arrays in memory, a train and a test half, and how to normalise them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# N = samples, C = channels, H, W = height, width
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayDataset:
+    """Samples and labels held as two arrays.
+
+    ``x`` is uint8 or float32 of shape (N, C, H, W), or (N, D) for flat features; ``y`` is int64 of shape (N,) with
+    labels in ``range(num_classes)``.
+    """
+
+    x: NDArray[np.uint8] | NDArray[np.float32]
+    y: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A data source once loaded.
+
+    A sample enters a model as ``(x * scale - mean) / std``, computed in float32; ``mean`` and ``std`` have one entry a
+    channel (axis 1) or a single entry.
+    """
+
+    train: ArrayDataset
+    test: ArrayDataset
+    classes: tuple[str, ...]
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, whether or not each occurs in the train half."""
+        return len(self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the sample axis."""
+        return tuple(self.train.x.shape[1:])
+
+    def normalise(self, x: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return ``(x * scale - mean) / std`` as a new float32 array of the same shape."""
+        out = x.astype(np.float32)
+        if self.scale != 1.0:
+            out *= np.float32(self.scale)
+        if self.mean != (0.0,) or self.std != (1.0,):
+            shape = (1, -1) + (1,) * (out.ndim - 2)
+            out -= np.asarray(self.mean, np.float32).reshape(shape)
+            out /= np.asarray(self.std, np.float32).reshape(shape)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Which samples each client holds: ``train[k]`` and ``test[k]`` index the two halves of a :class:`Dataset`.
+
+    Train parts of different clients are disjoint unless the partitioner says otherwise in its docstring. The test part
+    of a client follows the label distribution of its train part and may overlap with that of others.
+    """
+
+    train: tuple[Indices, ...]
+    test: tuple[Indices, ...]

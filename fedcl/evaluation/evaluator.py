@@ -1,0 +1,69 @@
+"""Accuracy of a model on every task's test data, from tensors that stay on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedcl.data.dataset import Dataset
+from fedcl.models.flat import FlatModel
+from fedcl.scenario.materialise import materialise, targets
+from fedcl.scenario.task import Stream, Task
+from fedcl.scenario.transforms import apply_transform
+
+
+class Evaluator:
+    """Tests model vectors on the tasks of a stream, with the test half of a data set.
+
+    A task's samples are gathered, normalised and transformed once.
+    """
+
+    def __init__(self, dataset: Dataset, stream: Stream, model: FlatModel, *, batch_size: int = 1024) -> None:
+        self._dataset = dataset
+        self._stream = stream
+        self._model = model
+        self._batch_size = batch_size
+        self._samples: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def accuracy(self, vector: Tensor, tasks: list[int], *, after: int) -> dict[int, float]:
+        """Return, for each of ``tasks``, the share of its test samples that ``vector`` (P,) gets right.
+
+        ``after`` is the task the stream has reached: it decides which columns a prediction may choose from. A task
+        without test samples is left out.
+        """
+        self._model.load(vector)
+        self._model.eval()
+        result = {}
+        for task_id in tasks:
+            task = self._stream.test_task(task_id, after=after)
+            x, y = self._task_samples(task)
+            if len(y):
+                result[task_id] = self._correct(task, x, y) / len(y)
+        return result
+
+    def num_samples(self, task_id: int) -> int:
+        """Return how many test samples a task has."""
+        return len(self._task_samples(self._stream.test_task(task_id, after=task_id))[1])
+
+    def _task_samples(self, task: Task) -> tuple[Tensor, Tensor]:
+        cached = self._samples.get(task.id)
+        if cached is None:
+            half = self._dataset.test
+            chosen = materialise(task, half.y)
+            x = apply_transform(torch.from_numpy(self._dataset.normalise(half.x[chosen])), task.transform)
+            y = torch.from_numpy(targets(task, half.y[chosen]))
+            cached = self._samples[task.id] = (x.contiguous().to(self._model.device), y.to(self._model.device))
+        return cached
+
+    def _correct(self, task: Task, x: Tensor, y: Tensor) -> int:
+        columns = None if task.mask is None else torch.tensor(task.mask, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        for start in range(0, len(y), self._batch_size):
+            logits = self._model(x[start : start + self._batch_size]).logits
+            if columns is None:
+                predicted = logits.argmax(1)
+            else:
+                predicted = columns[logits[:, columns].argmax(1)]
+            correct += (predicted == y[start : start + self._batch_size]).sum()
+        return int(correct)

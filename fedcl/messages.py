@@ -1,0 +1,229 @@
+"""The wire: the only module that knows the names of records and keys.
+
+Down, a message holds ``arrays`` (one float32 vector ``flat``), ``fedcl`` (who, when, which task) and perhaps ``payload``;
+a stock strategy adds its own ``config``. Up, a reply holds ``arrays`` under the key that was sent, ``metrics`` with
+``num-examples``, and perhaps ``payload``. A *cohort message* addresses several clients that train from one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedcl.scenario.task import Task
+
+ARRAYS, FLAT, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "flat", "fedcl", "metrics", "payload", "config"
+NUM_EXAMPLES = "num-examples"
+Kind = Literal["train", "evaluate", "query", "task_end", "hello"]
+MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "query": "query", "task_end": "query", "hello": "query"}
+
+
+class LiveArray(Array):
+    """A Flower array that holds a numpy array and turns it into bytes only when somebody reads ``data``.
+
+    Inside one machine arrays then travel by reference or zero-copy; on a network they serialise as any other does.
+    """
+
+    def __init__(self, ndarray: NDArray[Any]) -> None:
+        self.__dict__.update(
+            dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", _live=ndarray, _is_dirty=True
+        )
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """Bytes of the array in numpy's own format, without pickle."""
+        if "_bytes" not in self.__dict__:
+            self.__dict__["_bytes"] = Array.from_numpy_ndarray(self.__dict__["_live"]).data
+        return cast(bytes, self.__dict__["_bytes"])
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["_bytes"] = value
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a copy, as the base class does: what others do to it stays with them."""
+        return cast(NDArray[Any], self.__dict__["_live"].copy())
+
+    def view(self) -> NDArray[Any]:
+        """Return the array itself, which may be shared memory: read, never write."""
+        return cast(NDArray[Any], self.__dict__["_live"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (LiveArray, (self.view(),))
+
+
+# Flower writes the class's name into a header when it ships an array; the other side knows only "Array".
+LiveArray.__qualname__ = "Array"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One client's instruction, unpacked.
+
+    ``committed`` is the client's last visit that the server accepted (-1: none); ``model`` the weights to start from,
+    float32 (P,), to be read only; ``name`` the question of a query.
+    """
+
+    kind: Kind
+    client: str
+    visit: int
+    committed: int
+    server_round: int
+    version: int
+    task: Task | None
+    name: str = ""
+    model: Tensor | None = None
+    payload: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Reply:
+    """What a client answers; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads."""
+
+    num_examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    model: Tensor | None = None
+    payload: dict[str, Tensor] = field(default_factory=dict)
+
+
+def vector_record(vector: Tensor, *, live: bool) -> ArrayRecord:
+    """Wrap a flat vector as the ``arrays`` record; ``live`` avoids serialising it."""
+    return tensors_record({FLAT: vector}, live=live)
+
+
+def tensors_record(tensors: Mapping[str, Tensor], *, live: bool) -> ArrayRecord:
+    """Wrap named tensors as an array record."""
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        ndarray = tensor.detach().cpu().contiguous().numpy()
+        record[name] = LiveArray(ndarray) if live else Array(ndarray)
+    return record
+
+
+def record_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """Return the tensors of a record. They may share read-only memory with it: copy before writing."""
+    return {name: _tensor(array) for name, array in record.items()}
+
+
+def _tensor(array: Array) -> Tensor:
+    ndarray = array.view() if isinstance(array, LiveArray) else array.numpy()
+    return torch.from_numpy(ndarray if ndarray.flags.writeable else np.asarray(_Unlocked(ndarray)))
+
+
+class _Unlocked:
+    """Shows a read-only array as writable: torch has no read-only tensors, and warns at each one it is given."""
+
+    def __init__(self, ndarray: NDArray[Any]) -> None:
+        self.base = ndarray  # keeps the memory alive
+        self.__array_interface__ = {**ndarray.__array_interface__, "data": (ndarray.ctypes.data, False)}
+
+
+def instruction(requests: Sequence[Request], arrays: ArrayRecord | None, payload: ArrayRecord | None) -> RecordDict:
+    """Return the content of a message to one client, or to a cohort that shares round, task, model and payload."""
+    first = requests[0]
+    content = RecordDict()
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    if payload is not None:
+        content[PAYLOAD] = payload
+    content[VISIT] = visit_record(requests)
+    if first.kind == "train":
+        content[CONFIG] = ConfigRecord({"server-round": first.server_round})
+    return content
+
+
+def visit_record(requests: Sequence[Request]) -> ConfigRecord:
+    """Return the record that says who is addressed, at which visit, in which task."""
+    first = requests[0]
+    return ConfigRecord(
+        {
+            "kind": first.kind,
+            "name": first.name,
+            "clients": [r.client for r in requests],
+            "visits": [r.visit for r in requests],
+            "committed": [r.committed for r in requests],
+            "round": first.server_round,
+            "version": first.version,
+            "task": first.task.to_json() if first.task is not None else "",
+        }
+    )
+
+
+def requests(content: RecordDict) -> Iterator[Request]:
+    """Unpack an instruction, lazily: one request for each client it addresses.
+
+    Raises
+    ------
+    ValueError
+        If the message is not one of fedcl's.
+    """
+    visit = content.config_records.get(VISIT)
+    if visit is None:
+        raise ValueError("the message has no 'fedcl' record: it does not come from a fedcl server")
+    arrays = content.array_records.get(ARRAYS)
+    payload = content.array_records.get(PAYLOAD)
+    clients, visits = cast(list[str], visit["clients"]), cast(list[int], visit["visits"])
+    committed, task = cast(list[int], visit["committed"]), cast(str, visit["task"])
+    shared = Request(
+        kind=cast(Kind, visit["kind"]),
+        client="",
+        visit=0,
+        committed=0,
+        server_round=cast(int, visit["round"]),
+        version=cast(int, visit["version"]),
+        task=Task.from_json(task) if task else None,
+        name=cast(str, visit["name"]),
+        model=_tensor(arrays[FLAT]) if arrays is not None else None,
+        payload=record_tensors(payload) if payload is not None else {},
+    )
+    for client, number, last in zip(clients, visits, committed, strict=True):
+        yield replace(shared, client=client, visit=number, committed=last)
+
+
+def reply_content(reply: Reply, *, live: bool) -> RecordDict:
+    """Return the content of a reply message."""
+    content = RecordDict()
+    if reply.model is not None:
+        content[ARRAYS] = vector_record(reply.model, live=live)
+    metrics: dict[str, int | float | list[int] | list[float]] = {NUM_EXAMPLES: reply.num_examples}
+    metrics.update(reply.metrics)
+    content[METRICS] = MetricRecord(metrics)
+    if reply.payload:
+        content[PAYLOAD] = tensors_record(reply.payload, live=live)
+    return content
+
+
+def read_reply(content: RecordDict) -> Reply:
+    """Unpack a reply as far as its form allows; :mod:`fedcl.server.validation` judges the values.
+
+    Raises
+    ------
+    ValueError
+        If a record is missing or has keys that were not asked for, naming them.
+    """
+    metrics = content.metric_records.get(METRICS)
+    if metrics is None or NUM_EXAMPLES not in metrics:
+        raise ValueError(f"the reply has no '{METRICS}' record with '{NUM_EXAMPLES}'")
+    arrays = content.array_records.get(ARRAYS)
+    if arrays is not None and list(arrays) != [FLAT]:
+        raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
+    unknown = set(content) - {ARRAYS, METRICS, PAYLOAD}
+    if unknown:
+        raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
+    payload = content.array_records.get(PAYLOAD)
+    num_examples = metrics[NUM_EXAMPLES]
+    if isinstance(num_examples, list) or num_examples != int(num_examples):
+        raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
+    return Reply(
+        num_examples=int(num_examples),
+        metrics={k: float(v) for k, v in metrics.items() if k != NUM_EXAMPLES and not isinstance(v, list)},
+        model=_tensor(arrays[FLAT]) if arrays is not None else None,
+        payload=record_tensors(payload) if payload is not None else {},
+    )

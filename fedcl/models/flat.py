@@ -1,0 +1,244 @@
+"""A model's state as one flat vector, and the table that says which slice is which tensor."""
+
+# P = length of the flat vector: all parameters, then all floating-point buffers
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fedcl.models.networks import Output, RandomLayer
+
+_HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a model: its name, its shape, and its slice ``start:stop`` of the flat vector.
+
+    ``task`` is the index of the task head that owns the tensor (named ``heads.<task>.*``), None for shared tensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    kind: Literal["parameter", "buffer"]
+    task: int | None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+def _named_state(module: nn.Module) -> list[tuple[str, Tensor, Literal["parameter", "buffer"]]]:
+    """Return the tensors of the flat vector in order: parameters, then persistent floating-point buffers."""
+    persistent = module.state_dict().keys()
+    state: list[tuple[str, Tensor, Literal["parameter", "buffer"]]] = [
+        (name, tensor, "parameter") for name, tensor in module.named_parameters()
+    ]
+    state += [
+        (name, tensor, "buffer")
+        for name, tensor in module.named_buffers()
+        if name in persistent and tensor.is_floating_point()
+    ]
+    return state
+
+
+class Spec:
+    """The layout of a flat vector: an immutable sequence of :class:`TensorSpec` without gaps."""
+
+    __slots__ = ("_by_name", "_digest", "_starts", "_tensors", "size")
+
+    def __init__(self, tensors: Iterable[TensorSpec]) -> None:
+        self._tensors = tuple(tensors)
+        self._by_name = {tensor.name: tensor for tensor in self._tensors}
+        self._starts = [tensor.start for tensor in self._tensors]
+        self.size = self._tensors[-1].stop if self._tensors else 0
+        described = json.dumps([[tensor.name, list(tensor.shape)] for tensor in self._tensors])
+        self._digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+        end = 0
+        for tensor in self._tensors:
+            if tensor.start != end or tensor.size != prod(tensor.shape):
+                raise ValueError(f"tensor {tensor.name}: {tensor.shape} does not fill {tensor.start}:{tensor.stop}")
+            end = tensor.stop
+        if len(self._by_name) != len(self._tensors):
+            raise ValueError("two tensors of a spec have the same name")
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Spec:
+        """Return the layout of a module: parameters in the module's order, then floating-point buffers."""
+        tensors, start = [], 0
+        for name, tensor, kind in _named_state(module):
+            owner = _HEAD_OF_TASK.search(name)
+            stop = start + tensor.numel()
+            task = int(owner[1]) if owner else None
+            tensors.append(TensorSpec(name, tuple(tensor.shape), start, stop, kind, task))
+            start = stop
+        return cls(tensors)
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self._tensors == other._tensors
+
+    def __hash__(self) -> int:
+        return hash(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Spec({len(self)} tensors, {self.size} elements, {self._digest})"
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """Return tensor ``name`` of a flat ``vector`` (P,), as a view in its own shape.
+
+        Raises
+        ------
+        ValueError
+            ``vector`` has another shape than (P,).
+        KeyError
+            There is no such tensor.
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(f"vector has shape {tuple(vector.shape)}, the spec describes ({self.size},)")
+        tensor = self._by_name[name]
+        return vector[tensor.start : tensor.stop].view(tensor.shape)
+
+    def tensor_at(self, index: int) -> TensorSpec:
+        """Return the tensor that flat position ``index`` belongs to; IndexError outside [0, P)."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"position {index} is outside [0, {self.size})")
+        return self._tensors[bisect_right(self._starts, index) - 1]
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that are equal for equal names and shapes, on every machine."""
+        return self._digest
+
+    def to_json(self) -> str:
+        """Return the layout as text."""
+        rows = [[tensor.name, list(tensor.shape), tensor.kind, tensor.task] for tensor in self._tensors]
+        return json.dumps(rows, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Read what :meth:`to_json` wrote."""
+        tensors, start = [], 0
+        for name, shape, kind, task in json.loads(text):
+            stop = start + prod(shape)
+            tensors.append(TensorSpec(name, tuple(shape), start, stop, kind, task))
+            start = stop
+        return cls(tensors)
+
+
+class FlatModel:
+    """A module whose parameters and floating-point buffers are views of one float32 vector ``flat`` (P,).
+
+    Writing ``flat`` changes the module, and an optimizer step on the module changes ``flat``: nothing is ever copied
+    between the two. Integer buffers (batch-norm's batch counter) stay outside the vector.
+
+    Parameters
+    ----------
+    module
+        The network; taken over, moved to ``device``. Its forward pass must return an :class:`Output`.
+    device
+        Where the vector lives.
+
+    Raises
+    ------
+    ValueError
+        A tensor is not float32, or a layer is torch's own dropout, which draws from the global random state.
+    """
+
+    def __init__(self, module: nn.Module, *, device: torch.device | str = "cpu") -> None:
+        for name, layer in module.named_modules():
+            if isinstance(layer, _DropoutNd):
+                raise ValueError(
+                    f"model: layer {name} is torch's {type(layer).__name__}, which draws from the global random state; "
+                    "use fedcl.models.networks.Dropout"
+                )
+        self.module = module.to(device)
+        self.device = torch.device(device)
+        self.spec = Spec.of(self.module)
+        self.flat = torch.empty(self.spec.size, dtype=torch.float32, device=self.device)
+        self._point_module_at_flat()
+        self.parameters: list[nn.Parameter] = list(self.module.parameters())
+        self.trainable: list[nn.Parameter] = [p for p in self.parameters if p.requires_grad]
+        self.parameter_specs: list[TensorSpec] = [tensor for tensor in self.spec if tensor.kind == "parameter"]
+
+    def _point_module_at_flat(self) -> None:
+        for name, tensor, kind in _named_state(self.module):
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"model: tensor {name} is {tensor.dtype}; a flat model holds torch.float32 only")
+            view = self.spec.view(self.flat, name)
+            view.copy_(tensor.detach())
+            if kind == "parameter":
+                tensor.data = view
+            else:
+                path, _, leaf = name.rpartition(".")
+                setattr(self.module.get_submodule(path), leaf, view)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameter elements: the length of the vector's head before the buffers."""
+        return self.parameter_specs[-1].stop if self.parameter_specs else 0
+
+    def __call__(self, x: Tensor) -> Output:
+        """Run the module on a batch of samples."""
+        return cast(Output, self.module(x))
+
+    def load(self, vector: Tensor) -> None:
+        """Copy ``vector`` (P,) float32, on any device, into the model.
+
+        Raises
+        ------
+        ValueError
+            Another shape or dtype.
+        """
+        if vector.shape != self.flat.shape or vector.dtype != torch.float32:
+            raise ValueError(
+                f"vector has shape {tuple(vector.shape)} and {vector.dtype}; "
+                f"the model needs ({self.spec.size},) and torch.float32"
+            )
+        self.flat.copy_(vector.detach())
+
+    def vector(self) -> Tensor:
+        """Return a copy of the flat vector (P,)."""
+        return self.flat.clone()
+
+    def twin(self) -> FlatModel:
+        """Return an independent model of the same kind, with this one's present weights."""
+        return FlatModel(copy.deepcopy(self.module), device=self.device)
+
+    def train(self) -> None:
+        """Switch the module to training mode."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Switch the module to evaluation mode."""
+        self.module.eval()
+
+    def set_generator(self, generator: torch.Generator | None) -> None:
+        """Let every random layer draw from ``generator``."""
+        for layer in self.module.modules():
+            if isinstance(layer, RandomLayer):
+                layer.set_generator(generator)

@@ -1,0 +1,182 @@
+"""Networks: a body that computes features, and one or several linear heads whose logits are concatenated."""
+
+# B = batch, F = features, L = logit columns over all heads, C = channels, H, W = height, width
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+M = TypeVar("M", bound=nn.Module)
+
+_LENET_MIN = 16
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: logits (B, L) of all heads side by side, and the features (B, F) they read."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class RandomLayer(nn.Module):
+    """A layer that draws from a generator of its own while training, never from torch's global random state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator: torch.Generator | None = None
+
+    def set_generator(self, generator: torch.Generator | None) -> None:
+        """Draw from ``generator`` from now on; one on the CPU gives the same draws whatever device the model is on."""
+        self.generator = generator
+
+
+class Dropout(RandomLayer):
+    """Inverted dropout: zeroes an entry with probability ``p``, divides the others by 1 - p; the identity in eval mode.
+
+    Raises
+    ------
+    ValueError
+        ``p`` is outside [0, 1).
+    RuntimeError
+        Training forward pass before ``set_generator``.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"model.dropout={p}: must be in [0, 1)")
+        self.p = float(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with entries dropped; same shape."""
+        if not self.training or self.p == 0.0:
+            return x
+        if self.generator is None:
+            raise RuntimeError("Dropout in training mode has no generator: call FlatModel.set_generator first")
+        keep = torch.rand(x.shape, generator=self.generator, device=self.generator.device) >= self.p
+        return x * keep.to(x.device, x.dtype) / (1.0 - self.p)
+
+    def extra_repr(self) -> str:
+        """Return the part of ``repr`` inside the brackets."""
+        return f"p={self.p}"
+
+
+class Network(nn.Module):
+    """Base of all networks: owns the heads.
+
+    One head is an ``nn.Linear`` named ``head``; several are an ``nn.ModuleList`` named ``heads``, so that the tensors
+    of head k are called ``heads.<k>.weight`` and ``heads.<k>.bias``.
+    """
+
+    def attach_heads(self, num_features: int, heads: Sequence[int]) -> None:
+        """Create the heads: ``heads[k]`` logit columns for head k, each reading ``num_features`` features.
+
+        Raises
+        ------
+        ValueError
+            There is no head, or one without columns.
+        """
+        if not heads or min(heads) < 1:
+            raise ValueError(f"heads={tuple(heads)}: must be at least one head, each with at least one column")
+        if len(heads) == 1:
+            self.head = nn.Linear(num_features, heads[0])
+        else:
+            self.heads = nn.ModuleList([nn.Linear(num_features, columns) for columns in heads])
+
+    def classify(self, features: Tensor) -> Output:
+        """Apply the heads to features (B, F) and return both."""
+        if "head" in self._modules:
+            return Output(self.head(features), features)
+        return Output(torch.cat([head(features) for head in self.heads], dim=1), features)
+
+
+class MLP(Network):
+    """Fully connected network: flatten, then linear, ReLU and dropout for each entry of ``hidden``, then the heads.
+
+    Parameters
+    ----------
+    input_shape
+        Shape of one sample; flattened.
+    heads
+        Logit columns of each head.
+    hidden
+        Widths of the hidden layers; empty gives a linear classifier.
+    dropout
+        Drop probability after each hidden layer, as long as ``hidden``; None for no dropout. FOT's network for permuted
+        MNIST (Bakman et al. 2024, official code) is hidden 400-400-400 with dropout 0.2, 0.5, 0.5.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        heads: Sequence[int],
+        hidden: Sequence[int] = (64,),
+        dropout: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if any(width < 1 for width in hidden):
+            raise ValueError(f"model.hidden={list(hidden)}: widths must be >= 1")
+        if dropout is not None and len(dropout) != len(hidden):
+            raise ValueError(f"model.dropout={list(dropout)}: must be null or one entry for each of model.hidden")
+        widths = [prod(input_shape), *hidden]
+        self.hidden = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
+        self.dropouts = nn.ModuleList([Dropout(p) for p in dropout or [0.0] * len(hidden)])
+        self.attach_heads(widths[-1], heads)
+
+    def forward(self, x: Tensor) -> Output:
+        """Map samples (B, *input_shape) to logits (B, L) and the last hidden activation (B, F)."""
+        x = x.flatten(1)
+        for linear, dropout in zip(self.hidden, self.dropouts, strict=True):
+            x = dropout(functional.relu(linear(x)))
+        return self.classify(x)
+
+
+class LeNet(Network):
+    """LeNet-5 (LeCun et al. 1998) in its usual modern form: ReLU and max pooling, no padding.
+
+    Convolutions 6@5x5 and 16@5x5, each followed by 2x2 max pooling, then linear layers of 120 and 84 features. Takes
+    (C, H, W) samples of at least 16x16.
+    """
+
+    def __init__(self, *, input_shape: Sequence[int], heads: Sequence[int]) -> None:
+        super().__init__()
+        if len(input_shape) != 3 or min(input_shape[1:]) < _LENET_MIN:
+            raise ValueError(
+                f"model=lenet: samples of shape {tuple(input_shape)} do not fit; needs (C, H, W) with H and W at least "
+                f"{_LENET_MIN}; use model=mlp"
+            )
+        channels, height, width = input_shape
+        self.conv1 = nn.Conv2d(channels, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * self._pooled(height) * self._pooled(width), 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.attach_heads(84, heads)
+
+    @staticmethod
+    def _pooled(length: int) -> int:
+        return ((length - 4) // 2 - 4) // 2
+
+    def forward(self, x: Tensor) -> Output:
+        """Map images (B, C, H, W) to logits (B, L) and features (B, 84)."""
+        x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
+        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
+        x = functional.relu(self.fc1(x.flatten(1)))
+        return self.classify(functional.relu(self.fc2(x)))
+
+
+def build_model(factory: Callable[[], M], *, seed: int) -> M:
+    """Return ``factory()`` with its initial weights drawn from ``seed``; torch's global random state is left as it was.
+
+    The factory must build on the CPU, which makes the weights the same whatever device the model moves to.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that one also reseeds the accelerators, which the fork does not restore.
+        torch.default_generator.manual_seed(seed)
+        return factory()

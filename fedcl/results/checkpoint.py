@@ -1,0 +1,169 @@
+"""Checkpoints: whole or absent, hashed, never pickled.
+
+``checkpoints/round_000012/`` holds ``state.json`` and ``tensors.safetensors`` with their SHA-256; a client's state is
+one file under ``checkpoints/clients/`` named by its content, so an unchanged one is not written again. ``LATEST`` names
+the newest whole checkpoint and is replaced last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from fedcl.results.recorder import write_atomic
+from fedcl.tree import pack, unpack
+
+_ROUND = re.compile(r"round_\d{6,}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+ClientVersions = Mapping[str, int]  # client -> visit whose state is current
+
+
+class CheckpointError(ValueError):
+    """No whole checkpoint could be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    Parameters
+    ----------
+    run_dir
+        The run's folder.
+    keep
+        How many checkpoints stay; older ones go when a newer one is whole.
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int = 2) -> None:
+        self.folder = run_dir / "checkpoints"
+        self._keep = keep
+        self._written: dict[tuple[str, int], str] = {}
+
+    def save(
+        self, server_round: int, state: Any, clients: ClientVersions, load_client: Callable[[str, int], Any]
+    ) -> None:
+        """Write the checkpoint after ``server_round``; ``load_client`` gives a client's state at a visit."""
+        (self.folder / "clients").mkdir(parents=True, exist_ok=True)
+        hashes = {}
+        for client, visit in clients.items():
+            key = (client, visit)
+            if key not in self._written:
+                self._written[key] = self._write_client(load_client(client, visit))
+            hashes[client] = [visit, self._written[key]]
+        self._written = {key: value for key, value in self._written.items() if clients.get(key[0]) == key[1]}
+        tree, tensors = pack(state)
+        files = {
+            "state.json": json.dumps({"state": tree, "clients": hashes, "round": server_round}).encode(),
+            "tensors.safetensors": save_tensors(tensors),
+        }
+        name = f"round_{server_round:06d}"
+        self._write_folder(name, files)
+        write_atomic(self.folder / "LATEST", name + "\n")
+        self._prune(name)
+
+    def load(self) -> tuple[Any, dict[str, tuple[int, Any]]]:
+        """Return the newest whole checkpoint: its state, and each client's (visit, state).
+
+        A damaged one is passed over with a warning.
+
+        Raises
+        ------
+        CheckpointError
+            If none is whole.
+        """
+        for name in self._candidates():
+            try:
+                return self._read(name)
+            except (OSError, ValueError, KeyError) as error:
+                warnings.warn(f"checkpoint {name} is damaged ({error}); taking the one before", stacklevel=2)
+        raise CheckpointError(f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed")
+
+    def _candidates(self) -> list[str]:
+        """Names of checkpoints, newest first; those newer than LATEST were not finished."""
+        names = sorted((path.name for path in self.folder.glob("round_*") if _ROUND.fullmatch(path.name)), reverse=True)
+        latest = self.folder / "LATEST"
+        newest = latest.read_text().strip() if latest.is_file() else ""
+        return [name for name in names if name <= newest] if _ROUND.fullmatch(newest) else names
+
+    def _read(self, name: str) -> tuple[Any, dict[str, tuple[int, Any]]]:
+        folder = self.folder / name
+        files = {}
+        for line in (folder / "SHA256SUMS").read_text().splitlines():
+            digest, _, member = line.partition("  ")
+            if member not in ("state.json", "tensors.safetensors"):
+                raise ValueError(f"names the foreign file {member!r}")
+            files[member] = (folder / member).read_bytes()
+            if hashlib.sha256(files[member]).hexdigest() != digest:
+                raise ValueError(f"{member} does not match its hash")
+        header = json.loads(files["state.json"])
+        state = unpack(header["state"], load_tensors(files["tensors.safetensors"]))
+        clients = {}
+        for client, (visit, digest) in header["clients"].items():
+            clients[client] = (int(visit), self._read_client(digest))
+            self._written[(client, int(visit))] = digest
+        return state, clients
+
+    def _write_client(self, state: Any) -> str:
+        tree, tensors = pack(state)
+        data = save_tensors(tensors, metadata={"tree": json.dumps(tree)})
+        digest = hashlib.sha256(data).hexdigest()
+        path = self.folder / "clients" / f"{digest}.safetensors"
+        if not path.exists():
+            _write_bytes(path, data)
+        return digest
+
+    def _read_client(self, digest: str) -> Any:
+        if not _HASH.fullmatch(digest):
+            raise ValueError(f"names the foreign client file {digest!r}")
+        path = self.folder / "clients" / f"{digest}.safetensors"
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"clients/{path.name} does not match its hash")
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            tree = json.loads(file.metadata()["tree"])
+        return unpack(tree, load_tensors(data))
+
+    def _write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        target, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        sums = ""
+        for member, data in files.items():
+            _write_bytes(temporary / member, data)
+            sums += f"{hashlib.sha256(data).hexdigest()}  {member}\n"
+        _write_bytes(temporary / "SHA256SUMS", sums.encode())
+        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed after it, and resumed before it
+        temporary.rename(target)
+
+    def _prune(self, newest: str) -> None:
+        """Drop all but the newest checkpoints, and client files that none of the kept ones names."""
+        names = sorted((path.name for path in self.folder.glob("round_*") if path.name <= newest), reverse=True)
+        for name in names[self._keep :]:
+            shutil.rmtree(self.folder / name)
+        used = {
+            digest
+            for name in names[: self._keep]
+            for _, digest in json.loads((self.folder / name / "state.json").read_bytes())["clients"].values()
+        }
+        for path in (self.folder / "clients").glob("*.safetensors"):
+            if path.stem not in used:
+                path.unlink()
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,178 @@
+"""A run told on the terminal: what was run, its headline numbers, what went wrong, and where the figures are."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedcl.results import schema
+from fedcl.results.figures import save_all
+from fedcl.results.run import Run
+
+_COMPONENTS = (
+    "strategy.collaboration", "strategy.projection", "strategy.staleness", "strategy.optimizer", "learner", "unlearner",
+    "scenario", "data", "model", "devices", "backend",
+)  # fmt: skip
+_SCALARS = ("seed", "num_clients", "clients_per_round", "rounds_per_task", "device", "engine")
+_PLAIN = ("staleness/mean", "staleness/max", "clients_per_second")
+_MAX_TASKS = 12
+
+
+def terminal_report(run: Run, *, width: int = 100, color: bool = False) -> str:
+    """Return the report of a run as text.
+
+    Parameters
+    ----------
+    run
+        The run, finished or not.
+    width
+        Columns of the terminal.
+    color
+        Whether to use ANSI colours; False where the output is not a terminal.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
+    console.print(Group(*_sections(run)))
+    # tables are padded to their full width, which shows in files and diffs
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def write_figures(run: Run) -> list[Path]:
+    """Draw every figure that the run has data for into its ``figures/`` and return the files."""
+    return save_all(run, run.path / schema.FIGURES)
+
+
+def headline_rows(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return (key, value, reference's value, difference) as shown, in the order of the schema; empty where unknown.
+
+    The reference is the run beside this one, or where there is none the ``reference/`` keys of the summary.
+    """
+    own = run.headline()
+    beside = run.reference.headline() if run.reference else {}
+    rows = []
+    for key in (*schema.SUMMARY_KEYS, *sorted(key for key in own if key not in schema.SUMMARY_KEYS)):
+        if key.startswith("reference/") and key.removeprefix("reference/") in own:
+            continue
+        value, reference = own.get(key), beside.get(key, own.get(f"reference/{key}"))
+        if value is None and reference is None:
+            continue
+        rows.append((key, _show(key, value), _show(key, reference), _difference(key, value, reference)))
+    return rows
+
+
+def event_counts(run: Run) -> dict[str, int]:
+    """Return how often each kind of event happened, most frequent first, then by name."""
+    counts = run.events["kind"].value_counts()
+    return {str(kind): int(counts[kind]) for kind in sorted(counts.index, key=lambda kind: (-counts[kind], kind))}
+
+
+def _sections(run: Run) -> Iterator[RenderableType]:
+    yield Text(f"{run.path}  ({run.status})", style="bold")
+    yield from _what_was_run(run)
+    rows = headline_rows(run)
+    yield Text("")
+    if rows:
+        yield _headline(rows, complete=bool(run.summary))
+    else:
+        yield Text("no accuracy has been measured yet")
+    if not run.accuracy_matrix().empty:
+        yield Text("")
+        yield _accuracies(run)
+    yield Text("")
+    counts = event_counts(run)
+    yield Text("events: " + (", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"))
+    files = sorted((run.path / schema.FIGURES).glob("*.png"))
+    if files:
+        yield Text(f"figures: {files[0].parent} ({', '.join(file.stem for file in files)})")
+    else:
+        yield Text("figures: none drawn")
+
+
+def _what_was_run(run: Run) -> Iterator[RenderableType]:
+    scalars = [f"{key}={run.config[key]}" for key in _SCALARS if key in run.config]
+    if scalars:
+        yield Text("  ".join(scalars))
+    parts = [(name, _target(run.config, name)) for name in _COMPONENTS]
+    named = [f"{name.rpartition('.')[2]}={target}" for name, target in parts if target]
+    if named:
+        yield Text("  ".join(named))
+    yield Text("changed: " + ("  ".join(run.overrides) or "nothing"))
+    if "cpu" in run.env:
+        yield Text(f"on: {run.env['cpu']}" + (f", {run.env['gpu']}" if run.env.get("gpu") else ""))
+
+
+def _target(config: dict[str, Any], name: str) -> str:
+    node: Any = config
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return str(node.get("_target_", "")).rpartition(".")[2] if isinstance(node, dict) else ""
+
+
+def _headline(rows: list[tuple[str, str, str, str]], *, complete: bool) -> Table:
+    table = Table(title="results" if complete else "results so far", title_justify="left", title_style="bold")
+    compared = any(reference for _, _, reference, _ in rows)
+    table.add_column("")
+    for name in ("this run", "reference", "difference") if compared else ("this run",):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(row if compared else row[:2]))
+    return table
+
+
+def _accuracies(run: Run) -> RenderableType:
+    matrix = run.accuracy_matrix()
+    if len(matrix) > _MAX_TASKS:
+        return Text(f"accuracy of {len(matrix)} tasks: see figures/accuracy_matrix.png, or Run.accuracy_matrix()")
+    table = Table(title="test accuracy (%)", title_justify="left", title_style="bold")
+    table.add_column("after task", justify="right")
+    for task in matrix.columns:
+        table.add_column(f"on {task}", justify="right")
+    for after, values in zip(matrix.index, matrix.to_numpy(), strict=True):
+        cells = ("" if math.isnan(value) else f"{100 * value:.1f}" for value in values)
+        table.add_row(str(after), *cells)
+    return table
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _difference(key: str, value: Any, reference: Any) -> str:
+    if not (_is_number(value) and _is_number(reference)):
+        return ""
+    # the difference of two percentages is in percentage points
+    return _show(key, value - reference, signed=True).replace(" %", " pp")
+
+
+def _show(key: str, value: Any, *, signed: bool = False) -> str:
+    """Return a value with its unit: rates as percent, traffic as bytes, times as seconds, the rest as it is."""
+    if value is None:
+        return ""
+    if not _is_number(value):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    sign = "+" if signed else ""
+    if key.startswith("bytes/"):
+        return _bytes(value, sign)
+    if key in ("virtual_time", "wall_time"):
+        return f"{value:{sign}.1f} s"
+    if key.startswith(("accuracy/", "forgetting/", "personal/")) or key in ("bwt", "fwt"):
+        return f"{100 * value:{sign}.2f} %"
+    if key in _PLAIN:
+        return f"{value:{sign}.2f}"
+    return f"{value:{sign}.4g}" if isinstance(value, float) else f"{value:{sign}d}"
+
+
+def _bytes(value: float, sign: str) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:{sign}.2f} {unit}"
+    return f"{value:{sign}.0f} B"

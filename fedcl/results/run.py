@@ -1,0 +1,188 @@
+"""Reading a run's folder back, finished or not: the way in for reports, figures and notebooks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from numpy.typing import NDArray
+
+from fedcl.evaluation.metrics import Kind, forgetting_by_task, summarise
+from fedcl.results import schema
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it; ``fedcl.results.load`` makes one."""
+
+    path: Path
+    """Folder of the run."""
+    metrics: pd.DataFrame
+    """Long form, columns of ``schema.METRIC_COLUMNS``; a missing value is NaN."""
+    timings: pd.DataFrame
+    """Wall-clock seconds by round and name."""
+    events: pd.DataFrame
+    """One row an event: ``round``, ``virtual_time``, ``kind`` and the fields of each kind (NaN for the others)."""
+    summary: dict[str, Any]
+    """``summary.json``; empty while the run goes on."""
+    config: dict[str, Any]
+    """The resolved configuration, plain dicts and lists."""
+    overrides: list[str]
+    """What the user changed, as ``key=value``."""
+    env: dict[str, Any]
+    """Where and with what the run ran."""
+    status: str
+    """``running``, ``done``, ``failed``, ``interrupted``; ``unknown`` when nothing was written."""
+    reference: Run | None
+    """The run of ``<path>/reference`` that this one is compared with, if there is one."""
+
+    @property
+    def accuracy(self) -> pd.DataFrame:
+        """Rows of the global model's test accuracy, in the order they were recorded."""
+        table = self.metrics
+        return table[(table["phase"] == "test") & (table["name"] == "accuracy") & (table["client"] == "")]
+
+    def accuracy_matrix(self) -> pd.DataFrame:
+        """Return the global test accuracy, row = after task, column = on task; see ``accuracy_matrix``."""
+        return accuracy_matrix(self.metrics)
+
+    def baseline(self) -> NDArray[np.float64] | None:
+        """Return the accuracy before training on each task, shape (T,); None when it was not measured."""
+        before = self.accuracy[self.accuracy["after"] < 0]
+        if before.empty:
+            return None
+        value = before.drop_duplicates("task", keep="last").set_index("task")["value"]
+        return value.reindex(range(len(self.accuracy_matrix()))).to_numpy(dtype=np.float64)
+
+    def reached_matrix(self) -> NDArray[np.float64]:
+        """Return the accuracy matrix of the tasks reached so far, shape (K, K): all T once the run is done."""
+        matrix = self.accuracy_matrix()
+        measured = matrix.index[matrix.notna().any(axis=1)]
+        reached = int(measured.max()) + 1 if len(measured) else 0
+        return matrix.to_numpy(dtype=np.float64)[:reached, :reached]
+
+    def forgetting(self, kind: Kind = "chaudhry") -> pd.Series[float]:
+        """Return what was forgotten of each task reached but the last; empty before a second task is reached.
+
+        See ``fedcl.evaluation.metrics.forgetting_by_task``.
+        """
+        matrix = self.reached_matrix()
+        values = forgetting_by_task(matrix, kind) if len(matrix) else np.empty(0)
+        return pd.Series(values, index=pd.RangeIndex(len(values), name="task"), name=f"forgetting/{kind}")
+
+    def headline(self) -> dict[str, Any]:
+        """Return the summary, or while there is none what the tasks reached so far say; empty without either."""
+        matrix = self.reached_matrix()
+        if self.summary or not len(matrix):
+            return self.summary
+        baseline = self.baseline()
+        return dict(summarise(matrix, None if baseline is None else baseline[: len(matrix)]))
+
+    def by_client(self, phase: str = "personal", name: str = "accuracy") -> pd.Series[float]:
+        """Return each client's latest value, mean over the tasks measured in that round; index: client.
+
+        Parameters
+        ----------
+        phase
+            ``received``, ``trained`` or ``personal``.
+        name
+            The metric.
+        """
+        table = self.metrics
+        table = table[(table["phase"] == phase) & (table["name"] == name) & (table["client"] != "")]
+        latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
+        return latest.groupby("client")["value"].mean()
+
+
+def load(run_dir: Path | str) -> Run:
+    """Read a run's folder: Parquet where the run is finished, else the lines written so far.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of the run.
+
+    Raises
+    ------
+    ValueError
+        The folder is missing or holds no run.
+    """
+    path = Path(run_dir)
+    if not _is_run(path):
+        raise ValueError(f"run_dir={path}: must be a run's folder, but has neither {schema.CONFIG} nor metrics")
+    reference = path / schema.REFERENCE
+    return Run(
+        path=path,
+        metrics=_table(path, schema.METRICS, schema.METRIC_COLUMNS),
+        timings=_table(path, schema.TIMINGS, schema.TIMING_COLUMNS),
+        events=_events(path / f"{schema.EVENTS}.jsonl"),
+        summary=_json(path / schema.SUMMARY),
+        config=_yaml(path / schema.CONFIG) or {},
+        overrides=_yaml(path / schema.OVERRIDES) or [],
+        env=_json(path / schema.ENV),
+        status=_status(path / schema.STATUS),
+        reference=load(reference) if _is_run(reference) else None,
+    )
+
+
+def accuracy_matrix(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return the global model's test accuracy at the end of each task, shape (T, T), index ``after``, columns ``task``.
+
+    T counts every task that was evaluated or reached. The last value recorded for (after, task) counts, which in a run
+    that still goes on is, for the task under way, the latest one. What was not measured is NaN; without any global test
+    accuracy the frame is empty.
+
+    Parameters
+    ----------
+    metrics
+        Table with the columns of ``schema.METRIC_COLUMNS``, in the order of recording.
+    """
+    of_interest = (metrics["phase"] == "test") & (metrics["name"] == "accuracy") & (metrics["client"] == "")
+    rows = metrics[of_interest & (metrics["task"] >= 0)]
+    if rows.empty:
+        return pd.DataFrame(dtype=np.float64)
+    tasks = range(int(max(rows["task"].max(), rows["after"].max())) + 1)
+    last = rows.drop_duplicates(["after", "task"], keep="last")
+    return last.pivot(index="after", columns="task", values="value").reindex(index=tasks, columns=tasks)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (schema.CONFIG, "metrics.parquet", "metrics.jsonl"))
+
+
+def _table(path: Path, table: str, columns: dict[str, str]) -> pd.DataFrame:
+    parquet = path / f"{table}.parquet"
+    if parquet.exists():
+        return pd.read_parquet(parquet, columns=list(columns)).astype(columns)
+    return pd.DataFrame(_lines(path / f"{table}.jsonl"), columns=list(columns)).astype(columns)
+
+
+def _events(path: Path) -> pd.DataFrame:
+    frame = pd.DataFrame(_lines(path))
+    return frame.reindex(columns=[*schema.EVENT_FIELDS, *(c for c in frame.columns if c not in schema.EVENT_FIELDS)])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # a last line without its end is one that is being written, or was when the process died
+    complete = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in complete]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return value
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _status(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "unknown"

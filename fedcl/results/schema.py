@@ -1,0 +1,97 @@
+"""Names and types of everything in a run's folder: one place that writer and readers share.
+
+A run's folder holds ``config.yaml overrides.yaml env.json run.log STATUS metrics.jsonl metrics.parquet timings.jsonl
+timings.parquet events.jsonl summary.json certificates/ checkpoints/ figures/ report.html``.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+CONFIG: Final = "config.yaml"
+OVERRIDES: Final = "overrides.yaml"
+ENV: Final = "env.json"
+STATUS: Final = "STATUS"
+SUMMARY: Final = "summary.json"
+METRICS: Final = "metrics"
+TIMINGS: Final = "timings"
+EVENTS: Final = "events"
+REFERENCE: Final = "reference"
+FIGURES: Final = "figures"
+
+TABLES: Final = (METRICS, TIMINGS, EVENTS)
+"""Tables written line by line while a run goes on; the keys of the byte offsets in a checkpoint."""
+
+METRIC_COLUMNS: Final[dict[str, str]] = {
+    "round": "int64",
+    "virtual_time": "float64",
+    "client": "str",
+    "task": "int64",
+    "after": "int64",
+    "phase": "str",
+    "name": "str",
+    "value": "float64",
+}
+"""Column -> type of the metrics table, in the order of the file. No wall times: equal runs have equal bytes."""
+
+TIMING_COLUMNS: Final[dict[str, str]] = {"round": "int64", "name": "str", "seconds": "float64"}
+"""Column -> type of the wall-clock timings, kept apart because they differ between equal runs."""
+
+EVENT_FIELDS: Final = ("round", "virtual_time", "kind")
+"""Fields that every event has; others depend on the kind."""
+
+PHASES: Final = ("train", "test", "received", "trained", "personal", "server")
+"""``train``: while a client learns. ``test``: the global model on test data. ``received``: a client's model before its
+local steps, ``trained``: after them. ``personal``: the model a client would use after aggregation. ``server``: what the
+strategy reports of itself (a subspace's rank, the share of frozen parameters)."""
+
+SUMMARY_KEYS: Final = (
+    "accuracy/average",
+    "accuracy/average_incremental",
+    "forgetting/chaudhry",
+    "forgetting/first",
+    "forgetting/peak",
+    "bwt",
+    "fwt",
+    "personal/accuracy_mean",
+    "personal/accuracy_trained",
+    "personal/accuracy_worst10",
+    "staleness/mean",
+    "staleness/max",
+    "bytes/up",
+    "bytes/down",
+    "clients_per_second",
+    "rounds",
+    "virtual_time",
+    "wall_time",
+)
+"""Stable keys of ``summary.json``. Rates lie in [0, 1], times are seconds, traffic is bytes."""
+
+SUMMARY_PREFIXES: Final = ("unlearning/", "reference/")
+"""Open families of keys: which of them a run has depends on its unlearner and on ``compare_with``."""
+
+
+class Row(NamedTuple):
+    """One measured value: a line of the metrics table, fields in the order of ``METRIC_COLUMNS``."""
+
+    round: int
+    """0-based server round after which the value holds; -1 before training."""
+    virtual_time: float
+    """Virtual clock, seconds."""
+    client: str
+    """Client id; empty for the global model."""
+    task: int
+    """Task that was evaluated or trained; -1 when the value belongs to none."""
+    after: int
+    """Task that the stream had reached; -1 before training."""
+    phase: str
+    """One of ``PHASES``."""
+    name: str
+    """What was measured: ``accuracy``, ``loss``, ``num_examples``, ``rank``, ..."""
+    value: float
+    """The value; not finite is stored as missing."""
+
+
+def is_summary_key(key: str) -> bool:
+    """Whether ``summary.json`` may have this key."""
+    return key in SUMMARY_KEYS or key.startswith(SUMMARY_PREFIXES)

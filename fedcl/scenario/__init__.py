@@ -1,0 +1,1 @@
+"""Which task is learned when, and which samples it owns."""

@@ -1,0 +1,31 @@
+"""From a task and local labels to samples and targets: pure functions, the same in a simulation and on a device."""
+
+# N = local samples, S = samples of the task
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcl.data.dataset import Indices
+from fedcl.scenario.task import Task
+
+
+def materialise(task: Task, y: NDArray[np.int64]) -> Indices:
+    """Return the ascending positions (S,) in local labels ``y`` (N,) whose class belongs to ``task``; perhaps none."""
+    return np.flatnonzero(np.isin(y, task.classes)).astype(np.int64)
+
+
+def targets(task: Task, y: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the logit column (S,) of each label in ``y`` (S,).
+
+    Raises
+    ------
+    ValueError
+        A label is not a class of ``task``.
+    """
+    column_of = np.full(max(task.classes) + 1, -1, np.int64)
+    column_of[list(task.classes)] = task.columns
+    foreign = ~np.isin(y, task.classes)
+    if foreign.any():
+        raise ValueError(f"label {y[foreign][0]} is not a class of task {task.id}, which has {task.classes}")
+    return column_of[y]

@@ -1,0 +1,257 @@
+"""What a server strategy is made of: four kinds of parts in a pipeline, and what flows between them.
+
+    admit (Staleness) -> combine (Collaboration) -> step (ServerOptimizer) -> apply (Projection)
+
+Model vectors are flat float32 tensors of shape (P,); changes are flat float64 tensors of shape (P,) and are rounded once,
+when the core adds them to a model. A :class:`~fedcl.models.flat.Spec` gives the slices. Parts never see the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedcl.client.plugin import Payload
+from fedcl.models.flat import Spec, TensorSpec
+from fedcl.requests import ForgetRequest, Residual
+
+# P = parameters
+Target = str
+GLOBAL: Target = "*"  # not a possible client id, so the two can share one mapping
+
+
+@dataclass
+class Update:
+    """A client's accepted reply.
+
+    ``base`` (P,) is the vector that was sent, ``model`` (P,) the vector that came back; ``base_version`` the version of
+    the global model at dispatch, ``age`` how many versions have passed since. ``weight`` starts as ``num_examples`` and
+    is what staleness may change. ``task`` is the task the client trained, ``head`` the index of the head that task owns.
+    """
+
+    client: str
+    visit: int
+    target: Target
+    base_version: int
+    base: Tensor
+    model: Tensor
+    num_examples: int
+    weight: float
+    task: int
+    head: int
+    age: int = 0
+    payload: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """Return ``model - base`` in float64 (P,), where the difference of two float32 is exact."""
+        return self.model.double() - self.base.double()
+
+
+class ServerView(Protocol):
+    """What a part may know of the server."""
+
+    @property
+    def global_model(self) -> Tensor:
+        """Global weights, float32 (P,)."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Number of changes the global model has seen."""
+        ...
+
+    @property
+    def now(self) -> float:
+        """Time on the run's clock, in seconds."""
+        ...
+
+    @property
+    def spec(self) -> Spec:
+        """Layout of a model vector."""
+        ...
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Every client of the run, in canonical order."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device for heavy server mathematics."""
+        ...
+
+    def model_of(self, client: str) -> Tensor:
+        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
+        ...
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return a generator keyed by (seed, version, purpose)."""
+        ...
+
+    def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Run a pure function, perhaps in another process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened on the timeline. ``updates`` is filled only for parts that declare ``keeps_updates``."""
+
+    kind: Literal["round_end", "task_end"]
+    task: int
+    server_round: int
+    is_last_task: bool
+    updates: tuple[Update, ...] = ()
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question to clients: the model each should answer it with, and tensors to go along.
+
+    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies.
+    """
+
+    name: str
+    models: dict[str, Tensor]
+    request: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client's reply to a :class:`Query`."""
+
+    client: str
+    num_examples: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The weighted sum of a round's terms.
+
+    ``total`` (P,) float64 is the sum of weight x vector, ``weight`` (P,) float64 the sum of weights of the clients that
+    trained each coordinate; ``payload`` holds the sums of uploads declared with reduction ``sum``; ``clients`` lists the
+    contributors.
+    """
+
+    total: Tensor
+    weight: Tensor
+    payload: dict[str, Tensor]
+    clients: tuple[str, ...]
+
+    def mean(self) -> Tensor:
+        """Return total / weight, and zero where nobody trained the coordinate."""
+        return torch.where(self.weight > 0, self.total / self.weight.clamp_min(1e-300), torch.zeros_like(self.total))
+
+
+class Part:
+    """What all four kinds share: state that survives, growth of the model, forgetting, and compatibility."""
+
+    refuses: ClassVar[tuple[str, ...]] = ()  # dotted class names this part cannot work with, checked before a run
+
+    def setup(self, spec: Spec) -> None:
+        """Learn the layout of model vectors; called once, before anything else.
+
+        Raises
+        ------
+        ValueError
+            If the part cannot work with the model.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive: nested dicts of tensors, numbers, strings and lists of numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    def resize(self, old_spec: Spec, new_spec: Spec) -> None:
+        """Follow a model that has grown."""
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Drop what this part remembers of the forget set and say what became of it."""
+        return Residual(type(self).__name__, "none", "keeps nothing about clients")
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers worth recording after a round or a task (names become rows with phase ``server``)."""
+        return {}
+
+
+class Staleness(Part):
+    """What to do with an update that started from an older model. With age 0, every corrector is the identity."""
+
+    def outgoing(self, model: Tensor, client: str, view: ServerView) -> Tensor:
+        """Return the weights to send in place of ``model``: weight prediction overrides this."""
+        return model
+
+    def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
+        """Replace, re-weight, hold back or drop updates."""
+        return updates
+
+    def observe(self, update: Update, view: ServerView) -> None:
+        """Learn from an update once it is known."""
+
+
+class Collaboration(Part):
+    """How clients' updates become changes of the global model and, where kept, of personal models.
+
+    With ``needs == "sum"`` the core folds :meth:`term` and calls :meth:`finish`; with ``"stack"`` it hands all updates
+    to :meth:`combine`.
+    """
+
+    needs: ClassVar[Literal["sum", "stack"]] = "sum"
+    payloads: ClassVar[tuple[Payload, ...]] = ()
+    personal: ClassVar[bool] = False  # whether the server keeps a model of its own for each client
+
+    def shares(self, tensor: TensorSpec) -> bool:
+        """Whether ``tensor`` is the server's to change; one that is not stays as initialised in every target."""
+        return True
+
+    def term(self, update: Update) -> tuple[Tensor, float]:
+        """Return (vector (P,) float64, weight): pure, may run where the update was made."""
+        return update.delta, update.weight
+
+    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
+        """Turn the folded terms into changes (P,) float64."""
+        return {GLOBAL: fold.mean()}
+
+    def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
+        """Turn all updates, in client order, into new models (P,)."""
+        raise TypeError(f"{type(self).__name__} needs a sum, not a stack")
+
+    def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
+        """Return whose model ``client`` trains from, and the tensors that ride along."""
+        return GLOBAL, {}
+
+
+class ServerOptimizer(Part):
+    """What the server does with a combined change before it is applied: the change is its negative gradient."""
+
+    def step(self, target: Target, change: Tensor) -> Tensor:
+        """Return the change to apply, float64 (P,)."""
+        return change
+
+
+class Projection(Part):
+    """A constraint on every change of a model, and what it must learn from clients to know the constraint."""
+
+    keeps_updates: ClassVar[bool] = False
+
+    def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
+        """Return the change that is allowed, float64 (P,)."""
+        return change
+
+    def queries(self, event: Event, view: ServerView) -> list[Query]:
+        """Return what to ask clients at ``event``."""
+        return []
+
+    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+        """Learn from the answers to a query of :meth:`queries`."""

@@ -1,0 +1,228 @@
+"""All messaging of the round loop: who is sent what, which replies are sound, and what becomes current.
+
+Nothing else touches the grid, so validation, byte counts and the record of faults see everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedcl.client.plugin import Payload
+from fedcl.client.state import NEVER
+from fedcl.messages import (
+    CONFIG,
+    MESSAGE_TYPE,
+    Kind,
+    Reply,
+    Request,
+    instruction,
+    read_reply,
+    tensors_record,
+    vector_record,
+)
+from fedcl.models.flat import Spec
+from fedcl.scenario.task import Task
+from fedcl.server.contracts import Answer, Query, Update
+from fedcl.server.fold import BLOCK
+from fedcl.server.strategy import Outgoing
+from fedcl.server.validation import rejection
+
+CommitState = Callable[[str, int], None]
+Recipients = Sequence[tuple[Outgoing, Request]]
+
+
+class EventLog(Protocol):
+    """Takes note of what went wrong."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record one event."""
+        ...
+
+
+@dataclass
+class Exchange:
+    """Sends requests to clients and returns what they answered.
+
+    ``visits`` counts how often each client was dispatched, ``committed`` is its last visit that was accepted. ``cohorts``
+    says that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
+    visit counts.
+    """
+
+    grid: Grid
+    nodes: Mapping[str, int]
+    spec: Spec
+    log: EventLog
+    payloads: Sequence[Payload] = ()
+    cohorts: bool = False
+    commit_state: CommitState | None = None
+    timeout: float | None = None
+    visits: dict[str, int] = field(default_factory=dict)
+    committed: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def train(
+        self, outgoing: Sequence[Outgoing], task_of: Callable[[str], Task], server_round: int, version: int
+    ) -> list[Update | None]:
+        """Train ``outgoing``'s clients; return one place for each, None where no sound update came back."""
+        recipients = [
+            (out, self._request("train", out.client, server_round, version, task_of(out.client), out))
+            for out in outgoing
+        ]
+        uploads = {p.name: None for p in self.payloads if p.direction == "up" and p.when == "every_train"}
+        replies = self._send(recipients)
+        positions: list[Update | None] = []
+        for out, request in recipients:
+            reply = self._accept(request, replies.get(out.client), uploads, model=True)
+            positions.append(self._update(out, request, reply))
+        return positions
+
+    def _update(self, out: Outgoing, request: Request, reply: Reply | None) -> Update | None:
+        if reply is None or reply.model is None or reply.num_examples == 0 or request.task is None:
+            return None
+        return Update(
+            client=out.client,
+            visit=request.visit,
+            target=out.target,
+            base_version=request.version,
+            base=out.model,
+            model=reply.model,
+            num_examples=reply.num_examples,
+            weight=float(reply.num_examples),
+            task=request.task.id,
+            head=request.task.head,
+            payload=reply.payload,
+            metrics=reply.metrics,
+        )
+
+    def ask(self, query: Query, task_of: Callable[[str], Task], server_round: int, version: int) -> list[Answer]:
+        """Put ``query`` to its clients; return the answers of those that hold data, in the query's order."""
+        outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
+        recipients = [
+            (out, self._request("query", out.client, server_round, version, task_of(out.client), out, query.name))
+            for out in outgoing
+        ]
+        replies = self._send(recipients)
+        answers = []
+        for out, request in recipients:
+            reply = replies.get(out.client)
+            names = {name: None for name in reply.payload} if isinstance(reply, Reply) else {}
+            sound = self._accept(request, reply, names, model=False, commits=False)
+            if sound is not None and sound.num_examples:
+                answers.append(Answer(out.client, sound.num_examples, sound.payload))
+        return answers
+
+    def tell(
+        self, kind: Kind, outgoing: Sequence[Outgoing], task: Task, server_round: int, version: int
+    ) -> dict[str, Reply]:
+        """Send a ``task_end`` or an ``evaluate`` to clients; return the sound replies."""
+        recipients = [
+            (out, self._request(kind, out.client, server_round, version, task, out)) for out in outgoing
+        ]
+        replies = self._send(recipients)
+        sound = {}
+        for out, request in recipients:
+            reply = self._accept(request, replies.get(out.client), {}, model=False, commits=kind == "task_end")
+            if reply is not None:
+                sound[out.client] = reply
+        return sound
+
+    def _request(
+        self, kind: Kind, client: str, server_round: int, version: int, task: Task, out: Outgoing, name: str = ""
+    ) -> Request:
+        visit = self.visits.get(client, 0)
+        if kind in ("train", "task_end"):
+            self.visits[client] = visit + 1
+        committed = self.committed.get(client, NEVER)
+        return Request(kind, client, visit, committed, server_round, version, task, name, out.model, out.payload)
+
+    def _accept(
+        self,
+        request: Request,
+        reply: Reply | str | None,
+        payloads: dict[str, tuple[int, ...] | None],
+        *,
+        model: bool,
+        commits: bool = True,
+    ) -> Reply | None:
+        where = {"round": request.server_round, "client": request.client, "visit": request.visit}
+        if reply is None or isinstance(reply, str):
+            self.log.event("client_failed", **where, message=request.kind, reason=reply or "no reply in time")
+            return None
+        reason = rejection(reply, self.spec, payloads, model=model)
+        if reason is not None:
+            self.log.event("reply_rejected", **where, message=request.kind, reason=reason)
+            return None
+        if commits:
+            self.committed[request.client] = request.visit
+            if self.commit_state is not None:
+                self.commit_state(request.client, request.visit)
+        return reply
+
+    def _send(self, recipients: Recipients) -> dict[str, Reply | str]:
+        """Exchange messages; return by client a reply, or the reason why there is none."""
+        clients = {node: client for client, node in self.nodes.items()}
+        replies: dict[str, Reply | str] = {}
+        for message in self.grid.send_and_receive(messages=self._messages(recipients), timeout=self.timeout):
+            client = clients.get(message.metadata.src_node_id, "")
+            if not client:
+                self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
+                continue
+            if message.has_error():
+                replies[client] = message.error.reason or f"error {message.error.code}"
+                continue
+            self.bytes_up += _num_bytes(message.content.array_records.values())
+            try:
+                replies[client] = read_reply(message.content)
+            except ValueError as error:
+                replies[client] = str(error)
+        return replies
+
+    def _messages(self, recipients: Recipients) -> Iterator[Message]:
+        records: dict[int, tuple[Tensor, ArrayRecord]] = {}
+        for group in self._groups(recipients):
+            out = group[0][0]
+            if id(out.model) not in records:
+                records[id(out.model)] = (out.model, vector_record(out.model, live=self.cohorts))
+            arrays = records[id(out.model)][1]
+            payload = tensors_record(out.payload, live=self.cohorts) if out.payload else None
+            requests = [request for _, request in group]
+            content = instruction(requests, arrays, payload)
+            if out.config:
+                content[CONFIG] = ConfigRecord(out.config)
+            self.bytes_down += len(group) * _num_bytes(content.array_records.values())
+            first = requests[0]
+            yield Message(content, dst_node_id=self.nodes[first.client], message_type=MESSAGE_TYPE[first.kind])
+
+    def _groups(self, recipients: Recipients) -> Iterator[Recipients]:
+        """Cut recipients into blocks, and blocks into runs that share model, payload, config and task."""
+        size = BLOCK if self.cohorts else 1
+        for start in range(0, len(recipients), size):
+            block = recipients[start : start + size]
+            begin = 0
+            for i in range(1, len(block) + 1):
+                if i == len(block) or not _alike(block[begin], block[i]):
+                    yield block[begin:i]
+                    begin = i
+
+
+def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
+    (out_a, request_a), (out_b, request_b) = a, b
+    same_payload = out_a.payload.keys() == out_b.payload.keys() and all(
+        out_a.payload[name] is out_b.payload[name] for name in out_a.payload
+    )
+    return out_a.model is out_b.model and same_payload and out_a.config == out_b.config and request_a.task == request_b.task
+
+
+def _num_bytes(records: Iterable[ArrayRecord]) -> int:
+    return sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize for record in records for array in record.values()
+    )

@@ -1,0 +1,189 @@
+"""A stock Flower strategy in place of the pipeline: it aggregates, fedcl does everything else.
+
+The strategy's own ``configure_train`` and ``aggregate_train`` run unchanged. It sees the round's selection as the nodes
+of its grid, and the accepted replies in canonical client order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from torch import Tensor
+
+from fedcl.client.plugin import Payload
+from fedcl.messages import ARRAYS, CONFIG, FLAT, METRICS, NUM_EXAMPLES, vector_record
+from fedcl.models.flat import Spec
+from fedcl.randomness import key
+from fedcl.requests import ForgetRequest, Residual
+from fedcl.server.contracts import GLOBAL, Answer, Event, Query, ServerView, Target, Update
+from fedcl.server.strategy import Outgoing
+from fedcl.tree import clone
+
+
+class CohortGrid(Grid):
+    """The grid a stock strategy is shown: its nodes are the round's selection, and it can send nothing itself."""
+
+    def __init__(self, node_ids: Iterable[int]) -> None:
+        self._node_ids = list(node_ids)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the selected nodes."""
+        return list(self._node_ids)
+
+    def set_run(self, run: Any) -> None:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    @property
+    def run(self) -> Any:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Refuse: the core does all messaging."""
+        self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise RuntimeError("a stock strategy may ask which nodes were selected; fedcl does all messaging itself")
+
+
+class Stock:
+    """Runs one of ``flwr.serverapp.strategy`` inside fedcl's round loop.
+
+    Raises
+    ------
+    ValueError
+        If ``strategy`` is not a Flower strategy, or waits for more nodes than a round selects.
+    """
+
+    personal = False
+    keeps_updates = False
+    payloads: tuple[Payload, ...] = ()
+
+    def __init__(self, strategy: Any, *, seed: int, nodes: Mapping[str, int]) -> None:
+        if not isinstance(strategy, FlowerStrategy):
+            raise ValueError(f"strategy.stock: {type(strategy).__name__} is not a flwr.serverapp.strategy.Strategy")
+        self.strategy = strategy
+        self._seed = seed
+        self._nodes = dict(nodes)
+        self._clients = {node: client for client, node in self._nodes.items()}
+        self._sent: dict[str, Message] = {}
+
+    def setup(self, spec: Spec) -> None:
+        """Nothing to learn: Flower strategies work on whatever arrays they get."""
+
+    def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
+        """Let the strategy configure the round over the selected nodes."""
+        self._check_minimum(len(selected))
+        arrays = vector_record(view.global_model, live=True)
+        grid = CohortGrid(self._nodes[client] for client in selected)
+        with self._random("configure", view.version):
+            messages = list(self.strategy.configure_train(view.version + 1, arrays, ConfigRecord(), grid))
+        self._sent = {self._clients[message.metadata.dst_node_id]: message for message in messages}
+        chosen = [client for client in selected if client in self._sent]
+        return [self._outgoing(client, arrays, view) for client in chosen]
+
+    def _outgoing(self, client: str, arrays: ArrayRecord, view: ServerView) -> Outgoing:
+        content = self._sent[client].content
+        extra = set(content) - {ARRAYS, CONFIG}
+        if extra or content.array_records.get(ARRAYS) is not arrays:
+            raise ValueError(
+                f"strategy.stock: {type(self.strategy).__name__} sends more than the global model ({sorted(extra)}): "
+                "such a strategy needs a part of its own"
+            )
+        return Outgoing(client, GLOBAL, view.global_model, {}, dict(content.config_records.get(CONFIG, {})))
+
+    def _check_minimum(self, selected: int) -> None:
+        for name in ("min_available_nodes", "min_train_nodes"):
+            needed = getattr(self.strategy, name, 0)
+            if needed > selected:
+                raise ValueError(f"strategy.stock.{name}={needed}: a round selects only {selected} clients")
+
+    def target_of(self, client: str, view: ServerView) -> Target:
+        """Everybody uses the global model."""
+        return GLOBAL
+
+    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
+        """Let the strategy aggregate the accepted replies."""
+        replies = [self._reply(update) for update in positions if update is not None]
+        with self._random("aggregate", view.version):
+            arrays, _ = self.strategy.aggregate_train(view.version + 1, replies)
+        if arrays is None:
+            return {}
+        return {GLOBAL: torch.from_numpy(arrays[FLAT].numpy().astype("float32", copy=False))}
+
+    def _reply(self, update: Update) -> Message:
+        metrics: dict[str, Any] = {NUM_EXAMPLES: update.num_examples, **update.metrics}
+        records = {ARRAYS: vector_record(update.model, live=True), METRICS: MetricRecord(metrics)}
+        return Message(RecordDict(cast(Any, records)), reply_to=self._sent[update.client])
+
+    @contextmanager
+    def _random(self, purpose: str, version: int) -> Iterator[None]:
+        """Give the strategy a keyed ``random``: Flower samples nodes from Python's global stream."""
+        saved = random.getstate()
+        random.seed(key(self._seed, "stock", version, purpose))
+        try:
+            yield
+        finally:
+            random.setstate(saved)
+
+    def queries(self, event: Event, view: ServerView) -> list[Query]:
+        """Stock strategies ask nothing."""
+        return []
+
+    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+        """Stock strategies ask nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """Stock strategies report nothing of their own."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the strategy's numeric attributes and arrays: moments of FedAdam, norms of adaptive clipping."""
+        return clone(self._plain(vars(self.strategy)))  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        for name, value in state.items():
+            current = vars(self.strategy).get(name)
+            if isinstance(value, dict):
+                value = {key: item.numpy() if isinstance(item, torch.Tensor) else item for key, item in value.items()}
+            if isinstance(current, ArrayRecord):
+                continue  # the global model, which comes back with the next round
+            setattr(self.strategy, name, value)
+
+    @staticmethod
+    def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+        plain: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if value is None or isinstance(value, (bool, int, float, str)):
+                plain[name] = value
+            elif isinstance(value, dict) and all(isinstance(item, np.ndarray) for item in value.values()):
+                plain[name] = {key: torch.from_numpy(item.copy()) for key, item in value.items()}
+        return plain
+
+    def forget(self, request: ForgetRequest) -> list[Residual]:
+        """Say what a stock strategy may still hold."""
+        return [Residual(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
+

@@ -1,0 +1,203 @@
+"""The strategy pipeline: staleness -> collaboration -> server optimizer -> projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedcl.client.plugin import Payload
+from fedcl.models.flat import Spec
+from fedcl.requests import ForgetRequest, Residual
+from fedcl.server.contracts import (
+    GLOBAL,
+    Answer,
+    Collaboration,
+    Event,
+    Part,
+    Projection,
+    Query,
+    ServerOptimizer,
+    ServerView,
+    Staleness,
+    Target,
+    Update,
+)
+from fedcl.server.fold import fold
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What one client is to be sent: whose model, its weights (P,), tensors to ride along, and a stock config."""
+
+    client: str
+    target: Target
+    model: Tensor
+    payload: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """What the round loop needs of a strategy; :class:`Pipeline` and :class:`~fedcl.server.stock.Stock` are the two."""
+
+    payloads: tuple[Payload, ...]
+    personal: bool
+    keeps_updates: bool
+
+    def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
+        """Return what to send to each selected client."""
+        ...
+
+    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
+        """Turn a round's updates, one place for each selected position, into new models (P,)."""
+        ...
+
+    def target_of(self, client: str, view: ServerView) -> Target:
+        """Return whose model ``client`` uses."""
+        ...
+
+    def queries(self, event: Event, view: ServerView) -> list[Query]:
+        """Return what to ask clients at ``event``."""
+        ...
+
+    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+        """Take the answers to a query."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers worth recording."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        ...
+
+    def forget(self, request: ForgetRequest) -> list[Residual]:
+        """Let every part forget."""
+        ...
+
+
+def exact_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return a + b computed in float64 and rounded once to float32."""
+    return (a.double() + b.double()).float()
+
+
+class Pipeline:
+    """Four parts in a row. Each is one small object; none knows of the others."""
+
+    def __init__(
+        self,
+        *,
+        collaboration: Collaboration,
+        staleness: Staleness | None = None,
+        optimizer: ServerOptimizer | None = None,
+        projection: Projection | None = None,
+    ) -> None:
+        self.staleness = staleness or Staleness()
+        self.collaboration = collaboration
+        self.optimizer = optimizer or ServerOptimizer()
+        self.projection = projection or Projection()
+        self._refuse_conflicts()
+        self.payloads: tuple[Payload, ...] = collaboration.payloads
+        self.personal = collaboration.personal
+        self.keeps_updates = self.projection.keeps_updates
+        self._sums = tuple(
+            p.name
+            for p in self.payloads
+            if p.direction == "up" and p.when == "every_train" and p.reduction == "sum"
+        )
+        self._private: Tensor | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The four parts by role."""
+        return {
+            "staleness": self.staleness,
+            "collaboration": self.collaboration,
+            "optimizer": self.optimizer,
+            "projection": self.projection,
+        }
+
+    def _refuse_conflicts(self) -> None:
+        names = {f"{type(p).__module__}.{type(p).__name__}": role for role, p in self.parts.items()}
+        for role, part in self.parts.items():
+            for refused in part.refuses:
+                if refused in names:
+                    raise ValueError(
+                        f"strategy.{role}: {type(part).__name__} cannot work with strategy.{names[refused]} {refused}"
+                    )
+
+    def setup(self, spec: Spec) -> None:
+        """Tell every part the layout of model vectors."""
+        for part in self.parts.values():
+            part.setup(spec)
+        private = torch.zeros(spec.size, dtype=torch.bool)
+        for tensor in spec:
+            if not self.collaboration.shares(tensor):
+                private[tensor.start : tensor.stop] = True
+        self._private = private if bool(private.any()) else None
+
+    def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
+        """Return each client's target model, as the staleness part would send it, and its payload."""
+        messages = []
+        for client in selected:
+            target, payload = self.collaboration.message_for(client, view)
+            model = self.staleness.outgoing(view.model_of(client), client, view)
+            messages.append(Outgoing(client, target, model, payload))
+        return messages
+
+    def target_of(self, client: str, view: ServerView) -> Target:
+        """Return whose model ``client`` trains from."""
+        return self.collaboration.message_for(client, view)[0]
+
+    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
+        """Run the pipeline over one round and return the new models."""
+        present = [update for update in positions if update is not None]
+        admitted = {update.client: update for update in self.staleness.admit(present, view)}
+        kept = [admitted.get(update.client) if update is not None else None for update in positions]
+        models = {GLOBAL: view.global_model}
+        if self.collaboration.needs == "sum":
+            changes = self.collaboration.finish(fold(kept, self.collaboration.term, view.spec, self._sums), view)
+        else:
+            combined = self.collaboration.combine([u for u in kept if u is not None], view)
+            models |= {target: view.model_of(target) for target in combined if target != GLOBAL}
+            changes = {target: new.double() - models[target].double() for target, new in combined.items()}
+        result = {}
+        for target, change in changes.items():
+            change = self.projection.apply(target, self.optimizer.step(target, change), view)
+            if self._private is not None:
+                change = change.masked_fill(self._private, 0.0)
+            result[target] = exact_sum(models.get(target, view.global_model), change)
+        return result
+
+    def queries(self, event: Event, view: ServerView) -> list[Query]:
+        """Return the projection's questions."""
+        return self.projection.queries(event, view)
+
+    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+        """Hand the answers to the projection."""
+        self.projection.absorb(query, answers, view)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the parts' metrics, each name prefixed by its role."""
+        return {f"{role}/{name}": v for role, part in self.parts.items() for name, v in part.metrics().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts' state by role."""
+        return {role: part.state_dict() for role, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the parts' state."""
+        for role, part in self.parts.items():
+            part.load_state_dict(state[role])
+
+    def forget(self, request: ForgetRequest) -> list[Residual]:
+        """Let every part forget."""
+        return [part.forget(request) for part in self.parts.values()]

@@ -1,0 +1,60 @@
+"""Is a reply fit to enter an aggregate? Pure, so that it can run wherever the reply is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedcl.messages import Reply
+from fedcl.models.flat import Spec
+
+MAX_EXAMPLES = 1_000_000_000
+
+
+def rejection(reply: Reply, spec: Spec, payloads: dict[str, tuple[int, ...] | None], *, model: bool) -> str | None:
+    """Return why ``reply`` must not be used, naming the tensor at fault, or None when it is sound.
+
+    Parameters
+    ----------
+    payloads
+        Uploads the reply must carry, with their shapes where known.
+    model
+        Whether a model vector is expected.
+    """
+    if not 0 <= reply.num_examples <= MAX_EXAMPLES:
+        return f"num_examples={reply.num_examples}: must be in [0, {MAX_EXAMPLES}]"
+    for name, value in reply.metrics.items():
+        if not math.isfinite(value):
+            return f"metric {name} is {value}"
+    if model:
+        reason = _vector(reply.model, spec)
+        if reason is not None:
+            return reason
+    if reply.num_examples == 0:
+        return None
+    if set(reply.payload) != set(payloads):
+        return f"payload holds {sorted(reply.payload)}, expected {sorted(payloads)}"
+    for name, shape in payloads.items():
+        tensor = reply.payload[name]
+        if shape is not None and tuple(tensor.shape) != shape:
+            return f"payload {name} has shape {tuple(tensor.shape)}, expected {shape}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"payload {name} is not finite"
+    return None
+
+
+def _vector(vector: Tensor | None, spec: Spec) -> str | None:
+    if vector is None:
+        return "no model in the reply"
+    if vector.dtype != torch.float32:
+        return f"model is {vector.dtype}, sent was torch.float32"
+    if tuple(vector.shape) != (spec.size,):
+        return f"model has shape {tuple(vector.shape)}, sent was {(spec.size,)}"
+    # one pass over memory: a sum of squares is finite unless an element is not, or overflows
+    if math.isfinite(float(vector.double().square().sum())):
+        return None
+    bad = int(torch.nonzero(~torch.isfinite(vector))[0])
+    tensor = spec.tensor_at(bad)
+    return f"tensor {tensor.name} holds {float(vector[bad])} at position {bad - tensor.start}"

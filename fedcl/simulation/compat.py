@@ -1,0 +1,59 @@
+"""Every touch of Flower's private parts, in one place, with what breaks when Flower moves them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SUPPORTED = "flwr >=1.41,<1.42"
+CLIENT_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+NODE_UNAVAILABLE = 5  # ErrorCode.NODE_UNAVAILABLE
+CLIENT_CRASHED = 8  # ErrorCode.CLIENT_APP_CRASHED
+
+# Nothing of a simulation may phone home, look for updates or install packages behind the user's back.
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def quiet_environment() -> None:
+    """Set Flower's and Ray's switches for this process and its children, and keep Flower's log to warnings."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@contextmanager
+def identity(run_id: int, node_id: int = 1) -> Iterator[None]:
+    """Let this process build Flower messages for ``run_id``.
+
+    Raises
+    ------
+    ImportError
+        If this Flower keeps the identity of a process somewhere else.
+    """
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError as error:
+        raise ImportError(f"this version of Flower is not supported, install {SUPPORTED}") from error
+    saved = (TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, 1
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = saved
+
+
+def empty_run(run_id: int) -> Any:
+    """Return the object that ``Grid.run`` is declared to give."""
+    from flwr.supercore.run import Run
+
+    return Run.create_empty(run_id)

@@ -1,0 +1,140 @@
+"""Flower grids of our own: the same messages, without a SuperLink."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+
+from fedcl.client.state import MemoryStateStore
+from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run
+from fedcl.simulation.host import ClientHost, Failure, Outcome
+
+
+class BaseGrid(Grid):
+    """Message ids, order and delivery; a subclass computes.
+
+    A message may address a cohort: then one reply for each of its clients is delivered, all together. Replies come in
+    the order in which messages were pushed, so that nothing depends on who finished first.
+    """
+
+    cohorts = True
+
+    def __init__(self, nodes: Mapping[str, int], *, run_id: int = 1) -> None:
+        self.nodes = dict(nodes)
+        self.states = MemoryStateStore()
+        self.run_id = run_id
+        self._run = empty_run(run_id)
+        self._next = 0
+        self._sent: dict[str, Message] = {}
+        self._done: dict[str, Outcome] = {}
+
+    @abstractmethod
+    def _submit(self, batch: list[tuple[str, RecordDict]]) -> None:
+        """Take (message id, content) pairs to compute."""
+
+    @abstractmethod
+    def _progress(self, timeout: float | None) -> None:
+        """Compute or wait, and put what is finished into ``_done``."""
+
+    def close(self) -> None:
+        """Release processes and memory; the grid cannot be used afterwards."""
+
+    def set_run(self, run: Any) -> None:
+        """Set the run, as Flower's grids do."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The run this grid works for."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return every node, in canonical client order."""
+        return list(self.nodes.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Accept messages and return their ids."""
+        ids = []
+        batch = []
+        known = set(self.nodes.values())
+        for message in messages:
+            message_id = f"{self.run_id}-{self._next}"
+            self._next += 1
+            ids.append(message_id)
+            self._sent[message_id] = message
+            if message.metadata.dst_node_id in known:
+                batch.append((message_id, message.content))
+            else:
+                self._done[message_id] = [("", Failure(NODE_UNAVAILABLE, "no such node"))]
+        self._submit(batch)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are ready among ``message_ids``, waiting for one if there is none."""
+        waiting = [message_id for message_id in message_ids if message_id in self._sent]
+        if waiting and not any(message_id in self._done for message_id in waiting):
+            self._progress(None)
+        return [
+            reply for message_id in waiting if message_id in self._done for reply in self._deliver(message_id)
+        ]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Push messages and return their replies in push order; after ``timeout`` seconds, those that are there."""
+        ids = self.push_messages(messages)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while any(message_id not in self._done for message_id in ids):
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self._progress(left)
+        return [reply for message_id in ids if message_id in self._done for reply in self._deliver(message_id)]
+
+    def _deliver(self, message_id: str) -> list[Message]:
+        sent = self._sent.pop(message_id).metadata
+        replies = []
+        for client, outcome in self._done.pop(message_id):
+            metadata = Metadata(
+                run_id=self.run_id,
+                message_id=f"{message_id}/{client}",
+                src_node_id=self.nodes.get(client, sent.dst_node_id),
+                dst_node_id=sent.src_node_id,
+                reply_to_message_id=message_id,
+                group_id=sent.group_id,
+                created_at=time.time(),
+                ttl=sent.ttl,
+                message_type=sent.message_type,
+            )
+            if isinstance(outcome, Failure):
+                replies.append(Message(error=Error(outcome.code, outcome.reason), metadata=metadata))
+            else:
+                replies.append(Message(content=outcome, metadata=metadata))
+        return replies
+
+
+class InlineGrid(BaseGrid):
+    """Clients in this process, one after another: plain tracebacks, no start-up, the reference for every other grid."""
+
+    def __init__(self, nodes: Mapping[str, int], host: ClientHost, *, run_id: int = 1) -> None:
+        super().__init__(nodes, run_id=run_id)
+        self.states = host.store
+        self._host = host
+        self._queue: list[tuple[str, RecordDict]] = []
+
+    def _submit(self, batch: list[tuple[str, RecordDict]]) -> None:
+        self._queue.extend(batch)
+
+    def _progress(self, timeout: float | None) -> None:
+        if self._queue:
+            message_id, content = self._queue.pop(0)
+            self._done[message_id] = list(self._host.run(content))

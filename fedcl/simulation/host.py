@@ -1,0 +1,45 @@
+"""Runs instructions on simulated clients, in whatever process it lives: the same code inline and in a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+from fedcl.client.runtime import ClientRuntime
+from fedcl.client.state import MemoryStateStore
+from fedcl.messages import reply_content, requests
+from fedcl.simulation.compat import CLIENT_RAISED
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a client did not answer: one of Flower's error codes and a sentence."""
+
+    code: int
+    reason: str
+
+
+Outcome = list[tuple[str, RecordDict | Failure]]  # replies by client, in the order of the instruction
+
+
+@dataclass
+class ClientHost:
+    """A runtime and the states of the clients it has met."""
+
+    runtime: ClientRuntime
+    store: MemoryStateStore
+
+    def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
+        """Run an instruction for each client it addresses and yield (client, reply).
+
+        A client that raises costs its own reply, no other's.
+        """
+        for request in requests(content):
+            self.store.commit(request.client, request.committed)
+            try:
+                reply = self.runtime.visit(request, self.store)
+                yield request.client, reply_content(reply, live=True)
+            except Exception as error:
+                yield request.client, Failure(CLIENT_RAISED, f"{type(error).__name__}: {error}")

@@ -1,0 +1,199 @@
+"""From a configuration to objects: the one place that knows which key builds what. Server and workers share it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedcl.building import build
+from fedcl.client.local_data import LocalData, PartitionedData
+from fedcl.client.loop import LocalTraining
+from fedcl.client.plugin import Plugin
+from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
+from fedcl.data.dataset import Dataset, Indices, Partition
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import build_model
+from fedcl.randomness import key, numpy_generator
+from fedcl.rules import ConfigError
+from fedcl.scenario.schedule import Synchronous
+from fedcl.scenario.task import Stream
+from fedcl.server.stock import Stock
+from fedcl.server.strategy import Pipeline
+
+Config = dict[str, Any]
+PARTS = ("collaboration", "staleness", "optimizer", "projection")
+
+
+def device_of(cfg: Config) -> torch.device:
+    """Return the device of ``device=auto|cpu|cuda``.
+
+    Raises
+    ------
+    ConfigError
+        If CUDA is asked for and there is none.
+    """
+    if cfg["device"] == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has no CUDA device; use auto or cpu")
+    use = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use else "cpu")
+
+
+def client_ids(cfg: Config) -> tuple[str, ...]:
+    """Return every simulated client's id, in canonical order."""
+    return tuple(str(i) for i in range(cfg["num_clients"]))
+
+
+def load_dataset(cfg: Config) -> Dataset:
+    """Load the data source."""
+    dataset: Dataset = _checked(_component(cfg, "data", "source"))
+    return dataset
+
+
+def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
+    """Deal the samples to the clients, then leave out what ``exclude`` names: nobody else's part changes."""
+    partitioner = _component(cfg, "data", "partition")
+    partition: Partition = _checked(
+        functools.partial(
+            partitioner,
+            dataset.train.y,
+            dataset.test.y,
+            num_clients=cfg["num_clients"],
+            num_classes=dataset.num_classes,
+            rng=numpy_generator(cfg["seed"], "partition"),
+        )
+    )
+    gone = np.isin(dataset.train.y, np.asarray(cfg["exclude"]["classes"], dtype=np.int64))
+    gone[np.asarray(cfg["exclude"]["samples"], dtype=np.int64)] = True
+    if not gone.any():
+        return partition
+
+    def keep(part: Indices) -> Indices:
+        return part[~gone[part]]
+
+    return Partition(tuple(keep(part) for part in partition.train), partition.test)
+
+
+def participants(cfg: Config) -> tuple[str, ...]:
+    """Return the clients that take part: all but those excluded.
+
+    Raises
+    ------
+    ConfigError
+        If ``exclude.clients`` names a client that does not exist, or leaves none.
+    """
+    excluded = {str(client) for client in cfg["exclude"]["clients"]}
+    everybody = client_ids(cfg)
+    unknown = excluded - set(everybody)
+    if unknown:
+        raise ConfigError(f"exclude.clients={sorted(unknown)}: must be in 0..{len(everybody) - 1}")
+    left = tuple(client for client in everybody if client not in excluded)
+    if not left:
+        raise ConfigError("exclude.clients: leaves no client")
+    return left
+
+
+def make_stream(cfg: Config, dataset: Dataset) -> Stream:
+    """Build the stream of tasks."""
+    stream: Stream = build(
+        cfg["scenario"],
+        at="scenario",
+        trusted=cfg["trusted_packages"],
+        num_classes=dataset.num_classes,
+        input_shape=dataset.input_shape,
+        seed=cfg["seed"],
+    )
+    return stream
+
+
+def make_schedule(cfg: Config, stream: Stream) -> Synchronous:
+    """Build the schedule of rounds."""
+    return _checked(lambda: Synchronous(num_tasks=stream.num_tasks, rounds_per_task=cfg["rounds_per_task"]))
+
+
+def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.device) -> FlatModel:
+    """Build the network with its initial weights, the same in every process."""
+    factory = functools.partial(
+        build,
+        cfg["model"],
+        at="model",
+        trusted=cfg["trusted_packages"],
+        input_shape=dataset.input_shape,
+        heads=stream.heads,
+    )
+    return FlatModel(build_model(factory, seed=key(cfg["seed"], "model")), device=device)
+
+
+def learner_factories(cfg: Config) -> PluginFactories:
+    """Return a builder for each plugin: the learner's own, and the client halves of the strategy's parts."""
+    nodes: dict[str, Mapping[str, Any]] = {f"learner.{name}": node for name, node in cfg["learner"].items()}
+    for part in PARTS:
+        half = cfg["strategy"].get(part, {}).get("client")
+        if half is not None:
+            nodes[f"strategy.{part}.client"] = half
+    factories = {place: _plugin_factory(cfg, place, node) for place, node in nodes.items()}
+    _checked(lambda: check_learner(factories))
+    return factories
+
+
+def _plugin_factory(cfg: Config, place: str, node: Mapping[str, Any]) -> functools.partial[Plugin]:
+    return functools.partial(build, node, at=place, trusted=cfg["trusted_packages"])
+
+
+def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, ...]) -> PartitionedData:
+    """Return the local data of simulated clients."""
+    return PartitionedData(dataset, partition, clients)
+
+
+def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRuntime:
+    """Build what runs clients' visits, in this process."""
+    device = device_of(cfg)
+    stream = make_stream(cfg, dataset)
+    client = cfg["client"]
+    return ClientRuntime(
+        model=make_model(cfg, dataset, stream, device),
+        plugins=learner_factories(cfg),
+        data=data,
+        training=LocalTraining(client["epochs"], client["batch_size"], **client["optimizer"]),
+        seed=cfg["seed"],
+        num_columns=sum(stream.heads),
+        personal_evaluation=cfg["evaluation"]["personal"],
+    )
+
+
+def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | Stock:
+    """Build the strategy: the pipeline of parts, or a stock Flower strategy."""
+    node = cfg["strategy"]
+    strategy: Pipeline | Stock
+    if "stock" in node:
+        stock = build(node["stock"], at="strategy.stock", trusted=cfg["trusted_packages"])
+        strategy = Stock(stock, seed=cfg["seed"], nodes=nodes)
+    else:
+        parts = {
+            part: build(node[part]["server"], at=f"strategy.{part}.server", trusted=cfg["trusted_packages"])
+            for part in PARTS
+            if node.get(part, {}).get("server") is not None
+        }
+        strategy = _checked(lambda: Pipeline(**parts))
+    _checked(lambda: strategy.setup(model.spec))
+    return strategy
+
+
+def _component(cfg: Config, *path: str) -> Any:
+    node: Any = cfg
+    for name in path:
+        node = node[name]
+    return build(node, at=".".join(path), trusted=cfg["trusted_packages"])
+
+
+def _checked(fn: Any) -> Any:
+    """Call ``fn``; what it refuses with a ValueError is the user's to mend."""
+    try:
+        return fn()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

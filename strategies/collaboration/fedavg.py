@@ -1,0 +1,25 @@
+"""FedAvg: the weighted mean of the clients' changes.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fedcl.server.contracts import Collaboration, Update
+
+
+class FedAvg(Collaboration):
+    """Average the clients' changes, weighted by their number of samples or uniformly."""
+
+    def __init__(self, *, weighting: Literal["num_examples", "uniform"] = "num_examples") -> None:
+        self.weighting = weighting
+
+    def term(self, update: Update) -> tuple[Tensor, float]:
+        """Return the change and its weight. A uniform mean still honours a staleness weight relative to the samples."""
+        if self.weighting == "uniform":
+            return update.delta, update.weight / update.num_examples
+        return update.delta, update.weight

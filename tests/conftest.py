@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before any test imports flwr or ray: no telemetry, no update checks, no installing at run time, and a Flower home of
+# this session's own, so that tests neither read nor leave anything in the user's.
+_FLWR_HOME = tempfile.mkdtemp(prefix="fedcl-flwr-")
+os.environ.update(
+    FLWR_HOME=_FLWR_HOME,
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    # Ray stops blanking CUDA_VISIBLE_DEVICES for workers without a GPU, and stops warning that it will.
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where tests with tensors run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_FLWR_HOME, ignore_errors=True)
+
+
+def _device(config: pytest.Config) -> str:
+    chosen = str(config.getoption("--device"))
+    return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _device(config) != "cuda":
+        skip = pytest.mark.skip(reason="needs a CUDA device: run with --device cuda")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(_device(request.config))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Return the folder with mnist/, fashion_mnist/ and cifar100_subset.npz."""
+    root = os.environ.get("FEDCL_DATA")
+    if not root:
+        pytest.skip("FEDCL_DATA is not set: it names the folder with mnist/, fashion_mnist/, cifar100_subset.npz")
+    if not Path(root).is_dir():
+        pytest.fail(f"FEDCL_DATA={root} is not a folder")
+    return Path(root)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from fedcl.results import figures
+from fedcl.results.recorder import Recorder
+from fedcl.results.run import Run, load
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Run:
+    return load(make_run())
+
+
+def test_the_heat_map_prints_every_accuracy_in_percent(run: Run) -> None:
+    axes = figures.accuracy_matrix(run).axes[0]
+    printed = {text.get_position(): text.get_text() for text in axes.texts}
+    matrix = run.accuracy_matrix().to_numpy()
+    assert printed == {(j, i): f"{100 * v:.1f}" for (i, j), v in np.ndenumerate(matrix)}
+    assert axes.get_xlabel() == "evaluated on task"
+    assert axes.get_ylabel() == "after task"
+
+
+def test_the_heat_map_marks_what_was_not_measured(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0)
+        recorder.row(round=1, phase="test", name="accuracy", value=0.5, task=1, after=1)
+    texts = [text.get_text() for text in figures.accuracy_matrix(load(tmp_path)).axes[0].texts]
+    assert texts == ["50.0", "\N{EN DASH}", "\N{EN DASH}", "50.0"]
+
+
+def test_accuracy_curves_hold_every_task_the_mean_and_the_boundaries(run: Run) -> None:
+    axes = figures.accuracy_by_task(run).axes[0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [f"task {i}" for i in range(5)] + [
+        "mean of tasks\nreached"
+    ]
+    mean = next(line for line in axes.lines if str(line.get_label()).startswith("mean"))
+    last = run.accuracy_matrix().to_numpy()[-1].mean()
+    assert np.asarray(mean.get_xdata())[-1] == 20
+    assert np.asarray(mean.get_ydata())[-1] == pytest.approx(last)
+    boundaries = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert boundaries == [4, 8, 12, 16]
+
+
+def test_forgetting_bars_are_the_three_definitions_or_the_reference_beside_the_run(make_run: MakeRun) -> None:
+    path = make_run("run", decay=0.8)
+    alone = load(path)
+    bars = figures.forgetting_bars(alone).axes[0].containers
+    heights = [[patch.get_height() for patch in container] for container in bars]
+    np.testing.assert_allclose(heights, [alone.forgetting(k) for k in ("chaudhry", "first", "peak")])
+    assert len({tuple(row) for row in heights}) == 3
+    make_run("run/reference", decay=0.9)
+    compared = load(path)
+    assert compared.reference is not None
+    bars = figures.forgetting_bars(compared).axes[0].containers
+    heights = [[patch.get_height() for patch in container] for container in bars]
+    np.testing.assert_allclose(heights, [compared.forgetting(), compared.reference.forgetting()])
+
+
+@pytest.mark.parametrize("num_tasks", [2, 5, 12])
+def test_legends_and_texts_stay_inside_the_figure_and_off_the_data(make_run: MakeRun, num_tasks: int) -> None:
+    run = load(make_run(num_tasks=num_tasks))
+    for draw in (figures.accuracy_matrix, figures.accuracy_by_task, figures.forgetting_bars):
+        figure = draw(run)
+        figure.draw_without_rendering()
+        bounds = figure.bbox.padded(1.0)
+        axes = figure.axes[0]
+        legend = axes.get_legend()
+        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *(legend.get_texts() if legend else ())]
+        for text in texts:
+            box = text.get_window_extent()
+            assert text.get_text()
+            assert bounds.x0 <= box.x0, (draw.__name__, text.get_text())
+            assert box.x1 <= bounds.x1, (draw.__name__, text.get_text())
+            assert bounds.y0 <= box.y0, (draw.__name__, text.get_text())
+            assert box.y1 <= bounds.y1, (draw.__name__, text.get_text())
+        if legend is not None:
+            assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+
+
+def test_save_all_writes_pngs_and_vectors_from_a_thread_and_leaves_rcparams_alone(run: Run, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    saved: list[Path] = []
+    thread = threading.Thread(target=lambda: saved.extend(figures.save_all(run, tmp_path / "figures")))
+    thread.start()
+    thread.join()
+    names = ["accuracy_matrix", "accuracy_by_task", "forgetting_bars"]
+    assert [path.name for path in saved] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    for path in saved:
+        if path.suffix == ".png":
+            pixels = imread(path)
+            assert pixels.shape[1] > 500
+            assert pixels[..., :3].std() > 0.05
+        else:
+            assert "<svg" in path.read_text()[:1000]
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_save_all_draws_only_what_there_is(make_run: MakeRun, tmp_path: Path) -> None:
+    one = load(make_run("one", num_tasks=1))
+    assert {path.stem for path in figures.save_all(one, tmp_path / "f")} == {"accuracy_matrix", "accuracy_by_task"}
+    with pytest.raises(ValueError, match="no second task"):
+        figures.forgetting_bars(one)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    Recorder(empty).close()
+    assert figures.save_all(load(empty), tmp_path / "g") == []
+    with pytest.raises(ValueError, match="no global test accuracy"):
+        figures.accuracy_matrix(load(empty))

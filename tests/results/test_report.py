@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedcl.results.recorder import Recorder
+from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
+from fedcl.results.run import load
+
+MakeRun = Callable[..., Path]
+
+
+def test_the_report_tells_what_was_run_and_what_came_out(make_run: MakeRun) -> None:
+    path = make_run()
+    run = load(path)
+    files = write_figures(run)
+    text = terminal_report(run)
+    assert str(path) in text
+    assert "(done)" in text
+    assert "changed: seed=3" in text
+    assert "learner=Sgd" in text
+    assert f"{100 * run.summary['accuracy/average']:.2f} %" in text
+    assert "12.35 MB" in text
+    assert "events: rejected 2, task_started 1" in text
+    assert "figures:" in text
+    assert all(file.exists() and file.parent == path / "figures" for file in files)
+    for value in run.accuracy_matrix().to_numpy().ravel():
+        assert f"{100 * value:.1f}" in text
+    assert "\x1b" not in text
+    assert "\x1b" in terminal_report(run, color=True)
+
+
+def test_the_reference_stands_beside_the_run_with_the_difference(make_run: MakeRun) -> None:
+    path = make_run("run", decay=0.5)
+    make_run("run/reference", decay=0.9)
+    run = load(path)
+    assert run.reference is not None
+    own, other = run.summary["accuracy/average"], run.reference.summary["accuracy/average"]
+    row = next(row for row in headline_rows(run) if row[0] == "accuracy/average")
+    assert row[1:] == (f"{100 * own:.2f} %", f"{100 * other:.2f} %", f"{100 * (own - other):+.2f} pp")
+    assert "reference" in terminal_report(run)
+
+
+def test_reference_keys_of_the_summary_stand_in_for_a_reference_run(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.write_summary({"accuracy/average": 0.5, "reference/accuracy/average": 0.4, "reference/gap": 0.25})
+    assert headline_rows(load(tmp_path)) == [
+        ("accuracy/average", "50.00 %", "40.00 %", "+10.00 pp"),
+        ("reference/gap", "0.25", "", ""),
+    ]
+
+
+def test_a_run_under_way_and_an_empty_one_have_a_report(make_run: MakeRun, tmp_path: Path) -> None:
+    text = terminal_report(load(make_run("running", finish=False)))
+    assert "results so far" in text
+    assert "(running)" in text
+    assert "figures: none drawn" in text
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    Recorder(empty).close()
+    text = terminal_report(load(empty))
+    assert "no accuracy has been measured yet" in text
+    assert "events: none" in text
+    assert event_counts(load(empty)) == {}
+
+
+def test_paths_and_overrides_are_printed_as_they_are(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.write_config("seed: 1\n", ["rounds_per_task=[2,3]", "data.root=/tmp/[bold]"])
+    assert "changed: rounds_per_task=[2,3]  data.root=/tmp/[bold]" in terminal_report(load(tmp_path), width=200)
+
+
+def test_many_tasks_are_pointed_to_instead_of_printed(make_run: MakeRun) -> None:
+    text = terminal_report(load(make_run(num_tasks=15, rounds_per_task=1)))
+    assert "accuracy of 15 tasks" in text
+    assert max(map(len, text.splitlines())) <= 100
