@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 bad input (one line on stderr, nothing written)
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import threading
@@ -101,9 +102,8 @@ def _report(args: argparse.Namespace) -> None:
     from fedcl.results.report import terminal_report
 
     run = results.load(run_dir)
-    text = terminal_report(run)
-    if text:
-        print(text)
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    print(terminal_report(run, width=width, color=sys.stdout.isatty()))
     save_all(run, run_dir / "figures")
     print(f"figures: {run_dir / 'figures'}")
 

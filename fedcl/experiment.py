@@ -6,23 +6,25 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from flwr.serverapp import Grid
 
 from fedcl.building import plugin_directories
 from fedcl.client.plugin import overrides as defines
+from fedcl.client.state import NEVER, MemoryStateStore
 from fedcl.config import compose, config_hash, to_yaml
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.data.partition import report as partition_report
 from fedcl.evaluation.evaluator import Evaluator
-from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results import schema
+from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.progress import Progress
 from fedcl.results.recorder import Recorder, write_atomic
@@ -34,7 +36,7 @@ from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
-from fedcl.simulation.backend import open_backend
+from fedcl.simulation.backend import Backend, open_backend
 from fedcl.wiring import (
     Config,
     device_of,
@@ -51,7 +53,9 @@ from fedcl.wiring import (
 REFERENCE = "reference"
 
 
-def run(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool) -> Path:
+def run(
+    cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool, grid: Grid | None = None
+) -> Path:
     """Run an experiment and, unless ``compare_with`` is null, its reference; return the run's folder.
 
     Raises
@@ -70,7 +74,7 @@ def run(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quie
         "plugin_paths": [str(folder) for folder in plugin_directories(config_dirs)],
     }
     _write_launch(cfg, run_dir, launch)
-    _play(cfg, prepared, run_dir, quiet)
+    _play(cfg, prepared, run_dir, quiet, grid=grid)
     _finish(cfg, reference, run_dir, launch, quiet)
     return run_dir
 
@@ -121,21 +125,30 @@ class _Prepared:
         return cls(dataset, partition, stream, schedule, clients)
 
 
-def _play(cfg: Config, prepared: _Prepared, run_dir: Path, quiet: bool, resuming: bool = False) -> None:
+def _play(
+    cfg: Config,
+    prepared: _Prepared,
+    run_dir: Path,
+    quiet: bool,
+    resuming: bool = False,
+    grid: Grid | None = None,
+) -> None:
     """Play the rounds that are still to come, writing everything down."""
-    torch.use_deterministic_algorithms(cfg["deterministic"])
+    if cfg["deterministic"] != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(cfg["deterministic"])
     checkpoints = Checkpoints(run_dir, keep=cfg["checkpoint"]["keep"])
     saved = _load_checkpoint(checkpoints) if resuming else None
     with ExitStack() as stack:
         offsets = saved[0]["offsets"] if saved is not None else dict.fromkeys(schema.TABLES, 0)
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
-        stack.push(_Status(recorder))
-        grid = stack.enter_context(open_backend(cfg, prepared.dataset, prepared.partition))
-        server = _server(cfg, prepared, grid, recorder)
+        stack.enter_context(_status(recorder))
+        backend = stack.enter_context(open_backend(cfg, prepared.dataset, prepared.partition, grid))
+        server = _server(cfg, prepared, backend, recorder)
+        states = backend.states or MemoryStateStore()
         if saved is not None:
             server.load_state_dict(saved[0]["server"])
             for client, (visit, state) in saved[1].items():
-                grid.states.stage(client, visit, state)
+                states.stage(client, visit, state)
         else:
             recorder.event("partition", **partition_report(prepared.partition, prepared.dataset.train.y))
         progress = stack.enter_context(Progress(quiet=quiet))
@@ -145,8 +158,8 @@ def _play(cfg: Config, prepared: _Prepared, run_dir: Path, quiet: bool, resuming
             last = server_round == prepared.schedule.num_rounds - 1
             if every and ((server_round + 1) % every == 0 or last):
                 state = {"server": server.state_dict(), "offsets": recorder.flush()}
-                kept = {c: v for c, v in server.exchange.committed.items() if v >= 0 and grid.states.has(c, v)}
-                checkpoints.save(server_round, state, kept, grid.states.load)
+                kept = {c: v for c, v in server.exchange.committed.items() if v != NEVER and states.has(c, v)}
+                checkpoints.save(server_round, state, kept, states.load)
             task = prepared.schedule.position(prepared.clients[0], server_round).task_id
             progress.update(server_round + 1, prepared.schedule.num_rounds, task, server.headline)
 
@@ -157,17 +170,17 @@ def _play(cfg: Config, prepared: _Prepared, run_dir: Path, quiet: bool, resuming
         recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
 
 
-def _server(cfg: Config, prepared: _Prepared, grid: Any, recorder: Recorder) -> Server:
+def _server(cfg: Config, prepared: _Prepared, backend: Backend, recorder: Recorder) -> Server:
     model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
-    strategy = make_strategy(cfg, model, grid.nodes)
+    strategy = make_strategy(cfg, model, backend.nodes)
     exchange = Exchange(
-        grid=grid,
-        nodes=grid.nodes,
+        grid=backend.grid,
+        nodes=backend.nodes,
         spec=model.spec,
         log=recorder,
         payloads=strategy.payloads,
-        cohorts=grid.cohorts,
-        commit_state=grid.states.commit,
+        cohorts=backend.cohorts,
+        commit_state=backend.states.commit if backend.states is not None else None,
     )
     initial = model.vector()
     boundary = any(defines(build(), "after_task") for build in learner_factories(cfg).values())
@@ -193,18 +206,19 @@ def _server(cfg: Config, prepared: _Prepared, grid: Any, recorder: Recorder) -> 
     )
 
 
-class _Status:
-    """Keeps ``STATUS`` true however the run ends."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        recorder.status("running")
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._recorder.status("done")
-        else:
-            self._recorder.status("interrupted" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "failed")
+@contextmanager
+def _status(recorder: Recorder) -> Iterator[None]:
+    """Keep ``STATUS`` true however the run ends."""
+    recorder.status("running")
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        recorder.status("interrupted")
+        raise
+    except BaseException:
+        recorder.status("failed")
+        raise
+    recorder.status("done")
 
 
 def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[str, Any], quiet: bool) -> None:

@@ -7,6 +7,7 @@ a stock strategy adds its own ``config``. Up, a reply holds ``arrays`` under the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from fedcl.scenario.task import Task
 
 ARRAYS, FLAT, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "flat", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
+CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 Kind = Literal["train", "evaluate", "query", "task_end", "hello"]
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "query": "query", "task_end": "query", "hello": "query"}
 
@@ -37,7 +39,7 @@ class LiveArray(Array):
         )
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """Bytes of the array in numpy's own format, without pickle."""
         if "_bytes" not in self.__dict__:
             self.__dict__["_bytes"] = Array.from_numpy_ndarray(self.__dict__["_live"]).data
@@ -227,3 +229,35 @@ def read_reply(content: RecordDict) -> Reply:
         model=_tensor(arrays[FLAT]) if arrays is not None else None,
         payload=record_tensors(payload) if payload is not None else {},
     )
+
+
+def hello_content() -> RecordDict:
+    """Return the question that asks a node which client it is."""
+    content = RecordDict()
+    content[VISIT] = visit_record([Request("hello", "", 0, -1, -1, 0, None)])
+    return content
+
+
+def hello_reply(client: str, num_examples: int, code: str) -> RecordDict:
+    """Return the answer to :func:`hello_content`: client id, samples held, version of fedcl."""
+    content = RecordDict()
+    content[VISIT] = ConfigRecord({"client": client, "code": code})
+    content[METRICS] = MetricRecord({NUM_EXAMPLES: num_examples})
+    return content
+
+
+def read_hello(content: RecordDict) -> tuple[str, int, str]:
+    """Return (client, num_examples, code version) of a hello reply.
+
+    Raises
+    ------
+    ValueError
+        If the reply is not one, or its client id has other characters than letters, digits, ``.``, ``_`` and ``-``.
+    """
+    visit, metrics = content.config_records.get(VISIT), content.metric_records.get(METRICS)
+    if visit is None or metrics is None:
+        raise ValueError("the reply is not an answer to fedcl's hello")
+    client = str(visit["client"])
+    if not CLIENT_ID.fullmatch(client):
+        raise ValueError(f"client id {client!r}: may hold letters, digits, '.', '_' and '-' only")
+    return client, int(cast(int, metrics[NUM_EXAMPLES])), str(visit["code"])

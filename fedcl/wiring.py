@@ -111,7 +111,10 @@ def make_stream(cfg: Config, dataset: Dataset) -> Stream:
 
 def make_schedule(cfg: Config, stream: Stream) -> Synchronous:
     """Build the schedule of rounds."""
-    return _checked(lambda: Synchronous(num_tasks=stream.num_tasks, rounds_per_task=cfg["rounds_per_task"]))
+    schedule: Synchronous = _checked(
+        lambda: Synchronous(num_tasks=stream.num_tasks, rounds_per_task=cfg["rounds_per_task"])
+    )
+    return schedule
 
 
 def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.device) -> FlatModel:

@@ -26,6 +26,10 @@ class LocalData(Protocol):
         """Return the client's own test samples of ``task``; perhaps none."""
         ...
 
+    def num_examples(self, client: str) -> int:
+        """Return how many train samples ``client`` holds over all tasks."""
+        ...
+
 
 def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task, device: torch.device) -> TaskData:
     """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
@@ -56,6 +60,10 @@ class PartitionedData:
     def test(self, client: str, task: Task, device: torch.device) -> TaskData:
         """Return the client's test samples of ``task``."""
         return self._get("test", client, task, device)
+
+    def num_examples(self, client: str) -> int:
+        """Return how many train samples the client holds."""
+        return len(self._train[client])
 
     def _get(self, half: str, client: str, task: Task, device: torch.device) -> TaskData:
         key = (half, client, f"{task.classes}{task.columns}{task.transform}{device}")

@@ -68,7 +68,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dic
     after_step = [p for p in plugins if overrides(p, "after_step")]
     objective = owner(plugins, "objective")
     model, data = ctx.model, ctx.data
-    params = model.trainable
+    params: list[Tensor] = list(model.trainable)
     velocity: list[Tensor] | None = None
     first: Tensor | None = None
     total = torch.zeros((), device=ctx.device)
@@ -107,7 +107,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dic
 
 @torch.no_grad()
 def sgd_step(
-    params: Sequence[Tensor], grads: list[Tensor], velocity: list[Tensor] | None, training: LocalTraining
+    params: list[Tensor], grads: list[Tensor], velocity: list[Tensor] | None, training: LocalTraining
 ) -> list[Tensor] | None:
     """Move ``params`` in place by one step of SGD and return the velocity."""
     if training.weight_decay:

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy of a model on tasks, and everything computed from it."""

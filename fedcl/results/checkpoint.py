@@ -129,7 +129,7 @@ class Checkpoints:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"clients/{path.name} does not match its hash")
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             tree = json.loads(file.metadata()["tree"])
         return unpack(tree, load_tensors(data))
 

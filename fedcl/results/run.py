@@ -83,8 +83,8 @@ class Run:
         baseline = self.baseline()
         return dict(summarise(matrix, None if baseline is None else baseline[: len(matrix)]))
 
-    def by_client(self, phase: str = "personal", name: str = "accuracy") -> pd.Series[float]:
-        """Return each client's latest value, mean over the tasks measured in that round; index: client.
+    def by_client(self, phase: str = "personal", name: str = "accuracy") -> dict[str, float]:
+        """Return client -> its latest value, the mean over the tasks measured in that round.
 
         Parameters
         ----------
@@ -96,7 +96,7 @@ class Run:
         table = self.metrics
         table = table[(table["phase"] == phase) & (table["name"] == name) & (table["client"] != "")]
         latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
-        return latest.groupby("client")["value"].mean()
+        return {str(client): float(value) for client, value in latest.groupby("client")["value"].mean().items()}
 
 
 def load(run_dir: Path | str) -> Run:

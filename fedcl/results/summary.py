@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-
 from fedcl.evaluation.metrics import personal, summarise
 from fedcl.results import schema
 from fedcl.results.recorder import write_atomic
@@ -44,11 +43,11 @@ def _personal(run: Run) -> dict[str, float]:
     """Return what clients would get for themselves: after aggregation, and right after their own training."""
     result: dict[str, float] = {}
     after_aggregation = run.by_client("personal")
-    if len(after_aggregation):
-        result.update(personal({str(client): float(value) for client, value in after_aggregation.items()}))
+    if after_aggregation:
+        result.update(personal(after_aggregation))
     after_training = run.by_client("trained")
-    if len(after_training):
-        result["personal/accuracy_trained"] = float(after_training.mean())
+    if after_training:
+        result["personal/accuracy_trained"] = personal(after_training)["personal/accuracy_mean"]
     return result
 
 

@@ -1,0 +1,1 @@
+"""The server: round loop, strategy pipeline and its contracts, messaging, validation, folding."""

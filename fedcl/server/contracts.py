@@ -32,7 +32,7 @@ class Update:
 
     ``base`` (P,) is the vector that was sent, ``model`` (P,) the vector that came back; ``base_version`` the version of
     the global model at dispatch, ``age`` how many versions have passed since. ``weight`` starts as ``num_examples`` and
-    is what staleness may change. ``task`` is the task the client trained, ``head`` the index of the head that task owns.
+    is what staleness may change. ``task`` is what the client trained, ``head`` the index of the head of that task.
     """
 
     client: str
@@ -138,8 +138,8 @@ class Fold:
     """The weighted sum of a round's terms.
 
     ``total`` (P,) float64 is the sum of weight x vector, ``weight`` (P,) float64 the sum of weights of the clients that
-    trained each coordinate; ``payload`` holds the sums of uploads declared with reduction ``sum``; ``clients`` lists the
-    contributors.
+    trained each coordinate; ``payload`` holds the sums of uploads declared with reduction ``sum``; ``clients`` lists
+    the contributors.
     """
 
     total: Tensor

@@ -114,7 +114,7 @@ class Exchange:
         answers = []
         for out, request in recipients:
             reply = replies.get(out.client)
-            names = {name: None for name in reply.payload} if isinstance(reply, Reply) else {}
+            names = dict.fromkeys(reply.payload) if isinstance(reply, Reply) else {}
             sound = self._accept(request, reply, names, model=False, commits=False)
             if sound is not None and sound.num_examples:
                 answers.append(Answer(out.client, sound.num_examples, sound.payload))
@@ -124,9 +124,7 @@ class Exchange:
         self, kind: Kind, outgoing: Sequence[Outgoing], task: Task, server_round: int, version: int
     ) -> dict[str, Reply]:
         """Send a ``task_end`` or an ``evaluate`` to clients; return the sound replies."""
-        recipients = [
-            (out, self._request(kind, out.client, server_round, version, task, out)) for out in outgoing
-        ]
+        recipients = [(out, self._request(kind, out.client, server_round, version, task, out)) for out in outgoing]
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:
@@ -148,7 +146,7 @@ class Exchange:
         self,
         request: Request,
         reply: Reply | str | None,
-        payloads: dict[str, tuple[int, ...] | None],
+        payloads: Mapping[str, tuple[int, ...] | None],
         *,
         model: bool,
         commits: bool = True,
@@ -219,7 +217,12 @@ def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
     same_payload = out_a.payload.keys() == out_b.payload.keys() and all(
         out_a.payload[name] is out_b.payload[name] for name in out_a.payload
     )
-    return out_a.model is out_b.model and same_payload and out_a.config == out_b.config and request_a.task == request_b.task
+    return (
+        out_a.model is out_b.model
+        and same_payload
+        and out_a.config == out_b.config
+        and request_a.task == request_b.task
+    )
 
 
 def _num_bytes(records: Iterable[ArrayRecord]) -> int:

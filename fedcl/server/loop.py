@@ -242,9 +242,7 @@ class Server:
         seen = [value for task, value in accuracy.items() if task <= reached]
         self.headline = f"accuracy {sum(seen) / max(len(seen), 1):.3f}"
         for task, value in accuracy.items():
-            self.record.row(
-                round=server_round, phase="test", name="accuracy", value=value, task=task, after=reached
-            )
+            self.record.row(round=server_round, phase="test", name="accuracy", value=value, task=task, after=reached)
 
     def _evaluate_personal(self, server_round: int, reached: int) -> None:
         """Test what each client would use after aggregation, on its own test samples of every task so far."""

@@ -186,4 +186,3 @@ class Stock:
     def forget(self, request: ForgetRequest) -> list[Residual]:
         """Say what a stock strategy may still hold."""
         return [Residual(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
-

@@ -109,9 +109,7 @@ class Pipeline:
         self.personal = collaboration.personal
         self.keeps_updates = self.projection.keeps_updates
         self._sums = tuple(
-            p.name
-            for p in self.payloads
-            if p.direction == "up" and p.when == "every_train" and p.reduction == "sum"
+            p.name for p in self.payloads if p.direction == "up" and p.when == "every_train" and p.reduction == "sum"
         )
         self._private: Tensor | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fedcl.models.flat import Spec
 MAX_EXAMPLES = 1_000_000_000
 
 
-def rejection(reply: Reply, spec: Spec, payloads: dict[str, tuple[int, ...] | None], *, model: bool) -> str | None:
+def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] | None], *, model: bool) -> str | None:
     """Return why ``reply`` must not be used, naming the tensor at fault, or None when it is sound.
 
     Parameters

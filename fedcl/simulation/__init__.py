@@ -1,0 +1,1 @@
+"""Simulation: grids that run clients in this process or on Ray."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flwr.app import Error, Message, Metadata, RecordDict
+
 SUPPORTED = "flwr >=1.41,<1.42"
 CLIENT_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NODE_UNAVAILABLE = 5  # ErrorCode.NODE_UNAVAILABLE
@@ -50,6 +52,14 @@ def identity(run_id: int, node_id: int = 1) -> Iterator[None]:
         yield
     finally:
         TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = saved
+
+
+def message_with(metadata: Metadata, outcome: RecordDict | Error) -> Message:
+    """Return a message with ``metadata`` of our own, an argument that Flower keeps for its own grids."""
+    build: Any = Message
+    named = {"error": outcome} if isinstance(outcome, Error) else {"content": outcome}
+    message: Message = build(metadata=metadata, **named)
+    return message
 
 
 def empty_run(run_id: int) -> Any:

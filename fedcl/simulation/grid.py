@@ -11,7 +11,7 @@ from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from fedcl.client.state import MemoryStateStore
-from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run
+from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, message_with
 from fedcl.simulation.host import ClientHost, Failure, Outcome
 
 
@@ -85,9 +85,7 @@ class BaseGrid(Grid):
         waiting = [message_id for message_id in message_ids if message_id in self._sent]
         if waiting and not any(message_id in self._done for message_id in waiting):
             self._progress(None)
-        return [
-            reply for message_id in waiting if message_id in self._done for reply in self._deliver(message_id)
-        ]
+        return [reply for message_id in waiting if message_id in self._done for reply in self._deliver(message_id)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push messages and return their replies in push order; after ``timeout`` seconds, those that are there."""
@@ -116,9 +114,9 @@ class BaseGrid(Grid):
                 message_type=sent.message_type,
             )
             if isinstance(outcome, Failure):
-                replies.append(Message(error=Error(outcome.code, outcome.reason), metadata=metadata))
+                replies.append(message_with(metadata, Error(outcome.code, outcome.reason)))
             else:
-                replies.append(Message(content=outcome, metadata=metadata))
+                replies.append(message_with(metadata, outcome))
         return replies
 
 

@@ -221,12 +221,13 @@ def _user_paths() -> list[str]:
 def _start_ray(ray: Any, address: str | None, workers: int, gpus_per_worker: float) -> None:
     env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if address is not None:
-        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": env})
+        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": env})
         return
     ray.init(
         num_cpus=workers,
         include_dashboard=False,
         log_to_driver=False,
+        logging_level="error",
         _node_ip_address="127.0.0.1",
         runtime_env={"env_vars": env},
     )

@@ -1,0 +1,1 @@
+"""Constraints on every change of a model."""

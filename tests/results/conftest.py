@@ -62,7 +62,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             run = load(path)
             recorder.write_summary(
                 metrics.summarise(run.accuracy_matrix(), run.baseline())
-                | metrics.personal(run.by_client().to_dict())
+                | metrics.personal(run.by_client())
                 | {"rounds": num_tasks * rounds_per_task, "bytes/up": 12_345_678, "wall_time": 75.3}
                 | {"unlearning/forget_accuracy": 0.11}
             )
