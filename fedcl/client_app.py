@@ -1,7 +1,7 @@
 """The client half of the Flower app: a visit is the same code here as in a simulation.
 
-Needs the base dependencies only. What a client does is composed from its own copy of the configuration; the server sends
-names and numbers, never code.
+Needs the base dependencies only. What a client does is composed from its own copy of the configuration; the server
+sends names and numbers, never code.
 """
 
 from __future__ import annotations

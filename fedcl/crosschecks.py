@@ -44,7 +44,7 @@ def _rounds_fit_tasks(cfg: Mapping[str, Any]) -> None:
 
 def _exclude_names(cfg: Mapping[str, Any]) -> None:
     for key, kind, what in (
-        ("clients", str, "client ids"),
+        ("clients", (str, int), "client ids"),
         ("samples", int, "ints"),
         ("classes", int, "ints"),
     ):

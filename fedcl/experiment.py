@@ -66,7 +66,7 @@ def run(
     prepared = _Prepared.of(cfg)
     reference = _reference_config(cfg, overrides, config_dirs)
     if reference is not None:
-        _Prepared.of(reference)
+        _Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
     run_dir = _create_run_dir(cfg)
     launch = {
         "overrides": list(overrides),
@@ -110,12 +110,12 @@ class _Prepared:
     clients: tuple[str, ...]
 
     @classmethod
-    def of(cls, cfg: Config) -> _Prepared:
-        """Build it, refusing whatever does not fit together."""
+    def of(cls, cfg: Config, dataset: Dataset | None = None) -> _Prepared:
+        """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
         torch.set_num_threads(1)
         device_of(cfg)
         clients = participants(cfg)
-        dataset = load_dataset(cfg)
+        dataset = dataset or load_dataset(cfg)
         stream = make_stream(cfg, dataset)
         schedule = make_schedule(cfg, stream)
         partition = split_dataset(cfg, dataset)
@@ -233,7 +233,8 @@ def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[s
     if reference is not None:
         add_reference(run_dir, folder)
     finished = load(run_dir)
-    write_figures(finished)
+    if cfg["figures"]:
+        write_figures(finished)
     if not quiet:
         print(terminal_report(finished))
 

@@ -1,8 +1,9 @@
 """The wire: the only module that knows the names of records and keys.
 
-Down, a message holds ``arrays`` (one float32 vector ``flat``), ``fedcl`` (who, when, which task) and perhaps ``payload``;
-a stock strategy adds its own ``config``. Up, a reply holds ``arrays`` under the key that was sent, ``metrics`` with
-``num-examples``, and perhaps ``payload``. A *cohort message* addresses several clients that train from one model.
+Down, a message holds ``arrays`` (one float32 vector ``flat``), ``fedcl`` (who, when, which task) and perhaps
+``payload``; a stock strategy adds its own ``config``. Up, a reply holds ``arrays`` under the key that was sent,
+``metrics`` with ``num-examples``, and perhaps ``payload``.
+A *cohort message* addresses several clients that train from one model.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def read_reply(content: RecordDict) -> Reply:
     Raises
     ------
     ValueError
-        If a record is missing or has keys that were not asked for, naming them.
+        If a record is missing, has keys that were not asked for, or cannot be read, naming them.
     """
     metrics = content.metric_records.get(METRICS)
     if metrics is None or NUM_EXAMPLES not in metrics:
@@ -221,14 +222,25 @@ def read_reply(content: RecordDict) -> Reply:
         raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
     payload = content.array_records.get(PAYLOAD)
     num_examples = metrics[NUM_EXAMPLES]
-    if isinstance(num_examples, list) or num_examples != int(num_examples):
+    if isinstance(num_examples, list) or not float(num_examples).is_integer():
         raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
     return Reply(
         num_examples=int(num_examples),
         metrics={k: float(v) for k, v in metrics.items() if k != NUM_EXAMPLES and not isinstance(v, list)},
-        model=_tensor(arrays[FLAT]) if arrays is not None else None,
-        payload=record_tensors(payload) if payload is not None else {},
+        model=_read(ARRAYS, arrays)[FLAT] if arrays is not None else None,
+        payload=_read(PAYLOAD, payload) if payload is not None else {},
     )
+
+
+def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
+    """Return a record's tensors; whatever bytes a client sent, what cannot be read is a ValueError naming it."""
+    tensors = {}
+    for key, array in record.items():
+        try:
+            tensors[key] = _tensor(array)
+        except (ValueError, TypeError, EOFError, MemoryError) as error:
+            raise ValueError(f"the reply's '{name}' holds an unreadable '{key}': {error}") from error
+    return tensors
 
 
 def hello_content() -> RecordDict:

@@ -1,4 +1,4 @@
-"""Keyed random streams: every draw belongs to (seed, who, when, why), so it does not depend on where or when it runs."""
+"""Keyed random streams: each draw belongs to (seed, who, when, why), so it does not depend on where or when it runs."""
 
 from __future__ import annotations
 

@@ -52,14 +52,14 @@ def unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
     return node
 
 
-def clone(tree: Any) -> Any:
-    """Return a deep copy of ``tree``: no tensor is shared with the original."""
+def clone(tree: Any, device: torch.device | None = None) -> Any:
+    """Return a deep copy of ``tree``, moved to ``device`` if one is given: no tensor is shared with the original."""
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
+        return tree.detach().to(tree.device if device is None else device, copy=True)
     if isinstance(tree, dict):
-        return {key: clone(value) for key, value in tree.items()}
+        return {key: clone(value, device) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [clone(value) for value in tree]
+        return [clone(value, device) for value in tree]
     return tree
 
 

@@ -22,7 +22,7 @@ from fedcl.rules import ConfigError
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream
 from fedcl.server.stock import Stock
-from fedcl.server.strategy import Pipeline
+from fedcl.server.strategy import Pipeline, check_payloads
 
 Config = dict[str, Any]
 PARTS = ("collaboration", "staleness", "optimizer", "projection")
@@ -173,7 +173,8 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
     strategy: Pipeline | Stock
     if "stock" in node:
         stock = build(node["stock"], at="strategy.stock", trusted=cfg["trusted_packages"])
-        strategy = Stock(stock, seed=cfg["seed"], nodes=nodes)
+        selected = min(cfg["clients_per_round"] or len(nodes), len(participants(cfg)))
+        strategy = _checked(lambda: Stock(stock, seed=cfg["seed"], nodes=nodes, selected=selected))
     else:
         parts = {
             part: build(node[part]["server"], at=f"strategy.{part}.server", trusted=cfg["trusted_packages"])
@@ -182,6 +183,7 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
         }
         strategy = _checked(lambda: Pipeline(**parts))
     _checked(lambda: strategy.setup(model.spec))
+    _checked(lambda: check_payloads(strategy.payloads, [make() for make in learner_factories(cfg).values()]))
     return strategy
 
 

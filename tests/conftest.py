@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,42 @@ def data_root() -> Path:
     if not Path(root).is_dir():
         pytest.fail(f"FEDCL_DATA={root} is not a folder")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for the whole session: grids find it running and leave it running."""
+    import ray
+
+    from fedcl.simulation.ray_grid import start_ray
+
+    start_ray(None, workers=3)
+    yield
+    ray.shutdown()
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run_experiment(tmp_path: Path) -> Run:
+    """Return a function that composes overrides, runs them inline and without a reference, and returns the folder."""
+    from fedcl.config import compose
+    from fedcl.experiment import run
+
+    def play(name: str, *overrides: str, config_dirs: Sequence[Path] = ()) -> Path:
+        fixed = ["backend=inline", "compare_with=null", "figures=false", f"run_dir={tmp_path / name}"]
+        settings = [*fixed, *overrides]
+        return run(compose(settings, config_dirs), settings, config_dirs, quiet=True)
+
+    return play
+
+
+@pytest.fixture(scope="session")
+def metrics_hash() -> Callable[[Path], str]:
+    """Return a function giving the SHA-256 of a run's metrics: equal runs have equal ones."""
+
+    def digest(run_dir: Path) -> str:
+        return hashlib.sha256((run_dir / "metrics.parquet").read_bytes()).hexdigest()
+
+    return digest

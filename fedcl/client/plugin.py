@@ -7,7 +7,7 @@ phase in the order of the configuration; they never see each other and share onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -41,13 +41,14 @@ class Payload:
 
     ``when`` is ``every_train`` (rides in the train message) or ``query`` (travels when the server asks for ``name``).
     ``reduction`` says what the server may do with the uploads of many clients: ``sum`` allows folding, ``stack`` needs
-    each on its own.
+    each on its own. ``like_model`` promises a vector of the model's length (P,); the server holds uploads to it.
     """
 
     name: str
     direction: Literal["up", "down"]
     when: Literal["every_train", "query"] = "every_train"
     reduction: Literal["sum", "stack"] = "sum"
+    like_model: bool = False
 
 
 class Batch(NamedTuple):
@@ -75,6 +76,7 @@ class Context:
 
     ``received`` is the model vector (P,) that came with the message; ``task_columns`` maps every task this client has
     met to its logit columns; ``payload`` is what the server sent along; ``step`` counts optimizer steps of this visit.
+    ``twin`` gives a second model to hold a teacher; without it one is made at need.
     """
 
     model: FlatModel
@@ -91,6 +93,7 @@ class Context:
     task_columns: dict[int, tuple[int, ...]]
     num_columns: int
     payload: dict[str, Tensor] = field(default_factory=dict)
+    twin: Callable[[], FlatModel] | None = None
     step: int = 0
     epoch: int = 0
     _mask: Tensor | None = None
@@ -133,7 +136,7 @@ class Context:
     def set_teacher(self, vector_P: Tensor) -> None:
         """Choose the frozen weights that :meth:`teacher` answers with: one copy, shared by all plugins."""
         if self._twin is None:
-            self._twin = self.model.twin()
+            self._twin = self.model.twin() if self.twin is None else self.twin()
         self._twin.load(vector_P)
         self._twin.eval()
         self._teacher = None
@@ -206,7 +209,10 @@ class Plugin:
         return {}
 
     def load(self, state: State) -> None:
-        """Restore what :meth:`state` returned; an empty dict is a client that has never been visited."""
+        """Restore what :meth:`state` returned; an empty dict is a client that has never been visited.
+
+        The tensors are on the model's device and a copy: the plugin's to keep and to write to.
+        """
 
 
 def overrides(plugin: Plugin, hook: str) -> bool:

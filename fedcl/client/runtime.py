@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class ClientRuntime:
     seed: int
     num_columns: int
     personal_evaluation: bool = False
+    _spare: FlatModel | None = field(default=None, init=False, repr=False)
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
         """Do what ``request`` asks and stage the state that results.
@@ -106,7 +107,7 @@ class ClientRuntime:
         instances = {name: build() for name, build in self.plugins.items()}
         names = {id(plugin): name for name, plugin in instances.items()}
         learner = {names[id(plugin)]: plugin for plugin in ordered(list(instances.values()))}
-        state = clone(store.load(request.client, request.committed)) if learner else {}
+        state = clone(store.load(request.client, request.committed), self.model.device) if learner else {}
         ctx = self._context(request, request.task, request.model, state)
         self.model.set_generator(self._dropout_generator(ctx))
         for name, plugin in learner.items():
@@ -133,7 +134,14 @@ class ClientRuntime:
             task_columns=met,
             num_columns=self.num_columns,
             payload=request.payload,
+            twin=self._twin,
         )
+
+    def _twin(self) -> FlatModel:
+        # building a module costs as much as a short visit: one serves them all
+        if self._spare is None:
+            self._spare = self.model.twin()
+        return self._spare
 
     def _dropout_generator(self, ctx: Context) -> torch.Generator:
         generator = ctx.rng("dropout")
@@ -152,7 +160,7 @@ class ClientRuntime:
             return  # a learner without plugins has nothing to remember
         tasks = {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
         state = {"tasks": tasks, "plugins": {name: plugin.state() for name, plugin in learner.items()}}
-        store.stage(request.client, request.visit, clone(state))
+        store.stage(request.client, request.visit, clone(state, torch.device("cpu")))
 
 
 def check_learner(plugins: PluginFactories) -> None:

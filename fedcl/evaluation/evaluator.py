@@ -61,9 +61,6 @@ class Evaluator:
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
         for start in range(0, len(y), self._batch_size):
             logits = self._model(x[start : start + self._batch_size]).logits
-            if columns is None:
-                predicted = logits.argmax(1)
-            else:
-                predicted = columns[logits[:, columns].argmax(1)]
+            predicted = logits.argmax(1) if columns is None else columns[logits[:, columns].argmax(1)]
             correct += (predicted == y[start : start + self._batch_size]).sum()
         return int(correct)

@@ -12,8 +12,8 @@ class Task:
     """One task as a client sees it (what Avalanche calls an experience).
 
     It owns the samples whose class is in ``classes``, seen through ``transform``. ``columns`` are the logit columns
-    of those classes, aligned with ``classes``. ``mask`` lists the columns a prediction may choose from (sorted); ``None``
-    means all. ``head`` is the index of the head that owns the columns.
+    of those classes, aligned with ``classes``. ``mask`` lists the columns a prediction may choose from (sorted);
+    ``None`` means all. ``head`` is the index of the head that owns the columns.
     """
 
     id: int

@@ -2,8 +2,8 @@
 
     admit (Staleness) -> combine (Collaboration) -> step (ServerOptimizer) -> apply (Projection)
 
-Model vectors are flat float32 tensors of shape (P,); changes are flat float64 tensors of shape (P,) and are rounded once,
-when the core adds them to a model. A :class:`~fedcl.models.flat.Spec` gives the slices. Parts never see the grid.
+Model vectors are flat float32 tensors of shape (P,); changes are flat float64 tensors of shape (P,), rounded
+once, when the core adds them to a model. A :class:`~fedcl.models.flat.Spec` gives the slices. Parts never see the grid.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -47,12 +47,20 @@ class EventLog(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a client's reply cannot be used: ``client_failed`` when there is none, else ``reply_rejected``."""
+
+    event: Literal["client_failed", "reply_rejected"]
+    reason: str
+
+
 @dataclass
 class Exchange:
     """Sends requests to clients and returns what they answered.
 
-    ``visits`` counts how often each client was dispatched, ``committed`` is its last visit that was accepted. ``cohorts``
-    says that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
+    ``visits`` counts how often each client was dispatched, ``committed`` is its last accepted visit. ``cohorts`` says
+    that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
     visit counts.
     """
 
@@ -70,19 +78,37 @@ class Exchange:
     bytes_down: int = 0
 
     def train(
-        self, outgoing: Sequence[Outgoing], task_of: Callable[[str], Task], server_round: int, version: int
+        self,
+        outgoing: Sequence[Outgoing],
+        task_of: Callable[[str], Task],
+        server_round: int,
+        version: int,
+        *,
+        min_replies: int = 1,
     ) -> list[Update | None]:
-        """Train ``outgoing``'s clients; return one place for each, None where no sound update came back."""
+        """Train ``outgoing``'s clients; return one place for each, None where no sound update came back.
+
+        With fewer than ``min_replies`` updates the round does not count: no client's state becomes current.
+        """
         recipients = [
             (out, self._request("train", out.client, server_round, version, task_of(out.client), out))
             for out in outgoing
         ]
-        uploads = {p.name: None for p in self.payloads if p.direction == "up" and p.when == "every_train"}
+        uploads = {
+            p.name: (self.spec.size,) if p.like_model else None
+            for p in self.payloads
+            if p.direction == "up" and p.when == "every_train"
+        }
         replies = self._send(recipients)
-        positions: list[Update | None] = []
-        for out, request in recipients:
-            reply = self._accept(request, replies.get(out.client), uploads, model=True)
-            positions.append(self._update(out, request, reply))
+        sound = [
+            (out, request, self._accept(request, replies.get(out.client), uploads, model=True))
+            for out, request in recipients
+        ]
+        positions = [self._update(out, request, reply) for out, request, reply in sound]
+        if sum(update is not None for update in positions) >= min_replies:
+            for _, request, reply in sound:
+                if reply is not None:
+                    self._commit(request)
         return positions
 
     def _update(self, out: Outgoing, request: Request, reply: Reply | None) -> Update | None:
@@ -115,7 +141,7 @@ class Exchange:
         for out, request in recipients:
             reply = replies.get(out.client)
             names = dict.fromkeys(reply.payload) if isinstance(reply, Reply) else {}
-            sound = self._accept(request, reply, names, model=False, commits=False)
+            sound = self._accept(request, reply, names, model=False)
             if sound is not None and sound.num_examples:
                 answers.append(Answer(out.client, sound.num_examples, sound.payload))
         return answers
@@ -128,9 +154,11 @@ class Exchange:
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:
-            reply = self._accept(request, replies.get(out.client), {}, model=False, commits=kind == "task_end")
+            reply = self._accept(request, replies.get(out.client), {}, model=False)
             if reply is not None:
                 sound[out.client] = reply
+                if kind == "task_end":
+                    self._commit(request)
         return sound
 
     def _request(
@@ -145,43 +173,46 @@ class Exchange:
     def _accept(
         self,
         request: Request,
-        reply: Reply | str | None,
+        reply: Reply | Fault | None,
         payloads: Mapping[str, tuple[int, ...] | None],
         *,
         model: bool,
-        commits: bool = True,
     ) -> Reply | None:
+        fault = Fault("client_failed", "no reply in time") if reply is None else reply
+        if isinstance(fault, Reply):
+            reason = rejection(fault, self.spec, payloads, model=model)
+            if reason is None:
+                return fault
+            fault = Fault("reply_rejected", reason)
         where = {"round": request.server_round, "client": request.client, "visit": request.visit}
-        if reply is None or isinstance(reply, str):
-            self.log.event("client_failed", **where, message=request.kind, reason=reply or "no reply in time")
-            return None
-        reason = rejection(reply, self.spec, payloads, model=model)
-        if reason is not None:
-            self.log.event("reply_rejected", **where, message=request.kind, reason=reason)
-            return None
-        if commits:
-            self.committed[request.client] = request.visit
-            if self.commit_state is not None:
-                self.commit_state(request.client, request.visit)
-        return reply
+        self.log.event(fault.event, **where, message=request.kind, reason=fault.reason)
+        return None
 
-    def _send(self, recipients: Recipients) -> dict[str, Reply | str]:
-        """Exchange messages; return by client a reply, or the reason why there is none."""
+    def _commit(self, request: Request) -> None:
+        self.committed[request.client] = request.visit
+        if self.commit_state is not None:
+            self.commit_state(request.client, request.visit)
+
+    def _send(self, recipients: Recipients) -> dict[str, Reply | Fault]:
+        """Exchange messages; return by client its first reply, or what was wrong with it."""
         clients = {node: client for client, node in self.nodes.items()}
-        replies: dict[str, Reply | str] = {}
+        replies: dict[str, Reply | Fault] = {}
         for message in self.grid.send_and_receive(messages=self._messages(recipients), timeout=self.timeout):
             client = clients.get(message.metadata.src_node_id, "")
             if not client:
                 self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
                 continue
+            if client in replies:
+                self.log.event("reply_rejected", client=client, reason="a second reply to one message")
+                continue
             if message.has_error():
-                replies[client] = message.error.reason or f"error {message.error.code}"
+                replies[client] = Fault("client_failed", message.error.reason or f"error {message.error.code}")
                 continue
             self.bytes_up += _num_bytes(message.content.array_records.values())
             try:
                 replies[client] = read_reply(message.content)
             except ValueError as error:
-                replies[client] = str(error)
+                replies[client] = Fault("reply_rejected", str(error))
         return replies
 
     def _messages(self, recipients: Recipients) -> Iterator[Message]:
@@ -214,12 +245,10 @@ class Exchange:
 
 def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
     (out_a, request_a), (out_b, request_b) = a, b
-    same_payload = out_a.payload.keys() == out_b.payload.keys() and all(
-        out_a.payload[name] is out_b.payload[name] for name in out_a.payload
-    )
     return (
         out_a.model is out_b.model
-        and same_payload
+        and out_a.payload.keys() == out_b.payload.keys()
+        and all(tensor is out_b.payload[name] for name, tensor in out_a.payload.items())
         and out_a.config == out_b.config
         and request_a.task == request_b.task
     )

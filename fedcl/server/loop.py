@@ -170,7 +170,11 @@ class Server:
         )
         outgoing = self.strategy.outgoing(selected, self)
         positions = self.exchange.train(
-            outgoing, lambda client: self._task_of(client, server_round), server_round, self.version
+            outgoing,
+            lambda client: self._task_of(client, server_round),
+            server_round,
+            self.version,
+            min_replies=self.options.min_replies,
         )
         updates = [update for update in positions if update is not None]
         self.state.visited |= {update.client for update in updates}

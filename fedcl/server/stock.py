@@ -23,9 +23,9 @@ from fedcl.messages import ARRAYS, CONFIG, FLAT, METRICS, NUM_EXAMPLES, vector_r
 from fedcl.models.flat import Spec
 from fedcl.randomness import key
 from fedcl.requests import ForgetRequest, Residual
+from fedcl.rules import ConfigError
 from fedcl.server.contracts import GLOBAL, Answer, Event, Query, ServerView, Target, Update
 from fedcl.server.strategy import Outgoing
-from fedcl.tree import clone
 
 
 class CohortGrid(Grid):
@@ -74,14 +74,14 @@ class Stock:
     Raises
     ------
     ValueError
-        If ``strategy`` is not a Flower strategy, or waits for more nodes than a round selects.
+        If ``strategy`` is not a Flower strategy, or needs more nodes than the ``selected`` ones of a round.
     """
 
     personal = False
     keeps_updates = False
     payloads: tuple[Payload, ...] = ()
 
-    def __init__(self, strategy: Any, *, seed: int, nodes: Mapping[str, int]) -> None:
+    def __init__(self, strategy: Any, *, seed: int, nodes: Mapping[str, int], selected: int) -> None:
         if not isinstance(strategy, FlowerStrategy):
             raise ValueError(f"strategy.stock: {type(strategy).__name__} is not a flwr.serverapp.strategy.Strategy")
         self.strategy = strategy
@@ -89,13 +89,21 @@ class Stock:
         self._nodes = dict(nodes)
         self._clients = {node: client for client, node in self._nodes.items()}
         self._sent: dict[str, Message] = {}
+        self._check_selection(selected)
 
     def setup(self, spec: Spec) -> None:
         """Nothing to learn: Flower strategies work on whatever arrays they get."""
 
+    def _check_selection(self, selected: int) -> None:
+        # Flower would wait, for ever, until enough nodes are there
+        for name in ("min_available_nodes", "min_train_nodes"):
+            needed = getattr(self.strategy, name, 0)
+            if needed > selected:
+                raise ValueError(f"strategy.stock.{name}={needed}: must be <= {selected}, the clients of a round")
+
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Let the strategy configure the round over the selected nodes."""
-        self._check_minimum(len(selected))
+        self._check_selection(len(selected))
         arrays = vector_record(view.global_model, live=True)
         grid = CohortGrid(self._nodes[client] for client in selected)
         with self._random("configure", view.version):
@@ -107,18 +115,14 @@ class Stock:
     def _outgoing(self, client: str, arrays: ArrayRecord, view: ServerView) -> Outgoing:
         content = self._sent[client].content
         extra = set(content) - {ARRAYS, CONFIG}
-        if extra or content.array_records.get(ARRAYS) is not arrays:
-            raise ValueError(
-                f"strategy.stock: {type(self.strategy).__name__} sends more than the global model ({sorted(extra)}): "
-                "such a strategy needs a part of its own"
+        config = dict(content.config_records.get(CONFIG, {}))
+        asked = sorted({*extra, *(config.keys() - {"server-round"})})
+        if asked or content.array_records.get(ARRAYS) is not arrays:
+            raise ConfigError(
+                f"strategy.stock={type(self.strategy).__name__}: sends clients more than the global model "
+                f"({', '.join(asked) or 'another model'}), which they would ignore: it needs parts of its own"
             )
-        return Outgoing(client, GLOBAL, view.global_model, {}, dict(content.config_records.get(CONFIG, {})))
-
-    def _check_minimum(self, selected: int) -> None:
-        for name in ("min_available_nodes", "min_train_nodes"):
-            needed = getattr(self.strategy, name, 0)
-            if needed > selected:
-                raise ValueError(f"strategy.stock.{name}={needed}: a round selects only {selected} clients")
+        return Outgoing(client, GLOBAL, view.global_model, {}, config)
 
     def target_of(self, client: str, view: ServerView) -> Target:
         """Everybody uses the global model."""
@@ -126,15 +130,19 @@ class Stock:
 
     def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
         """Let the strategy aggregate the accepted replies."""
-        replies = [self._reply(update) for update in positions if update is not None]
+        updates = [update for update in positions if update is not None]
+        # Flower refuses replies whose metrics differ in name, and a client may have nothing to test itself on
+        common = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
+        replies = [self._reply(update, common) for update in updates]
         with self._random("aggregate", view.version):
             arrays, _ = self.strategy.aggregate_train(view.version + 1, replies)
         if arrays is None:
             return {}
         return {GLOBAL: torch.from_numpy(arrays[FLAT].numpy().astype("float32", copy=False))}
 
-    def _reply(self, update: Update) -> Message:
-        metrics: dict[str, Any] = {NUM_EXAMPLES: update.num_examples, **update.metrics}
+    def _reply(self, update: Update, names: set[str]) -> Message:
+        metrics: dict[str, Any] = {NUM_EXAMPLES: update.num_examples}
+        metrics.update((name, value) for name, value in update.metrics.items() if name in names)
         records = {ARRAYS: vector_record(update.model, live=True), METRICS: MetricRecord(metrics)}
         return Message(RecordDict(cast(Any, records)), reply_to=self._sent[update.client])
 
@@ -161,28 +169,33 @@ class Stock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's numeric attributes and arrays: moments of FedAdam, norms of adaptive clipping."""
-        return clone(self._plain(vars(self.strategy)))  # type: ignore[no-any-return]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        for name, value in state.items():
-            current = vars(self.strategy).get(name)
-            if isinstance(value, dict):
-                value = {key: item.numpy() if isinstance(item, torch.Tensor) else item for key, item in value.items()}
-            if isinstance(current, ArrayRecord):
-                continue  # the global model, which comes back with the next round
-            setattr(self.strategy, name, value)
-
-    @staticmethod
-    def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
         plain: dict[str, Any] = {}
-        for name, value in attributes.items():
+        for name, value in vars(self.strategy).items():
             if value is None or isinstance(value, (bool, int, float, str)):
                 plain[name] = value
             elif isinstance(value, dict) and all(isinstance(item, np.ndarray) for item in value.values()):
                 plain[name] = {key: torch.from_numpy(item.copy()) for key, item in value.items()}
+            elif isinstance(value, list) and all(isinstance(item, np.ndarray) for item in value):
+                plain[name] = [torch.from_numpy(item.copy()) for item in value]
         return plain
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them. The model a strategy remembers as an ``ArrayRecord`` comes back with the next round."""
+        for name, value in state.items():
+            if not isinstance(vars(self.strategy).get(name), ArrayRecord):
+                setattr(self.strategy, name, _arrays(value))
 
     def forget(self, request: ForgetRequest) -> list[Residual]:
         """Say what a stock strategy may still hold."""
         return [Residual(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
+
+
+def _arrays(value: Any) -> Any:
+    """Return stored state as Flower keeps it: numpy arrays of its own, in dicts or lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().copy()
+    if isinstance(value, dict):
+        return {key: _arrays(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_arrays(item) for item in value]
+    return value

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
+from fedcl.client.plugin import Payload, Plugin
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.server.contracts import (
@@ -87,6 +87,34 @@ class Strategy(Protocol):
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:
     """Return a + b computed in float64 and rounded once to float32."""
     return (a.double() + b.double()).float()
+
+
+def check_payloads(expected: Sequence[Payload], plugins: Sequence[Plugin]) -> None:
+    """Refuse clients that send what the server part does not take, or that need what it does not send.
+
+    Otherwise every reply would be rejected for its payload, round after round.
+
+    Raises
+    ------
+    ValueError
+        Naming the payload.
+    """
+    known = {payload.name: payload for payload in expected if payload.when == "every_train"}
+    owners: dict[str, str] = {}
+    for plugin in plugins:
+        name = type(plugin).__name__
+        for payload in (p for p in plugin.payloads if p.when == "every_train"):
+            if known.get(payload.name) != payload:
+                raise ValueError(
+                    f"{name} exchanges {payload.name!r} ({payload.direction}) with every train message, "
+                    "which the strategy's server side does not declare so"
+                )
+            if payload.direction == "up" and payload.name in owners:
+                raise ValueError(f"{owners[payload.name]} and {name} both upload {payload.name!r}")
+            owners[payload.name] = name
+    missing = [name for name, payload in known.items() if payload.direction == "up" and name not in owners]
+    if missing:
+        raise ValueError(f"strategy.collaboration.client: nobody uploads {missing[0]!r}, which the server side needs")
 
 
 class Pipeline:

@@ -41,6 +41,8 @@ def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] |
         tensor = reply.payload[name]
         if shape is not None and tuple(tensor.shape) != shape:
             return f"payload {name} has shape {tuple(tensor.shape)}, expected {shape}"
+        if tensor.is_complex():
+            return f"payload {name} is {tensor.dtype}: must be real"
         if not bool(torch.isfinite(tensor).all()):
             return f"payload {name} is not finite"
     return None

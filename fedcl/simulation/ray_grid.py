@@ -94,7 +94,7 @@ class RayGrid(BaseGrid):
         count = workers or os.cpu_count() or 1
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            _start_ray(ray, address, count, gpus_per_worker)
+            start_ray(address, workers=count)
         clients = tuple(nodes)
         self._sizes = {client: len(part) for client, part in zip(clients, partition.train, strict=True)}
         # workers get their device from the driver's choice only where they may use one
@@ -218,16 +218,13 @@ def _user_paths() -> list[str]:
     return [path for path in sys.path if path]
 
 
-def _start_ray(ray: Any, address: str | None, workers: int, gpus_per_worker: float) -> None:
-    env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def start_ray(address: str | None, *, workers: int) -> None:
+    """Start Ray on this machine, reachable from nowhere else and without a dashboard, or join a cluster."""
+    import ray
+
+    runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
+    common = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": env})
-        return
-    ray.init(
-        num_cpus=workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": env},
-    )
+        ray.init(address=address, **common)
+    else:
+        ray.init(num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1", **common)

@@ -1,0 +1,86 @@
+"""SCAFFOLD's server half: the mean of the clients' changes, and the mean of their control variates.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, Algorithm 1, lines 16
+and 17: x <- x + eta_g mean(y_i - x) over the round's clients, c <- c + (1/N) sum(c_i+ - c_i) with N all clients.
+"""
+
+# P = length of the flat vector
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedcl.client.plugin import Payload
+from fedcl.models.flat import Spec
+from fedcl.requests import ForgetRequest, Residual
+from fedcl.server.contracts import GLOBAL, Collaboration, Fold, ServerView, Target, Update
+
+
+class Scaffold(Collaboration):
+    """Average uniformly, step with ``server_lr`` (the paper's eta_g), and keep the server's control variate c.
+
+    Its client half is ``clients.scaffold.Scaffold``. The server holds the sum over clients alone, never one client's
+    variate, so forgetting starts the variates over: here and, through ``control_epoch``, at every client.
+
+    Raises
+    ------
+    ValueError
+        If ``server_lr`` is not positive.
+    """
+
+    payloads: ClassVar[tuple[Payload, ...]] = (
+        Payload("control", "down", like_model=True),
+        Payload("control_epoch", "down"),
+        Payload("control_delta", "up", like_model=True),
+    )
+
+    def __init__(self, *, server_lr: float = 1.0) -> None:
+        if not server_lr > 0:
+            raise ValueError(f"strategy.collaboration.server.server_lr={server_lr}: must be > 0")
+        self.server_lr = server_lr
+        self._epoch = 0
+        self._set_control(torch.zeros(0, dtype=torch.float64))
+
+    def _set_control(self, control_P: Tensor) -> None:
+        self._control = control_P
+        # one object for everybody: clients that share model and payload share a message
+        self._payload = {"control": control_P.float(), "control_epoch": torch.tensor([self._epoch])}
+
+    def setup(self, spec: Spec) -> None:
+        """Start from c = 0."""
+        self._set_control(torch.zeros(spec.size, dtype=torch.float64))
+
+    def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
+        """Return the global model and c, float32 (P,)."""
+        return GLOBAL, dict(self._payload)
+
+    def term(self, update: Update) -> tuple[Tensor, float]:
+        """Return the change with weight one, times what staleness made of the weight."""
+        return update.delta, update.weight / update.num_examples
+
+    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
+        """Move c and return the change of the global model."""
+        if fold.clients:
+            self._set_control(self._control + fold.payload["control_delta"] / len(view.clients))
+        return {GLOBAL: self.server_lr * fold.mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return c in float64 (P,) and its epoch."""
+        return {"control": self._control, "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._epoch = state["epoch"]
+        self._set_control(state["control"])
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Start over from c = 0, at the clients too."""
+        self._epoch += 1
+        self._set_control(torch.zeros_like(self._control))
+        return Residual(type(self).__name__, "reset", "the control variate is a mean over clients: it starts over")
+
+    def metrics(self) -> dict[str, float]:
+        """Return the norm of c."""
+        return {"control_norm": float(self._control.norm())}
