@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from flwr.serverapp import Grid
 
 from fedcl.building import plugin_directories
 from fedcl.client.plugin import overrides as defines
@@ -36,7 +35,7 @@ from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
-from fedcl.simulation.backend import Backend, open_backend
+from fedcl.simulation.backend import Backend, FlowerGrid, open_backend
 from fedcl.wiring import (
     Config,
     device_of,
@@ -54,7 +53,7 @@ REFERENCE = "reference"
 
 
 def run(
-    cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool, grid: Grid | None = None
+    cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool, grid: FlowerGrid | None = None
 ) -> Path:
     """Run an experiment and, unless ``compare_with`` is null, its reference; return the run's folder.
 
@@ -131,7 +130,7 @@ def _play(
     run_dir: Path,
     quiet: bool,
     resuming: bool = False,
-    grid: Grid | None = None,
+    grid: FlowerGrid | None = None,
 ) -> None:
     """Play the rounds that are still to come, writing everything down."""
     if cfg["deterministic"] != torch.are_deterministic_algorithms_enabled():

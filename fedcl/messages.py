@@ -238,7 +238,7 @@ def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
     for key, array in record.items():
         try:
             tensors[key] = _tensor(array)
-        except (ValueError, TypeError, EOFError, MemoryError) as error:
+        except Exception as error:  # numpy's reader raises whatever foreign bytes lead it to
             raise ValueError(f"the reply's '{name}' holds an unreadable '{key}': {error}") from error
     return tensors
 

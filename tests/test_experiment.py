@@ -42,7 +42,8 @@ def test_the_folder_holds_what_the_design_promises(run_experiment: Play) -> None
 
 
 def test_the_reference_has_the_same_seed_and_lands_in_the_summary(tmp_path: Path) -> None:
-    overrides = ["backend=inline", "figures=false", *SMALL, "seed=3", f"run_dir={tmp_path / 'a'}", "compare_with='client.epochs=3'"]
+    overrides = ["backend=inline", "figures=false", *SMALL, "seed=3", f"run_dir={tmp_path / 'a'}"]
+    overrides += ["compare_with='client.epochs=3'"]
     folder = run(compose(overrides), overrides, [], quiet=True)
     summary = json.loads((folder / "summary.json").read_text())
     reference = load(folder / "reference")

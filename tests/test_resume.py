@@ -19,7 +19,8 @@ from fedcl.server.loop import Server
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
-SMALL = ["backend=inline", "num_clients=5", "rounds_per_task=2", "scenario.num_tasks=5", "compare_with=null", "figures=false"]
+SMALL = ["backend=inline", "compare_with=null", "figures=false"]
+SMALL += ["num_clients=5", "rounds_per_task=2", "scenario.num_tasks=5"]
 STATEFUL = ["learner=[ewc,er]", "strategy/projection=fot"]
 
 

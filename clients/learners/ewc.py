@@ -48,7 +48,7 @@ class EWC(Plugin):
     def __init__(
         self,
         *,
-        weight: float = 100.0,
+        weight: float = 10.0,
         mode: Literal["online", "separate"] = "online",
         decay: float = 1.0,
         fisher: FisherKind = "per_sample",

@@ -223,7 +223,7 @@ def start_ray(address: str | None, *, workers: int) -> None:
     import ray
 
     runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
-    common = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
     if address is not None:
         ray.init(address=address, **common)
     else:

@@ -56,7 +56,7 @@ def test_a_batch_at_a_time_is_one_at_a_time(budget: int, batches: list[int], see
         assert state["x"].tolist() == [[k, -k] for k in expected]
 
 
-def uniformity(add: object, *, stream: int = 300, budget: int = 30, trials: int = 400) -> float:
+def uniformity(add: object, *, stream: int = 300, budget: int = 30, trials: int = 200) -> float:
     """p-value of the chi-square test that every sample of the stream is kept equally often."""
     counts = torch.zeros(stream, dtype=torch.float64)
     for trial in range(trials):

@@ -76,7 +76,13 @@ def make_client(device: torch.device) -> Callable[..., Client]:
     """Return a builder of a client that holds all of a data set."""
 
     def build(
-        dataset: Dataset, stream: Stream, plugins: Factories, *, hidden: Sequence[int] = (16,), seed: int = 0, **training: float
+        dataset: Dataset,
+        stream: Stream,
+        plugins: Factories,
+        *,
+        hidden: Sequence[int] = (16,),
+        seed: int = 0,
+        **training: float,
     ) -> Client:
         everything = Partition((np.arange(len(dataset.train)),), (np.arange(len(dataset.test)),))
         module = build_model(lambda: MLP(input_shape=dataset.input_shape, heads=stream.heads, hidden=hidden), seed=seed)

@@ -31,7 +31,8 @@ def steps(er: ER, ctx: Context) -> list[Batch]:
     """Play the visit's batches in order."""
     er.before_round(ctx)
     batches = []
-    for ctx.epoch in range(ctx.epochs):
+    for epoch in range(ctx.epochs):
+        ctx.epoch = epoch
         for start in range(0, len(ctx.data), ctx.batch_size):
             part = slice(start, start + ctx.batch_size)
             batches.append(er.before_step(ctx, Batch(ctx.data.x[part], ctx.data.y[part], ctx.mask)))
@@ -109,8 +110,8 @@ def test_with_a_growing_mask_replay_shares_it(device: torch.device) -> None:
 
 def test_the_draws_belong_to_the_visit(device: torch.device) -> None:
     def replayed(visit: int) -> list[float]:
-        er = ER(budget=6)
-        return [value for b in steps(er, context(device, TASK[0], {0: (0, 1)}, visit=visit)) for value in b.x[3:, 0].tolist()]
+        batches = steps(ER(budget=6), context(device, TASK[0], {0: (0, 1)}, visit=visit))
+        return [value for batch in batches for value in batch.x[3:, 0].tolist()]
 
     assert replayed(0) == replayed(0)
     assert replayed(0) != replayed(1)

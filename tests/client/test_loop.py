@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedcl.client.loop import LocalTraining, accuracy, fit, masked_cross_entropy, ordered, owner
+from fedcl.client.plugin import Batch, Context, Phase, Plugin
+from fedcl.models.networks import Output
+from fedcl.randomness import torch_generator
+from fedcl.scenario.task import Task
+
+Make = Callable[..., Context]
+
+
+def by_hand(ctx: Context, training: LocalTraining) -> tuple[Tensor, list[float]]:
+    """The same visit as anybody would write it with torch.optim.SGD."""
+    net, data = ctx.model.twin().module, ctx.data
+    net.train()
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay, foreach=False
+    )
+    generator = torch_generator(ctx.seed, ctx.client, ctx.visit, "batches")
+    losses = []
+    for _ in range(training.epochs):
+        order = torch.randperm(len(data), generator=generator).to(ctx.device)
+        for chosen in order.split(training.batch_size):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(data.x[chosen]).logits, data.y[chosen])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return torch.cat([p.detach().flatten() for p in net.parameters()]), losses
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_the_loop_is_torchs_sgd_bit_for_bit(make_context: Make, momentum: float, weight_decay: float) -> None:
+    ctx = make_context()
+    training = LocalTraining(epochs=3, batch_size=4, lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    expected, losses = by_hand(ctx, training)
+    before = ctx.model.vector()
+    metrics = fit(ctx, [], training)
+    if ctx.device.type == "cpu":
+        assert torch.equal(ctx.model.flat, expected)
+    torch.testing.assert_close(ctx.model.flat, expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ctx.model.flat, before)
+    assert metrics["steps"] == len(losses) == 18
+    assert metrics["loss_first"] == pytest.approx(losses[0])
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_masked_columns_are_out_of_the_loss_and_out_of_predictions(make_context: Make) -> None:
+    out = Output(torch.tensor([[1.0, 2.0, 9.0]]), torch.zeros(1, 1))
+    batch = Batch(torch.zeros(1, 1), torch.tensor([0]), torch.tensor([True, True, False]))
+    expected = F.cross_entropy(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    assert masked_cross_entropy(out, batch).item() == pytest.approx(expected.item())
+    rows = batch._replace(mask=torch.tensor([[True, False, False]]))
+    assert masked_cross_entropy(out, rows).item() == 0.0
+    ctx = make_context(Task(0, (0, 1, 2), (0, 1, 2), mask=(0, 1)))
+    with torch.no_grad():
+        ctx.model.flat.zero_()
+        ctx.model.spec.view(ctx.model.flat, "head.bias").copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    assert accuracy(ctx, [], ctx.data.x, torch.ones_like(ctx.data.y)) == 1.0
+    assert accuracy(ctx, [], ctx.data.x, torch.full_like(ctx.data.y, 3)) == 0.0
+
+
+def test_columns_masked_in_training_do_not_move(make_context: Make) -> None:
+    ctx = make_context(Task(0, (0, 1, 2), (0, 1, 2), mask=(0, 1, 2)))
+    before = ctx.model.vector()
+    fit(ctx, [], LocalTraining())
+    weight, old = (ctx.model.spec.view(vector, "head.weight") for vector in (ctx.model.flat, before))
+    assert torch.equal(weight[3], old[3])
+    assert not torch.equal(weight[:3], old[:3])
+
+
+class Scribe(Plugin):
+    """Writes down every hook it is called by."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def note(self, hook: str) -> None:
+        self.log.append(f"{hook}:{self.name}")
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        self.note("before_step")
+        return batch
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        self.note("loss")
+        return None
+
+    def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
+        self.note("after_backward")
+
+    def after_step(self, ctx: Context) -> None:
+        self.note("after_step")
+
+
+class Replay(Scribe):
+    phase = Phase.DATA
+
+
+class Weigh(Scribe):
+    phase = Phase.WEIGHT
+
+
+class Objective(Scribe):
+    phase = Phase.OBJECTIVE
+
+    def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
+        self.note("objective")
+        return 2.0 * masked_cross_entropy(out, batch)
+
+
+class Rival(Plugin):
+    phase = Phase.OBJECTIVE
+
+    def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
+        return out.logits.sum()
+
+
+def test_hooks_run_by_phase_not_by_listing(make_context: Make) -> None:
+    Scribe.log.clear()
+    plugins = ordered([Weigh("w"), Scribe("r2"), Objective("o"), Replay("d"), Scribe("r1")])
+    assert [plugin.name for plugin in plugins] == ["d", "o", "r2", "r1", "w"]  # type: ignore[attr-defined]
+    ctx = make_context()
+    ctx.data.x, ctx.data.y = ctx.data.x[:4], ctx.data.y[:4]
+    fit(ctx, plugins, LocalTraining(batch_size=4))
+    everybody = ["d", "o", "r2", "r1", "w"]
+    expected = [f"before_step:{name}" for name in everybody] + ["objective:o"]
+    for hook in ("loss", "after_backward", "after_step"):
+        expected += [f"{hook}:{name}" for name in everybody]
+    assert Scribe.log == expected
+
+
+def test_an_objective_stands_in_for_cross_entropy(make_context: Make) -> None:
+    Scribe.log.clear()
+    doubled, plain = make_context(), make_context()
+    fit(doubled, [Objective("o")], LocalTraining(lr=0.05))
+    fit(plain, [], LocalTraining(lr=0.1))
+    torch.testing.assert_close(doubled.model.flat, plain.model.flat)
+
+
+def test_two_objectives_are_refused_by_name(make_context: Make) -> None:
+    with pytest.raises(ValueError, match=r"learner: Objective and Rival both own 'objective': choose one"):
+        owner([Objective("o"), Rival()], "objective")
+    assert owner([Scribe("s")], "objective") is None
+
+
+class Edits(Plugin):
+    phase = Phase.GRADIENT
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        return 3.0 * sum((p.square().sum() for p in ctx.model.trainable), start=torch.zeros((), device=ctx.device))
+
+    def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
+        for grad, parameter in zip(grads, ctx.model.trainable, strict=True):
+            grad.sub_(6.0 * parameter.detach())
+
+
+def test_loss_terms_add_up_and_gradients_can_be_edited(make_context: Make) -> None:
+    edited, plain = make_context(), make_context()
+    metrics = fit(edited, [Edits()], LocalTraining())
+    reference = fit(plain, [], LocalTraining())
+    torch.testing.assert_close(edited.model.flat, plain.model.flat)
+    assert metrics["loss"] > reference["loss"]
+
+
+class Oracle(Plugin):
+    def predict(self, ctx: Context, x: Tensor) -> Tensor:
+        return F.one_hot(torch.full((len(x),), 2, device=x.device), 4).float()
+
+
+def test_predictions_may_have_an_owner(make_context: Make) -> None:
+    ctx = make_context()
+    share = (ctx.data.y == 2).float().mean().item()
+    assert accuracy(ctx, [Oracle()], ctx.data.x, ctx.data.y, batch_size=5) == pytest.approx(share)
+
+
+def test_a_teacher_is_asked_once_a_step_and_stays_what_it_was(make_context: Make) -> None:
+    ctx = make_context()
+    with pytest.raises(RuntimeError, match="no teacher"):
+        ctx.teacher(ctx.data.x)
+    ctx.set_teacher(ctx.received)
+    first = ctx.teacher(ctx.data.x)
+    assert ctx.teacher(ctx.data.x) is first
+    assert torch.equal(first.logits, ctx.model(ctx.data.x).logits)
+    with torch.no_grad():
+        ctx.model.flat.add_(1.0)
+    again = ctx.teacher(ctx.data.x.clone())
+    assert torch.equal(again.logits, first.logits)
+    assert not again.logits.requires_grad
+    ctx.set_teacher(ctx.model.vector())
+    assert not torch.equal(ctx.teacher(ctx.data.x).logits, first.logits)

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+from fedcl.client.plugin import Context, Payload, Plugin, State
+from fedcl.client.runtime import ClientRuntime
+from fedcl.client.state import NEVER, ClientStateStore
+from fedcl.messages import Reply, Request
+from fedcl.server.contracts import Collaboration, Query
+from fedcl.server.strategy import Outgoing, Pipeline
+from fedcl.simulation.host import ClientHost, Failure
+
+BAD = "1"  # the client at fault throughout
+
+
+class Counter(Plugin):
+    """Counts its client's committed visits."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def load(self, state: State) -> None:
+        self.count = state.get("count", 0)
+
+    def state(self) -> State:
+        return {"count": self.count}
+
+    def after_round(self, ctx: Context) -> dict[str, torch.Tensor]:
+        self.count += 1
+        return {}
+
+
+class Raises(Counter):
+    """Fails at one client after its state has changed."""
+
+    def after_round(self, ctx: Context) -> dict[str, torch.Tensor]:
+        super().after_round(ctx)
+        if ctx.client == BAD:
+            raise RuntimeError("out of memory, say")
+        return {}
+
+
+def garbling(change: Callable[[Reply], Reply]) -> type[ClientRuntime]:
+    """Return a runtime whose client BAD changes each train reply; its state is staged as ever."""
+
+    class Garbling(ClientRuntime):
+        def visit(self, request: Request, store: ClientStateStore) -> Reply:
+            reply = super().visit(request, store)
+            return change(reply) if request.client == BAD and request.kind == "train" else reply
+
+    return Garbling
+
+
+def forging(change: Callable[[RecordDict], None]) -> type[ClientHost]:
+    """Return a host that changes the content of BAD's reply messages."""
+
+    class Forging(ClientHost):
+        def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
+            for client, reply in super().run(content):
+                if client == BAD and isinstance(reply, RecordDict):
+                    change(reply)
+                yield client, reply
+
+    return Forging
+
+
+def spoil(position: int, value: float) -> Callable[[Reply], Reply]:
+    def change(reply: Reply) -> Reply:
+        assert reply.model is not None
+        model = reply.model.clone()
+        model[position] = value
+        return replace(reply, model=model)
+
+    return change
+
+
+def assert_only_bad_is_missing(system: Any, kind: str, names: str) -> None:
+    """Four rounds were played; BAD's four replies were refused by name; the rest trained and its state counts."""
+    events = system.events(kind)
+    assert [(e["client"], e["round"], e["message"]) for e in events] == [(BAD, r, "train") for r in range(4)]
+    for event in events:
+        assert names in event["reason"]
+    assert len(system.notes.events) == 4
+    assert system.server.version == 4
+    assert bool(torch.isfinite(system.server.global_model).all())
+    trained = {row["client"] for row in system.notes.rows if row["name"] == "num_examples"}
+    assert trained == {"0", "2", "3"}
+    assert system.exchange.visits[BAD] == 4  # every visit has a number of its own
+    assert system.exchange.committed.get(BAD, NEVER) == NEVER
+    assert system.store.load("0", system.exchange.committed["0"])["plugins"]["counter"] == {"count": 4}
+
+
+@pytest.mark.parametrize("cohorts", [True, False])
+def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> None:
+    system = build(plugins={"counter": Raises}, cohorts=cohorts).play()
+    assert_only_bad_is_missing(system, "client_failed", "RuntimeError: out of memory, say")
+
+
+@pytest.mark.parametrize("cohorts", [True, False])
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (spoil(0, float("nan")), "tensor hidden.0.weight holds nan at position 0"),
+        (spoil(12, float("inf")), "tensor hidden.0.bias holds inf at position 0"),
+        (lambda reply: replace(reply, model=reply.model[:1]), "shape (1,)"),
+        (lambda reply: replace(reply, model=reply.model[None]), "shape (1, 31)"),
+        (lambda reply: replace(reply, model=reply.model.double()), "torch.float64"),
+        (lambda reply: replace(reply, model=None), "no model"),
+        (lambda reply: replace(reply, num_examples=-3), "num_examples=-3"),
+        (lambda reply: replace(reply, num_examples=10**12), "num_examples=1000000000000"),
+        (lambda reply: replace(reply, num_examples=float("nan")), "'num-examples' is nan"),
+        (lambda reply: replace(reply, num_examples=float("inf")), "'num-examples' is inf"),
+        (lambda reply: replace(reply, num_examples=2.5), "'num-examples' is 2.5"),
+        (lambda reply: replace(reply, metrics={"loss": float("nan")}), "metric loss"),
+        (lambda reply: replace(reply, payload={"gift": torch.ones(2)}), "gift"),
+    ],
+)
+def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change: Any, names: str) -> None:
+    system = build(plugins={"counter": Counter}, runtime_class=garbling(change), cohorts=cohorts).play()
+    assert_only_bad_is_missing(system, "reply_rejected", names)
+
+
+def extra_key(content: RecordDict) -> None:
+    content["arrays"]["more"] = Array(np.zeros(1, np.float32))
+
+
+def other_key(content: RecordDict) -> None:
+    content["arrays"] = ArrayRecord({"weights": content["arrays"]["flat"]})
+
+
+def extra_record(content: RecordDict) -> None:
+    content["secrets"] = MetricRecord({"a": 1})
+
+
+def no_metrics(content: RecordDict) -> None:
+    del content["metrics"]
+
+
+def no_weight(content: RecordDict) -> None:
+    content["metrics"] = MetricRecord({"loss": 1.0})
+
+
+def list_weight(content: RecordDict) -> None:
+    content["metrics"] = MetricRecord({"num-examples": [1, 2]})
+
+
+def raw(data: bytes, dtype: str = "float32", stype: str = "numpy.ndarray") -> Callable[[RecordDict], None]:
+    def change(content: RecordDict) -> None:
+        content["arrays"] = ArrayRecord({"flat": Array(dtype, (31,), stype, data)})
+
+    return change
+
+
+def strings(content: RecordDict) -> None:
+    content["arrays"] = ArrayRecord({"flat": Array(np.array(["a"] * 31))})
+
+
+GOOD = Array(np.zeros(31, np.float32)).data
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (extra_key, "['flat', 'more']"),
+        (other_key, "['weights']"),
+        (extra_record, "['secrets']"),
+        (no_metrics, "no 'metrics' record"),
+        (no_weight, "'num-examples'"),
+        (list_weight, "'num-examples'"),
+        (raw(b""), "unreadable 'flat'"),
+        (raw(b"garbage"), "unreadable 'flat'"),
+        (raw(GOOD[:-9]), "unreadable 'flat'"),
+        (
+            raw(
+                GOOD.replace(
+                    b"(31,)",
+                    b"(9**",
+                ),
+                stype="numpy.ndarray",
+            ),
+            "unreadable 'flat'",
+        ),
+        (raw(GOOD, stype="pickle"), "unreadable 'flat'"),
+        (strings, "unreadable 'flat'"),
+    ],
+)
+def test_a_malformed_message_is_rejected_by_name(build: Any, change: Any, names: str) -> None:
+    system = build(plugins={"counter": Counter}, host_class=forging(change)).play()
+    assert_only_bad_is_missing(system, "reply_rejected", names)
+
+
+def test_a_pickle_is_not_opened(build: Any, tmp_path: Any) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    from io import BytesIO
+
+    buffer = BytesIO()
+    np.save(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
+    system = build(plugins={"counter": Counter}, host_class=forging(raw(buffer.getvalue(), dtype="object"))).play()
+    assert_only_bad_is_missing(system, "reply_rejected", "unreadable 'flat'")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_client_without_samples_of_the_task_takes_no_part_and_keeps_its_state(build: Any) -> None:
+    system = build(plugins={"counter": Counter}).play()
+    assert system.notes.events == []  # the last client holds nothing of task 1
+    rounds = [row["round"] for row in system.notes.rows if row["name"] == "num_examples" and row["client"] == "3"]
+    assert rounds == [0, 1]
+    assert system.exchange.committed["3"] == 3
+    assert system.store.load("3", 3)["plugins"]["counter"] == {"count": 2}
+
+
+class Sums(Collaboration):
+    payloads = (Payload("tally", "up", like_model=True),)
+
+
+def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
+    class Tally(Counter):
+        payloads = Sums.payloads
+
+        def after_round(self, ctx: Context) -> dict[str, torch.Tensor]:
+            super().after_round(ctx)
+            if ctx.client != BAD:
+                return {"tally": torch.ones(ctx.model.flat.shape)}
+            return {} if shape is None else {"tally": torch.ones(shape)}
+
+    return Tally
+
+
+@pytest.mark.parametrize(("shape", "names"), [(None, "payload holds []"), ((1,), "(1,)"), ((31, 1), "(31, 1)")])
+def test_a_declared_payload_must_come_and_fit(build: Any, shape: tuple[int, ...] | None, names: str) -> None:
+    strategy = Pipeline(collaboration=Sums())
+    strategy.setup(build().server.spec)
+    system = build(strategy=strategy, plugins={"counter": tallying(shape)}).play()
+    assert_only_bad_is_missing(system, "reply_rejected", names)
+
+
+def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None:
+    class Answers(Plugin):
+        queries = ("mean",)
+
+        def answer(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if ctx.client == "2":
+                raise RuntimeError("no")
+            return {"mean": ctx.data.x.mean() * request["factor"]}
+
+    system = build(plugins={"answers": Answers})
+    model = system.server.global_model
+    query = Query("mean", {c: model for c in ("3", "2", "0", "1")}, {"factor": torch.tensor(0.0)})
+    answers = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
+    assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in answers] == [("0", 4, 0), ("1", 6, 0)]
+    assert [e["client"] for e in system.events("client_failed")] == ["2"]
+    assert system.exchange.visits == {}  # a question is no visit
+    assert system.exchange.committed == {}
+
+
+def test_the_same_bits_with_and_without_cohort_messages(build: Any) -> None:
+    together = build(plugins={"counter": Counter}, cohorts=True).play()
+    apart = build(plugins={"counter": Counter}, cohorts=False).play()
+    assert torch.equal(together.server.global_model, apart.server.global_model)
+    assert together.notes.rows == apart.notes.rows
+    assert together.exchange.bytes_up == apart.exchange.bytes_up
+    assert together.exchange.bytes_down == apart.exchange.bytes_down
+    per_model = 31 * 4
+    assert together.exchange.bytes_down == 4 * 4 * per_model
+
+
+def test_recipients_with_different_models_or_payloads_share_no_message(build: Any) -> None:
+    system = build()
+    task = system.server.stream.train_task(0)
+    shared, own = torch.zeros(31), torch.ones(31)
+    variate = torch.zeros(3)
+    outgoing = [
+        Outgoing("0", "*", shared, {"c": variate}),
+        Outgoing("1", "*", shared, {"c": variate}),
+        Outgoing("2", "2", own, {"c": variate}),
+        Outgoing("3", "*", shared, {"c": variate.clone()}),
+    ]
+    recipients = [(out, system.exchange._request("train", out.client, 0, 0, task, out)) for out in outgoing]
+    messages = list(system.exchange._messages(recipients))
+    assert [m.content["fedcl"]["clients"] for m in messages] == [["0", "1"], ["2"], ["3"]]
+    assert [m.metadata.dst_node_id for m in messages] == [100, 102, 103]

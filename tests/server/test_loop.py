@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedcl.client.plugin import Context, Plugin, State
+from fedcl.client.state import NEVER
+from fedcl.results.checkpoint import Checkpoints
+from fedcl.server.contracts import GLOBAL
+from fedcl.tree import equal
+
+
+class Failing(Plugin):
+    """Fails in round 1 at three of the four clients; remembers how often it succeeded."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def load(self, state: State) -> None:
+        self.count = state.get("count", 0)
+
+    def state(self) -> State:
+        return {"count": self.count}
+
+    def before_round(self, ctx: Context) -> None:
+        if ctx.visit == 1 and ctx.client != "0":
+            raise RuntimeError("no power")
+        self.count += 1
+
+
+def test_a_round_with_too_few_replies_changes_nothing(build: Any) -> None:
+    system = build(plugins={"failing": Failing}, min_replies=2)
+    after: list[torch.Tensor] = []
+    system.server.run(lambda server_round: after.append(system.server.global_model.clone()))
+    (skipped,) = system.events("round_skipped")
+    assert skipped == {"kind": "round_skipped", "round": 1, "replies": 1, "min_replies": 2}
+    assert torch.equal(after[0], after[1])
+    assert not torch.equal(after[1], after[2])
+    assert system.server.version == 3
+    # client 0 did train in round 1, for nothing: its state is that of the round before
+    assert system.exchange.committed["0"] == 3
+    assert system.store.load("0", 3)["plugins"]["failing"] == {"count": 3}
+
+
+def test_one_reply_is_enough_by_default(build: Any) -> None:
+    system = build(plugins={"failing": Failing}).play()
+    assert system.events("round_skipped") == []
+    assert system.server.version == 4
+    assert system.store.load("0", 3)["plugins"]["failing"] == {"count": 4}
+
+
+class AlwaysFailing(Plugin):
+    def before_round(self, ctx: Context) -> None:
+        raise RuntimeError("never")
+
+
+def test_nobody_replies_in_any_round(build: Any) -> None:
+    system = build(plugins={"failing": AlwaysFailing})
+    before = system.server.global_model.clone()
+    system.play()
+    assert torch.equal(system.server.global_model, before)
+    assert system.server.version == 0
+    assert len(system.events("round_skipped")) == 4
+    assert len(system.events("client_failed")) == 4 * 4 - 2  # client 3 has nothing to train on in the second task
+
+
+def test_edit_replaces_models_past_the_strategy(build: Any) -> None:
+    system = build().play()
+    server = system.server
+    assert (server.version, server.state.model_epoch) == (4, 0)
+    given = torch.full((31,), 2.0)
+    server.edit({GLOBAL: given, "2": given + 1})
+    assert (server.version, server.state.model_epoch) == (5, 1)
+    assert server.global_model.tolist() == [2.0] * 31
+    assert server.state.models["2"].tolist() == [3.0] * 31
+    given.zero_()
+    assert server.global_model.tolist() == [2.0] * 31
+    server.edit({"2": given})
+    assert (server.version, server.state.model_epoch) == (5, 2)
+
+
+@pytest.mark.parametrize("model", [torch.zeros(30), torch.zeros(1, 31), torch.full((31,), float("nan"))])
+def test_edit_refuses_what_is_no_model(build: Any, model: torch.Tensor) -> None:
+    server = build().server
+    before = server.global_model.clone()
+    with pytest.raises(ValueError, match=r"edit of '\*'"):
+        server.edit({"1": torch.zeros(31), GLOBAL: model})
+    assert torch.equal(server.global_model, before)
+    assert "1" not in server.state.models
+    assert server.state.model_epoch == 0
+
+
+def test_resume_in_the_middle_gives_the_same_bits(build: Any, tmp_path: Any) -> None:
+    plugins = {"failing": Failing}
+    whole = build(plugins=plugins).play()
+    cut = build(plugins=plugins)
+    checkpoints = Checkpoints(tmp_path)
+
+    class Killed(Exception):
+        pass
+
+    def after_round(server_round: int) -> None:
+        kept = {c: v for c, v in cut.exchange.committed.items() if v != NEVER}
+        checkpoints.save(server_round, cut.server.state_dict(), kept, cut.store.load)
+        if server_round == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        cut.server.run(after_round)
+    state, clients = Checkpoints(tmp_path).load()
+    resumed = build(plugins=plugins)
+    resumed.server.load_state_dict(state)
+    for client, (visit, client_state) in clients.items():
+        resumed.store.stage(client, visit, client_state)
+    resumed.play()
+    assert equal(resumed.server.state_dict(), whole.server.state_dict())
+    assert [r for r in whole.notes.rows if r["round"] >= 2] == resumed.notes.rows
+
+
+def test_selected_clients_only(build: Any) -> None:
+    system = build(clients_per_round=2).play()
+    by_round = [
+        {r["client"] for r in system.notes.rows if r["round"] == k and r["name"] == "num_examples"} for k in range(4)
+    ]
+    assert all(1 <= len(clients) <= 2 for clients in by_round)
+    assert sum(system.exchange.visits.values()) == 8
