@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedcl.rules import ConfigError
+from fedcl.rules import ConfigError, parse_rule
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,10 +55,60 @@ def _exclude_names(cfg: Mapping[str, Any]) -> None:
                 raise ConfigError(f"exclude.{key}={cfg['exclude'][key]}: must be >= 0 each")
 
 
+def _rounds_can_close(cfg: Mapping[str, Any]) -> None:
+    selected = cfg["clients_per_round"] or cfg["num_clients"]
+    if cfg["min_replies"] > selected:
+        raise ConfigError(f"min_replies={cfg['min_replies']}: must be <= the {selected} clients of a round")
+    buffer = cfg["async"]["buffer"]
+    if buffer is not None and not cfg["min_replies"] <= buffer <= selected:
+        raise ConfigError(
+            f"async.buffer={buffer}: must be in [min_replies, clients of a round] = [{cfg['min_replies']}, {selected}]"
+        )
+    late = buffer is not None or cfg["async"]["deadline"] is not None
+    if late and "stock" in cfg["strategy"]:
+        raise ConfigError("async: a stock Flower strategy is synchronous; set async.buffer=null async.deadline=null")
+
+
 def _packages_are_names(cfg: Mapping[str, Any]) -> None:
     for name in cfg["trusted_packages"]:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(f"trusted_packages={cfg['trusted_packages']}: must be a list of top package names")
+
+
+def _worker_classes_are_sound(cfg: Mapping[str, Any]) -> None:
+    backend = cfg["backend"]
+    classes = backend.get("worker_classes")
+    if classes is None:
+        return
+    key = "backend.worker_classes"
+    if not isinstance(classes, list) or not classes or not all(isinstance(kind, Mapping) for kind in classes):
+        raise ConfigError(f"{key}={classes}: must be null or a list of {{count, num_cpus, num_gpus, resources}}")
+    for name in ("workers", "gpus_per_worker"):
+        if backend[name]:
+            raise ConfigError(f"backend.{name}={backend[name]}: must be left out where {key} is given")
+    for i, kind in enumerate(classes):
+        _check_worker_class(f"{key}[{i}]", kind)
+
+
+def _check_worker_class(place: str, kind: Mapping[str, Any]) -> None:
+    rules = {"count": "int >= 1", "num_cpus": "number > 0", "num_gpus": "number >= 0", "resources": "any"}
+    unknown = sorted(str(name) for name in kind if name not in rules)
+    if unknown or "count" not in kind:
+        raise ConfigError(f"{place}={dict(kind)}: must have count, may have num_cpus, num_gpus, resources, no more")
+    for name, value in kind.items():
+        rule = parse_rule(rules[name], f"{place}.{name}")
+        if not rule.accepts(value):
+            raise ConfigError(f"{place}.{name}={value}: must be {rule.text}")
+    for name in ("num_cpus", "num_gpus"):
+        if kind.get(name, 0) > 1 and kind[name] != int(kind[name]):
+            raise ConfigError(f"{place}.{name}={kind[name]}: must be a whole number above 1")
+    resources = kind.get("resources", {})
+    if not isinstance(resources, Mapping):
+        raise ConfigError(f"{place}.resources={resources}: must be a mapping from a resource's name to its amount")
+    amount = parse_rule("number > 0", place)
+    for name, value in resources.items():
+        if name in ("CPU", "GPU") or not amount.accepts(value):
+            raise ConfigError(f"{place}.resources.{name}={value}: must be number > 0, and its name not CPU or GPU")
 
 
 CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
@@ -66,5 +116,7 @@ CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
     _selection_fits,
     _rounds_fit_tasks,
     _exclude_names,
+    _rounds_can_close,
     _packages_are_names,
+    _worker_classes_are_sound,
 ]

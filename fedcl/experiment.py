@@ -33,16 +33,20 @@ from fedcl.results.summary import add_reference, summary
 from fedcl.rules import ConfigError
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream
+from fedcl.server.arrivals import Arrivals, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.rounds import RoundOptions
 from fedcl.simulation.backend import Backend, FlowerGrid, open_backend
 from fedcl.wiring import (
     Config,
     device_of,
     learner_factories,
     load_dataset,
+    make_devices,
     make_model,
     make_schedule,
+    make_steps,
     make_strategy,
     make_stream,
     participants,
@@ -145,9 +149,9 @@ def _play(
         server = _server(cfg, prepared, backend, recorder)
         states = backend.states or MemoryStateStore()
         if saved is not None:
-            server.load_state_dict(saved[0]["server"])
             for client, (visit, state) in saved[1].items():
                 states.stage(client, visit, state)
+            server.load_state_dict(saved[0]["server"])  # sends what was in flight again
         else:
             recorder.event("partition", **partition_report(prepared.partition, prepared.dataset.train.y))
         progress = stack.enter_context(Progress(quiet=quiet))
@@ -160,7 +164,7 @@ def _play(
                 kept = {c: v for c, v in server.exchange.committed.items() if v != NEVER and states.has(c, v)}
                 checkpoints.save(server_round, state, kept, states.load)
             task = prepared.schedule.position(prepared.clients[0], server_round).task_id
-            progress.update(server_round + 1, prepared.schedule.num_rounds, task, server.headline)
+            progress.update(server_round + 1, prepared.schedule.num_rounds, task, server.measurement.headline)
 
         started = time.perf_counter()
         server.run(after_round)
@@ -181,27 +185,42 @@ def _server(cfg: Config, prepared: _Prepared, backend: Backend, recorder: Record
         cohorts=backend.cohorts,
         commit_state=backend.states.commit if backend.states is not None else None,
     )
-    initial = model.vector()
-    boundary = any(defines(build(), "after_task") for build in learner_factories(cfg).values())
+    arrivals = Arrivals(
+        exchange,
+        WallClock() if backend.states is None else VirtualClock(),
+        cfg["seed"],
+        make_devices(cfg),
+        make_steps(cfg, prepared.dataset, prepared.partition),
+    )
     return Server(
         strategy=strategy,
         exchange=exchange,
+        arrivals=arrivals,
         schedule=prepared.schedule,
         stream=prepared.stream,
         spec=model.spec,
-        initial=initial,
+        initial=model.vector(),
         clients=prepared.clients,
         record=recorder,
         evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
-        options=LoopOptions(
-            seed=cfg["seed"],
-            clients_per_round=cfg["clients_per_round"],
-            evaluate_every=cfg["evaluation"]["every"],
-            personal_evaluation=cfg["evaluation"]["personal"],
-            min_replies=cfg["min_replies"],
-            boundary_visits=boundary,
-            device=device_of(cfg),
-        ),
+        options=_loop_options(cfg),
+    )
+
+
+def _loop_options(cfg: Config) -> LoopOptions:
+    rounds = RoundOptions(
+        seed=cfg["seed"],
+        clients_per_round=cfg["clients_per_round"],
+        min_replies=cfg["min_replies"],
+        retries=cfg["round_retries"],
+        **cfg["async"],
+    )
+    return LoopOptions(
+        rounds=rounds,
+        evaluate_every=cfg["evaluation"]["every"],
+        personal_evaluation=cfg["evaluation"]["personal"],
+        boundary_visits=any(defines(build(), "after_task") for build in learner_factories(cfg).values()),
+        device=device_of(cfg),
     )
 
 

@@ -59,11 +59,16 @@ class LiveArray(Array):
         return cast(NDArray[Any], self.__dict__["_live"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (LiveArray, (self.view(),))
+        return (_live_array, (self.view(),))
 
 
-# Flower writes the class's name into a header when it ships an array; the other side knows only "Array".
+# Flower writes the class's name into a header when it ships an array; the other side knows only "Array". By that name
+# pickle would not find the class, and cloudpickle would ship its code: both are given a function instead.
 LiveArray.__qualname__ = "Array"
+
+
+def _live_array(ndarray: NDArray[Any]) -> LiveArray:
+    return LiveArray(ndarray)
 
 
 @dataclass(frozen=True, slots=True)

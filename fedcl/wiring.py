@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
 from fedcl.rules import ConfigError
 from fedcl.scenario.schedule import Synchronous
-from fedcl.scenario.task import Stream
+from fedcl.scenario.task import Stream, Task
+from fedcl.server.arrivals import Device
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
 
@@ -165,6 +166,31 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         num_columns=sum(stream.heads),
         personal_evaluation=cfg["evaluation"]["personal"],
     )
+
+
+def make_devices(cfg: Config) -> Callable[[str], Device]:
+    """Return the device of each client."""
+    family = build(
+        cfg["devices"],
+        at="devices",
+        trusted=cfg["trusted_packages"],
+        clients=client_ids(cfg),
+        seed=cfg["seed"],
+    )
+    return functools.lru_cache(maxsize=None)(family.profile)
+
+
+def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[[str, Task], int]:
+    """Return how many optimizer steps a client's visit takes in a task: what its virtual duration is counted in."""
+    parts = dict(zip(client_ids(cfg), partition.train, strict=True))
+    client = cfg["client"]
+
+    @functools.cache
+    def steps(name: str, task: Task) -> int:
+        num_examples = int(np.isin(dataset.train.y[parts[name]], task.classes).sum())
+        return int(client["epochs"]) * -(-num_examples // int(client["batch_size"]))
+
+    return steps
 
 
 def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | Stock:

@@ -81,9 +81,7 @@ def column_groups(ctx: Context) -> list[list[int]]:
     return [sorted({column for columns in met for column in columns})]
 
 
-def distillation(
-    student_BC: Tensor, teacher_BC: Tensor, groups: Sequence[Sequence[int]], temperature: float
-) -> Tensor:
+def distillation(student_BC: Tensor, teacher_BC: Tensor, groups: Sequence[Sequence[int]], temperature: float) -> Tensor:
     """Return the sum over ``groups`` of KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch."""
     total = student_BC.new_zeros(())
     for columns in groups:

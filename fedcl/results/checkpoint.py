@@ -2,14 +2,14 @@
 
 ``checkpoints/round_000012/`` holds ``state.json`` and ``tensors.safetensors`` with their SHA-256; a client's state is
 one file under ``checkpoints/clients/`` named by its content, so an unchanged one is not written again. ``LATEST`` names
-the newest whole checkpoint and is replaced last.
+the newest whole checkpoint and is replaced last. The next checkpoint removes what a killed run left half-written among
+the clients' files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fedcl.results.recorder import write_atomic
+from fedcl.files import write_atomic, write_bytes_atomic
 from fedcl.tree import pack, unpack
 
 _ROUND = re.compile(r"round_\d{6,}")
@@ -119,7 +119,7 @@ class Checkpoints:
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / "clients" / f"{digest}.safetensors"
         if not path.exists():
-            _write_bytes(path, data)
+            write_bytes_atomic(path, data)
         return digest
 
     def _read_client(self, digest: str) -> Any:
@@ -139,9 +139,9 @@ class Checkpoints:
         temporary.mkdir()
         sums = ""
         for member, data in files.items():
-            _write_bytes(temporary / member, data)
+            write_bytes_atomic(temporary / member, data)
             sums += f"{hashlib.sha256(data).hexdigest()}  {member}\n"
-        _write_bytes(temporary / "SHA256SUMS", sums.encode())
+        write_bytes_atomic(temporary / "SHA256SUMS", sums.encode())
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed after it, and resumed before it
         temporary.rename(target)
 
@@ -155,15 +155,6 @@ class Checkpoints:
             for name in names[: self._keep]
             for _, digest in json.loads((self.folder / name / "state.json").read_bytes())["clients"].values()
         }
-        for path in (self.folder / "clients").glob("*.safetensors"):
+        for path in (self.folder / "clients").iterdir():
             if path.stem not in used:
                 path.unlink()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

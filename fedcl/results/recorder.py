@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from fedcl.files import write_atomic
 from fedcl.results import schema
 from fedcl.results.environment import create_run_dir, environment
-from fedcl.results.schema import Row
 
 __all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic"]
 
@@ -73,7 +73,7 @@ class Recorder:
         after: int = -1,
         virtual_time: float = 0.0,
     ) -> None:
-        """Record one value; see ``Row`` for the fields. A value that is not finite is stored as missing.
+        """Record one value; see ``schema.Row`` for the fields. A value that is not finite is stored as missing.
 
         Raises
         ------
@@ -87,7 +87,7 @@ class Recorder:
         fields = (int(round), float(virtual_time), str(client), int(task), int(after), phase, str(name), float(value))
         self._write(schema.METRICS, dict(zip(_METRIC_COLUMNS, fields, strict=True)))
 
-    def rows(self, rows: Iterable[Row]) -> None:
+    def rows(self, rows: Iterable[schema.Row]) -> None:
         """Record several values in their order."""
         for row in rows:
             self.row(**row._asdict())
@@ -179,16 +179,6 @@ class Recorder:
         for file in self._files.values():
             file.close()
         return True
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def to_parquet(lines: Path, target: Path, columns: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
         result.update(summarise(matrix.to_numpy(), run.baseline()))
     result.update(_personal(run))
     trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
+    ages = run.metrics.loc[run.metrics["name"] == "age", "value"]
     # a resumed run adds up the seconds of its parts
     seconds = float(run.timings.loc[run.timings["name"] == "round", "seconds"].sum())
     result.update(
@@ -30,8 +31,8 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
             "bytes/down": float(bytes_down),
             "clients_per_second": len(trained) / seconds if seconds else 0.0,
             "rounds": float(run.metrics["round"].max() + 1) if len(run.metrics) else 0.0,
-            "staleness/mean": 0.0,
-            "staleness/max": 0.0,
+            "staleness/mean": float(ages.mean()) if len(ages) else 0.0,
+            "staleness/max": float(ages.max()) if len(ages) else 0.0,
             "virtual_time": float(run.metrics["virtual_time"].max()) if len(run.metrics) else 0.0,
             "wall_time": seconds,
         }

@@ -30,7 +30,7 @@ from fedcl.messages import (
 )
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Query, Update
+from fedcl.server.contracts import Answer, Query
 from fedcl.server.fold import BLOCK
 from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import rejection
@@ -77,63 +77,49 @@ class Exchange:
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def train(
-        self,
-        outgoing: Sequence[Outgoing],
-        task_of: Callable[[str], Task],
-        server_round: int,
-        version: int,
-        *,
-        min_replies: int = 1,
-    ) -> list[Update | None]:
-        """Train ``outgoing``'s clients; return one place for each, None where no sound update came back.
+    def __post_init__(self) -> None:
+        self._clients = {node: client for client, node in self.nodes.items()}
 
-        With fewer than ``min_replies`` updates the round does not count: no client's state becomes current.
-        """
-        recipients = [
-            (out, self._request("train", out.client, server_round, version, task_of(out.client), out))
-            for out in outgoing
-        ]
+    def request(
+        self, kind: Kind, out: Outgoing, task: Task, server_round: int, version: int, name: str = ""
+    ) -> Request:
+        """Return the request for one client; a ``train`` or ``task_end`` takes the client's next visit number."""
+        visit = self.visits.get(out.client, 0)
+        if kind in ("train", "task_end"):
+            self.visits[out.client] = visit + 1
+        committed = self.committed.get(out.client, NEVER)
+        return Request(kind, out.client, visit, committed, server_round, version, task, name, out.model, out.payload)
+
+    def push(self, recipients: Recipients) -> list[str]:
+        """Send messages and return, for each recipient, the id of the message that carries its request."""
+        groups = list(self._groups(recipients))
+        ids = self.grid.push_messages(self._messages(groups))
+        return [message_id for group, message_id in zip(groups, ids, strict=True) for _ in group]
+
+    def pull(self, message_ids: Iterable[str]) -> dict[str, Reply | Fault]:
+        """Return by client the replies that are there; a grid of ours waits for one if there is none."""
+        return self._read(self.grid.pull_messages(sorted(message_ids)))
+
+    def sound(self, request: Request, reply: Reply | Fault | None) -> Reply | None:
+        """Return the reply to a train request if it is fit to enter an aggregate; if not, record why."""
         uploads = {
             p.name: (self.spec.size,) if p.like_model else None
             for p in self.payloads
             if p.direction == "up" and p.when == "every_train"
         }
-        replies = self._send(recipients)
-        sound = [
-            (out, request, self._accept(request, replies.get(out.client), uploads, model=True))
-            for out, request in recipients
-        ]
-        positions = [self._update(out, request, reply) for out, request, reply in sound]
-        if sum(update is not None for update in positions) >= min_replies:
-            for _, request, reply in sound:
-                if reply is not None:
-                    self._commit(request)
-        return positions
+        return self._accept(request, reply, uploads, model=True)
 
-    def _update(self, out: Outgoing, request: Request, reply: Reply | None) -> Update | None:
-        if reply is None or reply.model is None or reply.num_examples == 0 or request.task is None:
-            return None
-        return Update(
-            client=out.client,
-            visit=request.visit,
-            target=out.target,
-            base_version=request.version,
-            base=out.model,
-            model=reply.model,
-            num_examples=reply.num_examples,
-            weight=float(reply.num_examples),
-            task=request.task.id,
-            head=request.task.head,
-            payload=reply.payload,
-            metrics=reply.metrics,
-        )
+    def commit(self, request: Request) -> None:
+        """Let what the client staged at this visit become its state."""
+        self.committed[request.client] = request.visit
+        if self.commit_state is not None:
+            self.commit_state(request.client, request.visit)
 
     def ask(self, query: Query, task_of: Callable[[str], Task], server_round: int, version: int) -> list[Answer]:
         """Put ``query`` to its clients; return the answers of those that hold data, in the query's order."""
         outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
         recipients = [
-            (out, self._request("query", out.client, server_round, version, task_of(out.client), out, query.name))
+            (out, self.request("query", out, task_of(out.client), server_round, version, query.name))
             for out in outgoing
         ]
         replies = self._send(recipients)
@@ -150,7 +136,7 @@ class Exchange:
         self, kind: Kind, outgoing: Sequence[Outgoing], task: Task, server_round: int, version: int
     ) -> dict[str, Reply]:
         """Send a ``task_end`` or an ``evaluate`` to clients; return the sound replies."""
-        recipients = [(out, self._request(kind, out.client, server_round, version, task, out)) for out in outgoing]
+        recipients = [(out, self.request(kind, out, task, server_round, version)) for out in outgoing]
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:
@@ -158,17 +144,8 @@ class Exchange:
             if reply is not None:
                 sound[out.client] = reply
                 if kind == "task_end":
-                    self._commit(request)
+                    self.commit(request)
         return sound
-
-    def _request(
-        self, kind: Kind, client: str, server_round: int, version: int, task: Task, out: Outgoing, name: str = ""
-    ) -> Request:
-        visit = self.visits.get(client, 0)
-        if kind in ("train", "task_end"):
-            self.visits[client] = visit + 1
-        committed = self.committed.get(client, NEVER)
-        return Request(kind, client, visit, committed, server_round, version, task, name, out.model, out.payload)
 
     def _accept(
         self,
@@ -180,6 +157,7 @@ class Exchange:
     ) -> Reply | None:
         fault = Fault("client_failed", "no reply in time") if reply is None else reply
         if isinstance(fault, Reply):
+            self.bytes_up += _reply_bytes(fault)
             reason = rejection(fault, self.spec, payloads, model=model)
             if reason is None:
                 return fault
@@ -188,36 +166,32 @@ class Exchange:
         self.log.event(fault.event, **where, message=request.kind, reason=fault.reason)
         return None
 
-    def _commit(self, request: Request) -> None:
-        self.committed[request.client] = request.visit
-        if self.commit_state is not None:
-            self.commit_state(request.client, request.visit)
-
     def _send(self, recipients: Recipients) -> dict[str, Reply | Fault]:
-        """Exchange messages; return by client its first reply, or what was wrong with it."""
-        clients = {node: client for client, node in self.nodes.items()}
+        """Exchange messages and wait for all replies; return them by client."""
+        messages = self._messages(list(self._groups(recipients)))
+        return self._read(self.grid.send_and_receive(messages=messages, timeout=self.timeout))
+
+    def _read(self, messages: Iterable[Message]) -> dict[str, Reply | Fault]:
+        """Return by client its first reply, or what was wrong with it."""
         replies: dict[str, Reply | Fault] = {}
-        for message in self.grid.send_and_receive(messages=self._messages(recipients), timeout=self.timeout):
-            client = clients.get(message.metadata.src_node_id, "")
+        for message in messages:
+            client = self._clients.get(message.metadata.src_node_id, "")
             if not client:
                 self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
-                continue
-            if client in replies:
+            elif client in replies:
                 self.log.event("reply_rejected", client=client, reason="a second reply to one message")
-                continue
-            if message.has_error():
+            elif message.has_error():
                 replies[client] = Fault("client_failed", message.error.reason or f"error {message.error.code}")
-                continue
-            self.bytes_up += _num_bytes(message.content.array_records.values())
-            try:
-                replies[client] = read_reply(message.content)
-            except ValueError as error:
-                replies[client] = Fault("reply_rejected", str(error))
+            else:
+                try:
+                    replies[client] = read_reply(message.content)
+                except ValueError as error:
+                    replies[client] = Fault("reply_rejected", str(error))
         return replies
 
-    def _messages(self, recipients: Recipients) -> Iterator[Message]:
+    def _messages(self, groups: Iterable[Recipients]) -> Iterator[Message]:
         records: dict[int, tuple[Tensor, ArrayRecord]] = {}
-        for group in self._groups(recipients):
+        for group in groups:
             out = group[0][0]
             if id(out.model) not in records:
                 records[id(out.model)] = (out.model, vector_record(out.model, live=self.cohorts))
@@ -251,7 +225,12 @@ def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
         and all(tensor is out_b.payload[name] for name, tensor in out_a.payload.items())
         and out_a.config == out_b.config
         and request_a.task == request_b.task
+        and (request_a.server_round, request_a.version) == (request_b.server_round, request_b.version)
     )
+
+
+def _reply_bytes(reply: Reply) -> int:
+    return (reply.model.nbytes if reply.model is not None else 0) + sum(t.nbytes for t in reply.payload.values())
 
 
 def _num_bytes(records: Iterable[ArrayRecord]) -> int:

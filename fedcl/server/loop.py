@@ -1,4 +1,4 @@
-"""The round loop: a run as a timeline of rounds and task boundaries, written down and resumable after each round."""
+"""The round loop: a run as a timeline of rounds and task boundaries, resumable after each round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +15,24 @@ from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
 from fedcl.randomness import torch_generator
 from fedcl.scenario.task import Schedule, Stream, Task
+from fedcl.server.arrivals import Arrivals
 from fedcl.server.contracts import GLOBAL, Event, Target, Update
 from fedcl.server.exchange import Exchange
-from fedcl.server.selection import select
+from fedcl.server.measurement import Measurement, Record
+from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
 from fedcl.server.strategy import Outgoing, Strategy
-
-
-class Record(Protocol):
-    """Where the run is written down; :class:`fedcl.results.recorder.Recorder` is one."""
-
-    def row(
-        self,
-        *,
-        round: int,
-        phase: str,
-        name: str,
-        value: float,
-        client: str = "",
-        task: int = -1,
-        after: int = -1,
-        virtual_time: float = 0.0,
-    ) -> None:
-        """Record one value."""
-        ...
-
-    def event(self, kind: str, *, round: int = -1, virtual_time: float = 0.0, **fields: Any) -> None:
-        """Record that something happened."""
-        ...
-
-    def timing(self, round: int, name: str, seconds: float) -> None:
-        """Record measured seconds."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """Settings of the loop: the root keys of the configuration that carry the same names."""
+    """Settings of the loop: the keys of the configuration that carry the same names.
 
-    seed: int
-    clients_per_round: int | None = None
+    ``boundary_visits`` says that some plugin concludes tasks, so that clients must be told of their end.
+    """
+
+    rounds: RoundOptions
     evaluate_every: int = 1
     personal_evaluation: bool = False
-    min_replies: int = 1
     boundary_visits: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -65,15 +41,17 @@ class LoopOptions:
 class ServerState:
     """What a run is at the end of a round: models by target, counters, and the next round to play.
 
-    ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy.
+    ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
+    are the clients that learned something of the present task; ``owed`` maps clients that were in flight when a task
+    ended to that task, which they conclude when they are back.
     """
 
     models: dict[Target, Tensor]
     version: int = 0
     model_epoch: int = 0
     next_round: int = 0
-    now: float = 0.0
     visited: set[str] = field(default_factory=set)
+    owed: dict[str, int] = field(default_factory=dict)
 
 
 class Server:
@@ -84,6 +62,7 @@ class Server:
         *,
         strategy: Strategy,
         exchange: Exchange,
+        arrivals: Arrivals,
         schedule: Schedule,
         stream: Stream,
         spec: Spec,
@@ -93,10 +72,11 @@ class Server:
         options: LoopOptions,
         evaluator: Evaluator | None = None,
     ) -> None:
-        self.strategy, self.exchange, self.schedule, self.stream = strategy, exchange, schedule, stream
-        self.record, self.options, self.evaluator = record, options, evaluator
+        self.strategy, self.exchange, self.arrivals = strategy, exchange, arrivals
+        self.schedule, self.stream, self.record, self.options = schedule, stream, record, options
+        self.measurement = Measurement(record, stream, evaluator)
+        self.rounds = Rounds(strategy, exchange, arrivals, record, options.rounds, self._task_of)
         self.state = ServerState({GLOBAL: initial.detach().cpu().clone()})
-        self.headline = ""
         self._spec = spec
         self._clients = tuple(clients)
 
@@ -115,7 +95,7 @@ class Server:
     @property
     def now(self) -> float:
         """Time on the run's clock, in seconds."""
-        return self.state.now
+        return self.arrivals.clock.now
 
     @property
     def spec(self) -> Spec:
@@ -138,7 +118,7 @@ class Server:
 
     def rng(self, purpose: str) -> torch.Generator:
         """Return a generator keyed by (seed, version, purpose)."""
-        return torch_generator(self.options.seed, "server", self.state.version, purpose)
+        return torch_generator(self.options.rounds.seed, "server", self.state.version, purpose)
 
     def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
         """Run ``fn`` here and now; its exception, if any, waits in the future."""
@@ -152,76 +132,87 @@ class Server:
     # -- the timeline -----------------------------------------------------------------------------------------------
 
     def run(self, after_round: Callable[[int], None]) -> None:
-        """Play every round that is still to come and call ``after_round`` with each one's number when it is over."""
+        """Play every round that is still to come and call ``after_round`` with each one's number when it is over.
+
+        Raises
+        ------
+        RoundFailed
+            If a round cannot be filled.
+        """
         if self.state.next_round == 0:
-            self._evaluate_initial()
+            self.measurement.initial(self.global_model)
         while self.state.next_round < self.schedule.num_rounds:
             server_round = self.state.next_round
             started = time.perf_counter()
-            updates = self._train(server_round)
-            self._finish_round(server_round, updates)
+            arrived = self.rounds.play(server_round, self, self.state.model_epoch)
+            self._aggregate(server_round, arrived)
+            self._conclude(server_round, updates(arrived))
             self.state.next_round += 1
             self.record.timing(server_round, "round", time.perf_counter() - started)
             after_round(server_round)
 
-    def _train(self, server_round: int) -> list[Update]:
-        selected = select(
-            self._clients, self.options.clients_per_round, seed=self.options.seed, server_round=server_round
-        )
-        outgoing = self.strategy.outgoing(selected, self)
-        positions = self.exchange.train(
-            outgoing,
-            lambda client: self._task_of(client, server_round),
-            server_round,
-            self.version,
-            min_replies=self.options.min_replies,
-        )
-        updates = [update for update in positions if update is not None]
-        self.state.visited |= {update.client for update in updates}
-        self._record_training(server_round, updates)
-        if len(updates) < self.options.min_replies:
-            self.record.event(
-                "round_skipped", round=server_round, replies=len(updates), min_replies=self.options.min_replies
-            )
-            return []
+    def _aggregate(self, server_round: int, arrived: Sequence[Arrived]) -> None:
+        self._settle([one.flight.client for one in arrived], server_round)
+        counted = updates(arrived)
+        self.state.visited |= {update.client for update in counted}
+        options = self.options.rounds
+        ages = options.buffer is not None or options.deadline is not None
+        self.measurement.training(counted, server_round, self.now, ages=ages)
+        if not counted:
+            self.record.event("round_skipped", round=server_round, virtual_time=self.now, replies=len(arrived))
+            return
         started = time.perf_counter()
-        changed = self.strategy.aggregate(positions, self)
+        changed = self.strategy.aggregate([one.update for one in arrived], self)
         self.record.timing(server_round, "aggregate", time.perf_counter() - started)
         self.state.models.update(changed)
         self.state.version += GLOBAL in changed
-        return updates
 
-    def _finish_round(self, server_round: int, updates: list[Update]) -> None:
+    def _conclude(self, server_round: int, counted: list[Update]) -> None:
+        """Do what follows a round: tell clients of a task's end, ask questions, measure."""
         ended = self.schedule.boundary(server_round)
         reached = self._task_of(self._clients[0], server_round).id if ended is None else ended
-        kept = tuple(updates) if self.strategy.keeps_updates else ()
         if ended is not None and self.options.boundary_visits:
-            self._end_task_at_clients(ended, server_round)
+            self._end_task(ended, server_round)
         last = ended is not None and ended == self.stream.num_tasks - 1
+        kept = tuple(counted) if self.strategy.keeps_updates else ()
         self._ask(Event("round_end" if ended is None else "task_end", reached, server_round, last, kept))
         every = self.options.evaluate_every
         if ended is not None or (every and (server_round + 1) % every == 0):
-            self._evaluate(server_round, reached, all_tasks=ended is not None)
+            self.measurement.test(self.global_model, server_round, self.now, reached, all_tasks=ended is not None)
         if ended is not None:
             if self.strategy.personal or self.options.personal_evaluation:
-                self._evaluate_personal(server_round, reached)
+                everybody = self._outgoing(self._clients)
+                self.measurement.personal(self.exchange, everybody, server_round, self.version, self.now, reached)
             self.state.visited.clear()
-        for name, value in self.strategy.metrics().items():
-            self.record.row(round=server_round, phase="server", name=name, value=value, task=reached, after=reached)
+        self.measurement.server(self.strategy.metrics(), server_round, self.now, reached)
 
     def _task_of(self, client: str, server_round: int) -> Task:
         return self.stream.train_task(self.schedule.position(client, server_round).task_id)
 
+    def _outgoing(self, clients: Sequence[str]) -> list[Outgoing]:
+        return [Outgoing(client, self.strategy.target_of(client, self), self.model_of(client)) for client in clients]
+
     # -- task boundaries --------------------------------------------------------------------------------------------
 
-    def _end_task_at_clients(self, task_id: int, server_round: int) -> None:
-        """Let every client that learned the task conclude it, with the global model the task ended with."""
-        outgoing = [
-            Outgoing(client, self.strategy.target_of(client, self), self.model_of(client))
-            for client in self._clients
-            if client in self.state.visited
-        ]
-        self.exchange.tell("task_end", outgoing, self.stream.train_task(task_id), server_round, self.version)
+    def _end_task(self, task_id: int, server_round: int) -> None:
+        """Let every client that learned the task conclude it, with the global model the task ended with.
+
+        A client in flight does so when it is back: two messages at once would race for its state.
+        """
+        learned = [client for client in self._clients if client in self.state.visited]
+        away = [client for client in learned if client in self.arrivals.flights]
+        self.state.owed.update(dict.fromkeys(away, task_id))
+        present = [client for client in learned if client not in self.arrivals.flights]
+        task = self.stream.train_task(task_id)
+        self.exchange.tell("task_end", self._outgoing(present), task, server_round, self.version)
+
+    def _settle(self, clients: Sequence[str], server_round: int) -> None:
+        """Let clients that have come back conclude the tasks that ended meanwhile."""
+        for client in clients:
+            task_id = self.state.owed.pop(client, None)
+            if task_id is not None:
+                task = self.stream.train_task(task_id)
+                self.exchange.tell("task_end", self._outgoing([client]), task, server_round, self.version)
 
     def _ask(self, event: Event) -> None:
         for query in self.strategy.queries(event, self):
@@ -229,59 +220,6 @@ class Server:
                 query, lambda client: self._task_of(client, event.server_round), event.server_round, self.version
             )
             self.strategy.absorb(query, answers, self)
-
-    # -- evaluation -------------------------------------------------------------------------------------------------
-
-    def _evaluate_initial(self) -> None:
-        if self.evaluator is not None:
-            tasks = list(range(self.stream.num_tasks))
-            for task, value in self.evaluator.accuracy(self.global_model, tasks, after=0).items():
-                self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
-
-    def _evaluate(self, server_round: int, reached: int, *, all_tasks: bool) -> None:
-        if self.evaluator is None:
-            return
-        tasks = list(range(self.stream.num_tasks if all_tasks else reached + 1))
-        accuracy = self.evaluator.accuracy(self.global_model, tasks, after=reached)
-        seen = [value for task, value in accuracy.items() if task <= reached]
-        self.headline = f"accuracy {sum(seen) / max(len(seen), 1):.3f}"
-        for task, value in accuracy.items():
-            self.record.row(round=server_round, phase="test", name="accuracy", value=value, task=task, after=reached)
-
-    def _evaluate_personal(self, server_round: int, reached: int) -> None:
-        """Test what each client would use after aggregation, on its own test samples of every task so far."""
-        outgoing = [
-            Outgoing(client, self.strategy.target_of(client, self), self.model_of(client)) for client in self._clients
-        ]
-        for task_id in range(reached + 1):
-            task = self.stream.test_task(task_id, after=reached)
-            for client, reply in self.exchange.tell("evaluate", outgoing, task, server_round, self.version).items():
-                if reply.num_examples:
-                    self.record.row(
-                        round=server_round,
-                        phase="personal",
-                        name="accuracy",
-                        value=reply.metrics["accuracy"],
-                        client=client,
-                        task=task_id,
-                        after=reached,
-                    )
-
-    def _record_training(self, server_round: int, updates: Sequence[Update]) -> None:
-        phases = {"accuracy_received": ("received", "accuracy"), "accuracy_trained": ("trained", "accuracy")}
-        for update in updates:
-            values = {"num_examples": float(update.num_examples), **update.metrics}
-            for key, value in values.items():
-                phase, name = phases.get(key, ("train", key))
-                self.record.row(
-                    round=server_round,
-                    phase=phase,
-                    name=name,
-                    value=value,
-                    client=update.client,
-                    task=update.task,
-                    after=update.task,
-                )
 
     # -- edits and survival -----------------------------------------------------------------------------------------
 
@@ -308,25 +246,27 @@ class Server:
             "version": state.version,
             "model_epoch": state.model_epoch,
             "next_round": state.next_round,
-            "now": state.now,
             "visited": sorted(state.visited),
+            "owed": dict(state.owed),
             "visits": dict(self.exchange.visits),
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
+            "arrivals": self.arrivals.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
         self.state = ServerState(
             models=dict(state["models"]),
             version=state["version"],
             model_epoch=state["model_epoch"],
             next_round=state["next_round"],
-            now=state["now"],
             visited=set(state["visited"]),
+            owed=dict(state["owed"]),
         )
+        self.strategy.load_state_dict(state["strategy"])
         self.exchange.visits = dict(state["visits"])
         self.exchange.committed = dict(state["committed"])
+        self.arrivals.load_state_dict(state["arrivals"])
         self.exchange.bytes_up, self.exchange.bytes_down = state["bytes"]
-        self.strategy.load_state_dict(state["strategy"])

@@ -105,6 +105,9 @@ class Stock:
         """Let the strategy configure the round over the selected nodes."""
         self._check_selection(len(selected))
         arrays = vector_record(view.global_model, live=True)
+        if isinstance(vars(self.strategy).get("current_arrays"), ArrayRecord):
+            # some keep their own copy instead of the arrays they are given: an unlearning edit would be undone
+            vars(self.strategy)["current_arrays"] = None
         grid = CohortGrid(self._nodes[client] for client in selected)
         with self._random("configure", view.version):
             messages = list(self.strategy.configure_train(view.version + 1, arrays, ConfigRecord(), grid))

@@ -74,17 +74,19 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition) -> Ba
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
         return InlineGrid(nodes, ClientHost(runtime, MemoryStateStore()), run_id=RUN_ID)
-    from fedcl.simulation.ray_grid import RayGrid
+    from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
-    worker_config = cfg if backend["gpus_per_worker"] else {**cfg, "device": "cpu"}
+    classes = backend["worker_classes"]
     return RayGrid(
         nodes,
-        worker_config,
+        cfg,
         dataset,
         partition,
         workers=backend["workers"],
         address=backend["address"],
         gpus_per_worker=backend["gpus_per_worker"],
+        worker_classes=None if classes is None else [WorkerClass(**kind) for kind in classes],
+        client_timeout=backend["client_timeout"],
         run_id=RUN_ID,
     )
 

@@ -1,64 +1,39 @@
 """A Flower grid on Ray actors that live as long as the run.
 
 Messages go out in chunks, the largest first; a record that many messages share crosses into the object store once. The
-driver owns order, ids and every client's state, so a worker that dies costs time and nothing else.
+driver owns order, ids and every client's state, so a worker or a node that dies costs time and nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from fedcl.client.state import NEVER
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import VISIT
-from fedcl.simulation.compat import CLIENT_CRASHED, quiet_environment
+from fedcl.simulation.cluster import check_fits, free_places, start_ray
+from fedcl.simulation.compat import CLIENT_CRASHED, NODE_UNAVAILABLE, quiet_environment
 from fedcl.simulation.grid import BaseGrid
 from fedcl.simulation.host import Failure, Outcome
-from fedcl.simulation.worker import Shared, Worker, pack_numpy
+from fedcl.simulation.jobs import Job
+from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool
+from fedcl.simulation.worker import Shared, pack_numpy
 from fedcl.tree import unpack
 
+__all__ = ["RayGrid", "WorkerClass", "start_ray"]
+
 IN_FLIGHT = 2  # chunks a worker has: one running, one waiting, so that it never idles while the driver thinks
-LOST_LIMIT = 2  # deaths of a worker that a message may witness alone before it is taken for their cause
-POLL_SECONDS = 1.0
-
-
-@dataclass
-class Job:
-    """A message, or a client's part of one, on its way to a worker; ``deaths`` counts workers that died with it."""
-
-    message_id: str
-    wire: dict[str, Any]
-    clients: list[str]
-    committed: list[int]
-    size: int
-    deaths: int = 0
-
-    def split(self) -> list[Job]:
-        """Return one job for each client, to find out which of them kills workers."""
-        visit = self.wire[VISIT]
-        jobs = []
-        for i, (client, committed) in enumerate(zip(self.clients, self.committed, strict=True)):
-            alone = {name: visit[name][i : i + 1] for name in ("clients", "visits", "committed")}
-            wire = {**self.wire, VISIT: ConfigRecord({**visit, **alone})}
-            jobs.append(Job(self.message_id, wire, [client], [committed], self.size // len(self.clients), self.deaths))
-        return jobs
-
-
-@dataclass
-class Slot:
-    """One worker: its actor, the visits it caches for each client, and the calls it is busy with."""
-
-    actor: Any
-    held: dict[str, set[int]] = field(default_factory=dict)
-    calls: int = 0
+DEATH_LIMIT = 2  # workers that a client may kill, each running it alone, before it is taken for the cause
+LOSS_LIMIT = 8  # workers, dead of whatever cause, that a job may be lost with before it is given up
+GET_SECONDS = 60.0  # to read a result that Ray holds ready on this node
 
 
 class RayGrid(BaseGrid):
@@ -67,11 +42,15 @@ class RayGrid(BaseGrid):
     Parameters
     ----------
     workers
-        Number of workers; None takes the number of cores.
+        Number of workers; None takes this machine's cores, or the free ones of a cluster that is joined.
     address
         None starts Ray on this machine, reachable from nowhere else; otherwise an existing cluster's address.
-    sizes
-        Samples a client holds: the estimate by which the largest chunks go first.
+    gpus_per_worker
+        CUDA devices, or the fraction of one, that each of the ``workers`` reserves.
+    worker_classes
+        Workers of several kinds, instead of ``workers`` and ``gpus_per_worker``.
+    client_timeout
+        Seconds for one client's visit, after which its worker is replaced; None waits for ever.
     """
 
     def __init__(
@@ -84,40 +63,63 @@ class RayGrid(BaseGrid):
         workers: int | None = None,
         address: str | None = None,
         gpus_per_worker: float = 0.0,
+        worker_classes: Sequence[WorkerClass] | None = None,
+        client_timeout: float | None = None,
         run_id: int = 1,
     ) -> None:
         super().__init__(nodes, run_id=run_id)
         quiet_environment()
         import ray
 
-        self._ray = ray
-        count = workers or os.cpu_count() or 1
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            start_ray(address, workers=count)
+        self._ray: Any = ray
+        self._client_timeout = client_timeout
         clients = tuple(nodes)
         self._sizes = {client: len(part) for client, part in zip(clients, partition.train, strict=True)}
-        # workers get their device from the driver's choice only where they may use one
-        self._arguments = (config, ray.put(dataset), ray.put(partition), clients, _user_paths())
-        self._actor_class = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0)
-        self._slots = [self._spawn() for _ in range(count)]
-        self._wait_until_ready(self._slots)
+        self._suspects: deque[Job] = deque()  # jobs that a worker was lost with: each travels alone
         self._queue: deque[Job] = deque()
-        self._flying: dict[Any, tuple[Slot, Job]] = {}
         self._outcomes: dict[str, dict[str, RecordDict | Failure | None]] = {}
+        self._owns_ray = not ray.is_initialized()
+        self._pool: WorkerPool | None = None
+        try:
+            classes = self._join(address, workers, gpus_per_worker, worker_classes)
+            data = (ray.put(dataset), ray.put(partition), clients, _user_paths())
 
-    def _spawn(self) -> Slot:
-        return Slot(self._actor_class.remote(*self._arguments))
+            def arguments(kind: WorkerClass) -> tuple[Any, ...]:
+                # a worker may use a GPU only where it has reserved one
+                return (config if kind.num_gpus else {**config, "device": "cpu"}, *data)
 
-    def _wait_until_ready(self, slots: Sequence[Slot]) -> None:
-        """Raise here, with the worker's own traceback, what keeps a worker from being built."""
-        self._ray.get([slot.actor.ready.remote() for slot in slots])
+            self._pool = WorkerPool(classes, arguments)
+            self._pool.wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(
+        self, address: str | None, workers: int | None, gpus: float, classes: Sequence[WorkerClass] | None
+    ) -> Sequence[WorkerClass]:
+        """Start or join Ray, unless this process has one already, and return the workers to have."""
+        if classes is None and (workers is not None or (self._owns_ray and address is None)):
+            classes = [WorkerClass(workers or os.cpu_count() or 1, num_gpus=gpus)]
+        if self._owns_ray:
+            demand = _demand(classes or ())
+            cpus, devices = demand.pop("CPU", 0.0), demand.pop("GPU", 0.0)
+            start_ray(address, workers=cpus, gpus=devices, resources=demand)
+        if classes is None:
+            classes = [WorkerClass(free_places(gpus), num_gpus=gpus)]
+        check_fits(_demand(classes))
+        return classes
+
+    @property
+    def _workers(self) -> WorkerPool:
+        if self._pool is None:
+            raise RuntimeError("the grid is closed")
+        return self._pool
 
     def close(self) -> None:
-        """End the workers, and Ray if this grid started it."""
-        for slot in self._slots:
-            self._ray.kill(slot.actor)
-        self._slots = []
+        """End the workers, and Ray if this grid started it; a cluster that was joined goes on."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
         if self._owns_ray:
             self._ray.shutdown()
 
@@ -147,12 +149,13 @@ class RayGrid(BaseGrid):
         return wire
 
     def _feed(self) -> None:
-        while self._queue:
-            slot = min(self._slots, key=lambda slot: slot.calls)
-            # a suspect travels alone, so that its death is its own
-            if slot.calls >= (1 if self._queue[0].deaths else IN_FLIGHT):
+        """Give work to the workers that are up; while there are suspects, only to idle ones and these first."""
+        slots = self._workers.ready()
+        while slots and (self._suspects or self._queue):
+            slot = min(slots, key=lambda slot: len(slot.calls))
+            if len(slot.calls) >= (1 if self._suspects else IN_FLIGHT):
                 return
-            self._dispatch(slot, self._queue.popleft())
+            self._dispatch(slot, (self._suspects or self._queue).popleft())
 
     def _dispatch(self, slot: Slot, job: Job) -> None:
         states = {}
@@ -160,33 +163,51 @@ class RayGrid(BaseGrid):
             if visit != NEVER and visit not in slot.held.get(client, ()) and self.states.has(client, visit):
                 states[client] = (visit, pack_numpy(self.states.load(client, visit)))
             slot.held[client] = {visit}
-        ref = slot.actor.run.remote(job.message_id, job.wire, states)
-        slot.calls += 1
-        self._flying[ref] = (slot, job)
+        if not slot.calls:
+            slot.since = time.monotonic()
+        slot.calls[slot.actor.run.remote(job.message_id, job.wire, states)] = job
 
     def _progress(self, timeout: float | None) -> None:
+        """Wait a moment for whatever comes first, then look after the workers: no wait here is without a bound."""
         self._feed()
-        if not self._flying:
+        if not self._outcomes:
             return
+        pool = self._workers
+        starting = pool.starting()
+        flying = {call: slot for slot in pool.ready() for call in slot.calls}
         wait = POLL_SECONDS if timeout is None else min(POLL_SECONDS, max(timeout, 0.0))
-        ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=wait)
-        for ref in ready:
-            slot, job = self._flying[ref]
-            try:
-                outcome, staged = self._ray.get(ref)
-            except self._ray.exceptions.RayTaskError:
-                raise  # a fault of fedcl: what a client raises comes back as a failure
-            except self._ray.exceptions.RayError as error:
-                self._bury(slot, error)
-                break
-            del self._flying[ref]
-            slot.calls -= 1
-            for client, (visit, (tree, arrays)) in staged.items():
-                tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-                self.states.stage(client, visit, unpack(tree, tensors))
-                slot.held.setdefault(client, set()).add(visit)
-            self._collect(job.message_id, outcome)
+        done, _ = self._ray.wait([*flying, *starting], num_returns=1, timeout=wait)
+        for call in done:
+            if call in starting:
+                pool.settle(starting[call])
+            elif (error := self._receive(flying[call], call)) is not None:
+                self._bury(flying[call], error)
+        for slot in pool.stranded():
+            self._bury(slot, ConnectionError("its node is gone"))
+        self._end_overdue()
+        pool.check_alive()
         self._feed()
+
+    def _receive(self, slot: Slot, call: Any) -> Exception | None:
+        """File a call's result; return what it failed of if its worker is of no more use."""
+        errors = self._ray.exceptions
+        try:
+            outcome, staged = self._ray.get(call, timeout=GET_SECONDS)
+        except errors.RayTaskError as error:
+            # anything else is a fault of fedcl: what a client raises comes back as a failure
+            if not isinstance(error.cause, (errors.RayError, MemoryError)):
+                raise
+            return cast(Exception, error.cause)
+        except errors.RayError as error:
+            return cast(Exception, error)
+        job = slot.calls.pop(call)
+        slot.since = time.monotonic()
+        for client, (visit, (tree, arrays)) in staged.items():
+            tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+            self.states.stage(client, visit, unpack(tree, tensors))
+            slot.held.setdefault(client, set()).add(visit)
+        self._collect(job.message_id, outcome)
+        return None
 
     def _collect(self, message_id: str, outcome: Outcome) -> None:
         """File replies under their message, which is done when each of its clients has one."""
@@ -196,35 +217,75 @@ class RayGrid(BaseGrid):
             del self._outcomes[message_id]
             self._done[message_id] = [(client, reply) for client, reply in outcomes.items() if reply is not None]
 
+    def _salvage(self, slot: Slot) -> None:
+        """File the results that a worker finished before its end, so that the first call left is the one it ran."""
+        for call in list(slot.calls):
+            done, _ = self._ray.wait([call], timeout=0)
+            if not done or self._receive(slot, call) is not None:
+                return
+
     def _bury(self, slot: Slot, error: Exception) -> None:
-        """Replace a dead worker and try again what it held, each client by itself."""
-        lost = [(ref, job) for ref, (owner, job) in self._flying.items() if owner is slot]
-        for position, (ref, job) in enumerate(lost):
-            del self._flying[ref]
-            if position == 0:  # calls run in order: only the first can have been running
-                job.deaths += 1
-            if job.deaths >= LOST_LIMIT and len(job.clients) == 1:
-                reason = f"the worker died with this client {job.deaths} times: {type(error).__name__}"
-                self._collect(job.message_id, [(job.clients[0], Failure(CLIENT_CRASHED, reason))])
+        """Replace a worker that is lost and try again what it held, each client of the running call by itself.
+
+        Only a death of the worker itself is held against a client, and only if it ran alone: a node or a connection
+        takes the innocent with it.
+        """
+        self._salvage(slot)
+        errors = self._ray.exceptions
+        own_death = isinstance(error, (errors.ActorDiedError, errors.OutOfMemoryError, MemoryError))
+        own_death = own_death and slot.node in self._workers.nodes()
+        jobs = list(slot.calls.values())
+        self._workers.replace(slot, error)
+        for job in jobs[1:]:
+            self._queue.appendleft(job)
+        for job in jobs[:1]:
+            job.losses += 1
+            job.deaths += own_death and len(job.clients) == 1
+            name = type(error).__name__
+            if job.deaths >= DEATH_LIMIT:
+                self._give_up(job, CLIENT_CRASHED, f"the worker died with this client {job.deaths} times: {name}")
+            elif job.losses >= LOSS_LIMIT:
+                self._give_up(job, NODE_UNAVAILABLE, f"lost with {job.losses} workers in a row: {name}")
             else:
-                self._queue.extend(job.split() if job.deaths else [job])
-        self._ray.kill(slot.actor)
-        slot.actor, slot.held, slot.calls = self._spawn().actor, {}, 0
-        self._wait_until_ready([slot])
+                self._suspects.extend(job.split())
+
+    def _give_up(self, job: Job, code: int, reason: str) -> None:
+        self._collect(job.message_id, [(client, Failure(code, reason)) for client in job.clients])
+
+    def _end_overdue(self) -> None:
+        """Replace workers whose call takes too long; a cohort is tried again client by client to find who hangs."""
+        limit = self._client_timeout
+        if limit is None:
+            return
+        for slot in self._workers.ready():
+            if not _overdue(slot, limit):
+                continue
+            self._salvage(slot)  # it may have finished while nobody looked
+            if not _overdue(slot, limit):
+                continue
+            jobs = list(slot.calls.values())
+            self._workers.replace(slot, f"no answer within backend.client_timeout={limit:g} s for each client")
+            self._queue.extendleft(jobs[1:])
+            if len(jobs[0].clients) == 1:
+                self._give_up(jobs[0], CLIENT_CRASHED, f"no answer within backend.client_timeout={limit:g} s")
+            else:
+                self._suspects.extend(jobs[0].split())
+
+
+def _overdue(slot: Slot, limit: float) -> bool:
+    running = next(iter(slot.calls.values()), None)
+    return running is not None and time.monotonic() - slot.since > limit * len(running.clients)
+
+
+def _demand(classes: Sequence[WorkerClass]) -> dict[str, float]:
+    """Return what all workers together reserve, by Ray's name of the resource."""
+    total: Counter[str] = Counter()
+    for kind in classes:
+        for name, amount in {"CPU": kind.num_cpus, "GPU": kind.num_gpus, **kind.resources}.items():
+            total[name] += cast(int, kind.count * amount)
+    return {name: float(amount) for name, amount in total.items() if amount}
 
 
 def _user_paths() -> list[str]:
     """Return the entries of sys.path that a worker lacks: the user's folder and configuration folders."""
     return [path for path in sys.path if path]
-
-
-def start_ray(address: str | None, *, workers: int) -> None:
-    """Start Ray on this machine, reachable from nowhere else and without a dashboard, or join a cluster."""
-    import ray
-
-    runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
-    if address is not None:
-        ray.init(address=address, **common)
-    else:
-        ray.init(num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1", **common)

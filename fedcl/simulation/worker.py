@@ -44,9 +44,11 @@ class Worker:
         self._host = ClientHost(runtime, self._store)
         self._records: OrderedDict[str, Any] = OrderedDict()
 
-    def ready(self) -> bool:
-        """Answer once the worker is built; a worker that cannot be built raises here."""
-        return True
+    def ready(self) -> str:
+        """Return the node's id once the worker is built; a worker that cannot be built raises here."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(
         self, message_id: str, wire: dict[str, Any], states: dict[str, tuple[int, Packed]]

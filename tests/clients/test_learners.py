@@ -57,9 +57,7 @@ def test_turned_off_it_is_fine_tuning_bit_for_bit(
 
 @pytest.mark.parametrize("scenario", [ClassIncremental, TaskIncremental, DomainPermuted])
 @pytest.mark.parametrize("name", LEARNERS)
-def test_turned_on_it_is_not(
-    blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str
-) -> None:
+def test_turned_on_it_is_not(blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str) -> None:
     naive = list(make_client(blobs, stream(scenario, blobs), {}).play(SCRIPT))
     other = list(make_client(blobs, stream(scenario, blobs), LEARNERS[name]).play(SCRIPT))
     assert not torch.equal(naive[-1], other[-1])

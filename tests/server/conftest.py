@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from fedcl.models.networks import MLP, build_model
 from fedcl.randomness import numpy_generator
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.streams import ClassIncremental
+from fedcl.server.arrivals import Arrivals, VirtualClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.rounds import RoundOptions
 from fedcl.server.strategy import Pipeline, Strategy
 from fedcl.simulation.compat import identity
+from fedcl.simulation.devices import DeviceProfile
 from fedcl.simulation.grid import InlineGrid
 from fedcl.simulation.host import ClientHost
 from strategies.collaboration.fedavg import FedAvg
@@ -99,6 +102,7 @@ def build() -> Iterator[Build]:
         runtime_class: type[ClientRuntime] = ClientRuntime,
         host_class: type[ClientHost] = ClientHost,
         cohorts: bool = True,
+        device: Callable[[str], DeviceProfile] = lambda client: DeviceProfile(),
         **options: Any,
     ) -> System:
         dataset, model = make_dataset(), make_model()
@@ -127,16 +131,19 @@ def build() -> Iterator[Build]:
             commit_state=store.commit,
         )
         stream = ClassIncremental(num_tasks=2, num_classes=4, input_shape=(4,), seed=0)
+        rounds = {field.name: options.pop(field.name) for field in fields(RoundOptions) if field.name in options}
+        arrivals = Arrivals(exchange, VirtualClock(), SEED, device, lambda client, task: 3)
         server = Server(
             strategy=strategy,
             exchange=exchange,
+            arrivals=arrivals,
             schedule=Synchronous(num_tasks=2, rounds_per_task=2),
             stream=stream,
             spec=model.spec,
             initial=model.vector(),
             clients=CLIENTS,
             record=notes,
-            options=LoopOptions(seed=SEED, **options),
+            options=LoopOptions(rounds=RoundOptions(seed=SEED, **rounds), **options),
         )
         return System(server, exchange, grid, notes, runtime, store)
 

@@ -128,7 +128,7 @@ def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change:
 
 
 def extra_key(content: RecordDict) -> None:
-    content["arrays"]["more"] = Array(np.zeros(1, np.float32))
+    content.array_records["arrays"]["more"] = Array(np.zeros(1, np.float32))
 
 
 def other_key(content: RecordDict) -> None:
@@ -210,6 +210,21 @@ def test_a_pickle_is_not_opened(build: Any, tmp_path: Any) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_second_reply_to_one_message_is_dropped(build: Any) -> None:
+    class Repeats(ClientHost):
+        def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
+            for client, reply in super().run(content):
+                yield client, reply
+                if client == BAD and isinstance(reply, RecordDict):
+                    again = RecordDict(dict(reply))
+                    again["arrays"] = ArrayRecord({"flat": Array(np.full(31, 1e6, np.float32))})
+                    yield client, again
+
+    once, twice = build().play(), build(host_class=Repeats).play()
+    assert torch.equal(once.server.global_model, twice.server.global_model)
+    assert [e["client"] for e in twice.events("reply_rejected")] == [BAD] * 4
+
+
 def test_a_client_without_samples_of_the_task_takes_no_part_and_keeps_its_state(build: Any) -> None:
     system = build(plugins={"counter": Counter}).play()
     assert system.notes.events == []  # the last client holds nothing of task 1
@@ -255,7 +270,7 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
 
     system = build(plugins={"answers": Answers})
     model = system.server.global_model
-    query = Query("mean", {c: model for c in ("3", "2", "0", "1")}, {"factor": torch.tensor(0.0)})
+    query = Query("mean", dict.fromkeys(("3", "2", "0", "1"), model), {"factor": torch.tensor(0.0)})
     answers = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
     assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in answers] == [("0", 4, 0), ("1", 6, 0)]
     assert [e["client"] for e in system.events("client_failed")] == ["2"]
@@ -274,9 +289,16 @@ def test_the_same_bits_with_and_without_cohort_messages(build: Any) -> None:
     assert together.exchange.bytes_down == 4 * 4 * per_model
 
 
-def test_recipients_with_different_models_or_payloads_share_no_message(build: Any) -> None:
+def test_recipients_with_different_models_or_payloads_share_no_message(build: Any, monkeypatch: Any) -> None:
     system = build()
-    task = system.server.stream.train_task(0)
+    sent: list[Any] = []
+    push = system.grid.push_messages
+
+    def noting(messages: Any) -> Any:
+        sent.extend(messages)
+        return push(sent)
+
+    monkeypatch.setattr(system.grid, "push_messages", noting)
     shared, own = torch.zeros(31), torch.ones(31)
     variate = torch.zeros(3)
     outgoing = [
@@ -285,7 +307,7 @@ def test_recipients_with_different_models_or_payloads_share_no_message(build: An
         Outgoing("2", "2", own, {"c": variate}),
         Outgoing("3", "*", shared, {"c": variate.clone()}),
     ]
-    recipients = [(out, system.exchange._request("train", out.client, 0, 0, task, out)) for out in outgoing]
-    messages = list(system.exchange._messages(recipients))
-    assert [m.content["fedcl"]["clients"] for m in messages] == [["0", "1"], ["2"], ["3"]]
-    assert [m.metadata.dst_node_id for m in messages] == [100, 102, 103]
+    replies = system.exchange.tell("evaluate", outgoing, system.server.stream.train_task(0), 0, 0)
+    assert [m.content["fedcl"]["clients"] for m in sent] == [["0", "1"], ["2"], ["3"]]
+    assert [m.metadata.dst_node_id for m in sent] == [100, 102, 103]
+    assert list(replies) == ["0", "1", "2", "3"]

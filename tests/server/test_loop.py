@@ -9,6 +9,7 @@ from fedcl.client.plugin import Context, Plugin, State
 from fedcl.client.state import NEVER
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.server.contracts import GLOBAL
+from fedcl.server.rounds import RoundFailed
 from fedcl.tree import equal
 
 
@@ -30,18 +31,25 @@ class Failing(Plugin):
         self.count += 1
 
 
-def test_a_round_with_too_few_replies_changes_nothing(build: Any) -> None:
+def test_a_round_with_too_few_replies_is_played_again(build: Any) -> None:
     system = build(plugins={"failing": Failing}, min_replies=2)
     after: list[torch.Tensor] = []
     system.server.run(lambda server_round: after.append(system.server.global_model.clone()))
-    (skipped,) = system.events("round_skipped")
-    assert skipped == {"kind": "round_skipped", "round": 1, "replies": 1, "min_replies": 2}
-    assert torch.equal(after[0], after[1])
-    assert not torch.equal(after[1], after[2])
-    assert system.server.version == 3
-    # client 0 did train in round 1, for nothing: its state is that of the round before
-    assert system.exchange.committed["0"] == 3
-    assert system.store.load("0", 3)["plugins"]["failing"] == {"count": 3}
+    (retried,) = system.events("round_retried")
+    assert {k: retried[k] for k in ("round", "replies", "attempt")} == {"round": 1, "replies": 1, "attempt": 0}
+    assert not torch.equal(after[0], after[1])  # the second attempt counted
+    assert system.server.version == 4
+    # client 0 trained in the first attempt too, for nothing: that visit is no part of its state
+    assert system.exchange.committed["0"] == 4
+    assert system.store.load("0", 4)["plugins"]["failing"] == {"count": 4}
+
+
+def test_without_retries_too_few_replies_stop_the_run(build: Any) -> None:
+    system = build(plugins={"failing": Failing}, min_replies=2, retries=0)
+    with pytest.raises(RoundFailed, match="round 1: 1 sound replies"):
+        system.play()
+    assert system.server.state.next_round == 1
+    assert system.exchange.committed["0"] == 0
 
 
 def test_one_reply_is_enough_by_default(build: Any) -> None:
@@ -56,14 +64,13 @@ class AlwaysFailing(Plugin):
         raise RuntimeError("never")
 
 
-def test_nobody_replies_in_any_round(build: Any) -> None:
+def test_a_run_whose_clients_all_fail_stops(build: Any) -> None:
     system = build(plugins={"failing": AlwaysFailing})
     before = system.server.global_model.clone()
-    system.play()
+    with pytest.raises(RoundFailed, match="in each of 3 attempts"):
+        system.play()
     assert torch.equal(system.server.global_model, before)
-    assert system.server.version == 0
-    assert len(system.events("round_skipped")) == 4
-    assert len(system.events("client_failed")) == 4 * 4 - 2  # client 3 has nothing to train on in the second task
+    assert len(system.events("client_failed")) == 3 * 4
 
 
 def test_edit_replaces_models_past_the_strategy(build: Any) -> None:

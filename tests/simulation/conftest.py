@@ -1,46 +1,70 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-# A learner whose clients misbehave on demand: real plugins, really run in workers.
+ROOT = Path(__file__).resolve().parents[2]
+
+# A learner whose clients misbehave on demand: a real plugin, really run in workers.
 FAULTY = '''
 import os
+import signal
+import time
 from pathlib import Path
 
+import ray
 import torch
 
 from fedcl.client.plugin import Context, Phase, Plugin, State
 
 
 class Faulty(Plugin):
-    """Raises, exits the process or returns rubbish at one visit of one client; otherwise counts its visits."""
+    """Misbehaves at one visit of the named clients, written "client:fault ..."; otherwise counts its visits."""
 
     phase = Phase.BOOKKEEPING
 
-    def __init__(self, *, client: str, visit: int, fault: str, marks: str) -> None:
-        self.client, self.visit, self.fault, self.marks = client, visit, fault, marks
+    def __init__(self, *, faults: str, visit: int, marks: str, delay: float) -> None:
+        self.faults = dict(entry.split(":") for entry in faults.split())
+        self.visit, self.marks, self.delay = visit, Path(marks), delay
         self.visits = 0
 
     def before_round(self, ctx: Context) -> None:
         self.visits += 1
         ctx.model.flat += 1e-3 * self.visits
-        if (ctx.client, ctx.visit) != (self.client, self.visit):
-            return
-        mark = Path(self.marks) / "died"
-        if self.fault == "raise":
-            raise ValueError("client says no")
-        if self.fault == "exit_once" and not mark.exists():
+        time.sleep(self.delay)
+        if self.delay and ray.is_initialized():
+            (self.marks / f"node-{ray.get_runtime_context().get_node_id()}").touch()
+        fault = self._fault(ctx)
+        if fault.endswith("_once"):
+            mark = self.marks / f"{ctx.client}-{fault}"
+            fault = "" if mark.exists() else fault.removesuffix("_once")
             mark.touch()
+        if fault == "raise":
+            raise ValueError("client says no")
+        if fault == "memory":
+            raise MemoryError("cannot allocate a tebibyte")
+        if fault == "exit":
             os._exit(7)
-        if self.fault == "exit_always":
-            os._exit(7)
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hang":
+            time.sleep(600)
+        if fault == "mark":
+            (self.marks / "now").touch()
 
     def after_step(self, ctx: Context) -> None:
-        if (ctx.client, ctx.visit) == (self.client, self.visit) and self.fault == "rubbish":
+        if self._fault(ctx) == "rubbish":
             ctx.model.flat[3] = float("nan")
+
+    def _fault(self, ctx: Context) -> str:
+        return self.faults.get(ctx.client, "") if ctx.visit == self.visit else ""
 
     def state(self) -> State:
         return {"visits": self.visits, "mark": torch.full((3,), float(self.visits))}
@@ -48,16 +72,13 @@ class Faulty(Plugin):
     def load(self, state: State) -> None:
         self.visits = int(state.get("visits", 0))
 '''
-YAML = """# A client that misbehaves.
+YAML = """# Clients that misbehave.
 faulty:
   _target_: faulty.Faulty
-  client: "1"
+  faults: ""
   visit: 1
-  fault: none
   marks: {marks}
-  _allowed_:
-    client: str
-    fault: [none, raise, exit_once, exit_always, rubbish]
+  delay: 0.0
 """
 
 
@@ -72,3 +93,45 @@ def faulty_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sys.modules.pop(module, None)  # of an earlier test's folder
     monkeypatch.syspath_prepend(str(folder))
     return folder
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_apart(tmp_path: Path) -> Iterator[Start]:
+    """Return a function that starts Python in a process of its own; whatever it leaves is ended by process id."""
+    if not Path("/proc").is_dir():
+        pytest.skip("finds the processes it started through /proc")
+    tag = f"FEDCL_TEST_TAG={tmp_path}"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "FEDCL_TEST_TAG": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment.pop("RAY_ADDRESS", None)
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+    yield start
+    deadline = time.monotonic() + 20
+    while (left := _processes_with(tag)) and time.monotonic() < deadline:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+    assert not left
+
+
+def _processes_with(setting: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # ended meanwhile
+        if setting.encode() in environment and state != "Z":
+            found.append(int(folder.name))
+    return found

@@ -21,9 +21,7 @@ def _ray(folder: Path, workers: int, *overrides: str, config_dirs: tuple[Path, .
     return run(compose(settings, config_dirs), settings, config_dirs, quiet=True)
 
 
-def test_any_number_of_workers_gives_the_inline_bits(
-    tmp_path: Path, run_experiment: Play, metrics_hash: Hash
-) -> None:
+def test_any_number_of_workers_gives_the_inline_bits(tmp_path: Path, run_experiment: Play, metrics_hash: Hash) -> None:
     overrides = [*SMALL, "learner=[ewc,er]", "strategy/projection=fot", "evaluation.personal=true"]
     inline = metrics_hash(run_experiment("inline", *overrides))
     assert metrics_hash(_ray(tmp_path / "one", 1, *overrides)) == inline

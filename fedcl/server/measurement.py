@@ -1,0 +1,135 @@
+"""What a run measures of itself: training as clients report it, the global model on test data, personal models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedcl.evaluation.evaluator import Evaluator
+from fedcl.scenario.task import Stream
+from fedcl.server.contracts import Update
+from fedcl.server.exchange import Exchange
+from fedcl.server.strategy import Outgoing
+
+_PHASES = {"accuracy_received": ("received", "accuracy"), "accuracy_trained": ("trained", "accuracy")}
+
+
+class Record(Protocol):
+    """Where the run is written down; :class:`fedcl.results.recorder.Recorder` is one."""
+
+    def row(
+        self,
+        *,
+        round: int,
+        phase: str,
+        name: str,
+        value: float,
+        client: str = "",
+        task: int = -1,
+        after: int = -1,
+        virtual_time: float = 0.0,
+    ) -> None:
+        """Record one value."""
+        ...
+
+    def event(self, kind: str, *, round: int = -1, virtual_time: float = 0.0, **fields: Any) -> None:
+        """Record that something happened."""
+        ...
+
+    def timing(self, round: int, name: str, seconds: float) -> None:
+        """Record measured seconds."""
+        ...
+
+
+class Measurement:
+    """Turns what happened into rows of the metrics table. ``headline`` is the last accuracy, in words."""
+
+    def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None) -> None:
+        self.record, self.stream, self.evaluator = record, stream, evaluator
+        self.headline = ""
+
+    def initial(self, model: Tensor) -> None:
+        """Test the model on every task before it has learned anything: the baseline of forward transfer."""
+        if self.evaluator is None:
+            return
+        tasks = list(range(self.stream.num_tasks))
+        for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
+            self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
+
+    def test(self, model: Tensor, server_round: int, now: float, reached: int, *, all_tasks: bool) -> None:
+        """Test the global model on the tasks reached, or on all of them."""
+        if self.evaluator is None:
+            return
+        tasks = list(range(self.stream.num_tasks if all_tasks else reached + 1))
+        accuracy = self.evaluator.accuracy(model, tasks, after=reached)
+        seen = [value for task, value in accuracy.items() if task <= reached]
+        self.headline = f"accuracy {sum(seen) / max(len(seen), 1):.3f}"
+        for task, value in accuracy.items():
+            self.record.row(
+                round=server_round,
+                phase="test",
+                name="accuracy",
+                value=value,
+                task=task,
+                after=reached,
+                virtual_time=now,
+            )
+
+    def personal(
+        self,
+        exchange: Exchange,
+        outgoing: Sequence[Outgoing],
+        server_round: int,
+        version: int,
+        now: float,
+        reached: int,
+    ) -> None:
+        """Test what each client would use after aggregation, on its own test samples of every task so far."""
+        for task_id in range(reached + 1):
+            task = self.stream.test_task(task_id, after=reached)
+            for client, reply in exchange.tell("evaluate", outgoing, task, server_round, version).items():
+                if reply.num_examples:
+                    self.record.row(
+                        round=server_round,
+                        phase="personal",
+                        name="accuracy",
+                        value=reply.metrics["accuracy"],
+                        client=client,
+                        task=task_id,
+                        after=reached,
+                        virtual_time=now,
+                    )
+
+    def training(self, updates: Sequence[Update], server_round: int, now: float, *, ages: bool) -> None:
+        """Record what clients report of their training, and with ``ages`` how late they were."""
+        for update in updates:
+            values = {"num_examples": float(update.num_examples), **update.metrics}
+            if ages:
+                values["age"] = float(update.age)
+            for key, value in values.items():
+                phase, name = _PHASES.get(key, ("train", key))
+                self.record.row(
+                    round=server_round,
+                    phase=phase,
+                    name=name,
+                    value=value,
+                    client=update.client,
+                    task=update.task,
+                    after=update.task,
+                    virtual_time=now,
+                )
+
+    def server(self, metrics: dict[str, float], server_round: int, now: float, reached: int) -> None:
+        """Record what the strategy reports of itself."""
+        for name, value in metrics.items():
+            self.record.row(
+                round=server_round,
+                phase="server",
+                name=name,
+                value=value,
+                task=reached,
+                after=reached,
+                virtual_time=now,
+            )

@@ -1,0 +1,181 @@
+"""How a round is filled: who is sent a message, which replies it waits for, and which of them count.
+
+One rule serves every mode. A round tops up the messages in flight and closes when ``buffer`` sound replies came, or
+``deadline`` seconds have passed, or nothing is in flight any more. Without both that is the synchronous round; with a
+deadline late replies come into later rounds; with a buffer of K it is FedBuff's (Nguyen et al., AISTATS 2022), and with
+a buffer of one FedAsync's (Xie et al., 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedcl.messages import Reply
+from fedcl.scenario.task import Task
+from fedcl.server.arrivals import Arrivals, Flight
+from fedcl.server.contracts import ServerView, Update
+from fedcl.server.exchange import EventLog, Exchange
+from fedcl.server.selection import client_order, select
+from fedcl.server.strategy import Strategy
+
+TaskOf = Callable[[str, int], Task]
+
+
+class RoundFailed(RuntimeError):
+    """Too few sound replies, again and again: the run stops, its last checkpoint stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOptions:
+    """Settings of a round: the keys of the configuration that carry the same names, ``async.*`` among them.
+
+    ``max_age`` is in versions of the global model. ``finished_task`` says what becomes of an update for a task that is
+    over. ``retries`` is how often a round with fewer than ``min_replies`` sound replies is played again.
+    """
+
+    seed: int
+    clients_per_round: int | None = None
+    min_replies: int = 1
+    retries: int = 2
+    buffer: int | None = None
+    deadline: float | None = None
+    max_age: int | None = None
+    finished_task: Literal["drop", "keep"] = "drop"
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """One message that came back: its sound reply, or None, and the update it makes, unless it must not count."""
+
+    flight: Flight
+    reply: Reply | None
+    update: Update | None
+
+
+@dataclass
+class Rounds:
+    """Plays rounds over the messages in flight."""
+
+    strategy: Strategy
+    exchange: Exchange
+    arrivals: Arrivals
+    log: EventLog
+    options: RoundOptions
+    task_of: TaskOf
+
+    def play(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
+        """Return what arrived in this round, in canonical client order, with the clients' states committed.
+
+        Raises
+        ------
+        RoundFailed
+            If ``retries`` further attempts bring too few sound replies too, or no client will ever be available.
+        """
+        for attempt in range(self.options.retries + 1):
+            arrived = self._attempt(server_round, view, model_epoch)
+            sound = sum(one.reply is not None for one in arrived)
+            if sound >= self.options.min_replies:
+                self._commit(arrived)
+                return arrived
+            if all(one.reply is not None for one in arrived):
+                # nobody failed: the deadline came first, and what did come is too little to count
+                return [Arrived(one.flight, None, None) for one in arrived]
+            self._note("round_retried", server_round, replies=sound, attempt=attempt)
+        raise RoundFailed(
+            f"round {server_round}: {sound} sound replies in each of {self.options.retries + 1} attempts, "
+            f"min_replies={self.options.min_replies}; events.jsonl names the clients and reasons"
+        )
+
+    def _commit(self, arrived: Sequence[Arrived]) -> None:
+        """Let the clients go on from this visit, unless their update was refused."""
+        for one in arrived:
+            if one.reply is not None and (one.update is not None or one.reply.num_examples == 0):
+                self.exchange.commit(one.flight.request)
+
+    def _attempt(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
+        self._top_up(server_round, view, model_epoch)
+        clock, options = self.arrivals.clock, self.options
+        deadline = math.inf if options.deadline is None else clock.now + options.deadline
+        arrived: list[Arrived] = []
+        missing = options.buffer
+        while self.arrivals.flights and clock.now <= deadline:
+            flights = self.arrivals.collect(count=missing, deadline=deadline)
+            arrived += [self._judge(flight, server_round, view, model_epoch) for flight in flights]
+            if not flights or missing is None:
+                break
+            missing = options.buffer - sum(one.update is not None for one in arrived) if options.buffer else None
+            if missing is not None and missing <= 0:
+                break
+        return sorted(arrived, key=lambda one: client_order(one.flight.client))
+
+    def _top_up(self, server_round: int, view: ServerView, model_epoch: int) -> None:
+        """Send messages to idle clients until as many are in flight as a round selects."""
+        arrivals, wanted = self.arrivals, self.options.clients_per_round or len(view.clients)
+        idle = arrivals.idle(view.clients)
+        while not idle and not arrivals.flights:
+            until = arrivals.next_available(view.clients)
+            if math.isinf(until):
+                raise RoundFailed(f"round {server_round}: no client will ever be available")
+            arrivals.clock.advance(until)
+            idle = arrivals.idle(view.clients)
+        free = wanted - len(arrivals.flights)
+        if free <= 0 or not idle:
+            return
+        selected = select(idle, free, seed=self.options.seed, server_round=server_round)
+        recipients = []
+        for out in self.strategy.outgoing(selected, view):
+            task = self.task_of(out.client, server_round)
+            recipients.append((out, self.exchange.request("train", out, task, server_round, view.version)))
+        arrivals.dispatch(recipients, model_epoch)
+
+    def _judge(self, flight: Flight, server_round: int, view: ServerView, model_epoch: int) -> Arrived:
+        reply = self.exchange.sound(flight.request, flight.reply)
+        if reply is None or reply.model is None or reply.num_examples == 0 or flight.request.task is None:
+            return Arrived(flight, reply, None)
+        update = _update(flight, reply, flight.request.task, view.version)
+        refused = self._refusal(flight, update, server_round, model_epoch)
+        if refused is None:
+            return Arrived(flight, reply, update)
+        self._note("update_dropped", server_round, client=flight.client, age=update.age, reason=refused)
+        return Arrived(flight, reply, None)
+
+    def _refusal(self, flight: Flight, update: Update, server_round: int, model_epoch: int) -> str | None:
+        """Return why a sound update must not count any more, if it must not."""
+        options = self.options
+        if flight.model_epoch != model_epoch:
+            return "the model was edited since"
+        if options.max_age is not None and update.age > options.max_age:
+            return f"older than async.max_age={options.max_age}"
+        if options.finished_task == "drop" and update.task != self.task_of(flight.client, server_round).id:
+            return f"task {update.task} is over"
+        return None
+
+    def _note(self, kind: str, server_round: int, **fields: Any) -> None:
+        self.log.event(kind, round=server_round, virtual_time=self.arrivals.clock.now, **fields)
+
+
+def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
+    assert reply.model is not None
+    return Update(
+        client=flight.client,
+        visit=flight.request.visit,
+        target=flight.out.target,
+        base_version=flight.request.version,
+        base=flight.out.model,
+        model=reply.model,
+        num_examples=reply.num_examples,
+        weight=float(reply.num_examples),
+        task=task.id,
+        head=task.head,
+        age=version - flight.request.version,
+        payload=reply.payload,
+        metrics=reply.metrics,
+    )
+
+
+def updates(arrived: Sequence[Arrived]) -> list[Update]:
+    """Return the updates that count, in canonical client order."""
+    return [one.update for one in arrived if one.update is not None]

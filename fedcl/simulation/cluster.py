@@ -1,0 +1,100 @@
+"""Ray itself: started on this machine, or an existing cluster that is joined and left as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fedcl.rules import ConfigError
+
+SETTLE_SECONDS = 0.5  # a cluster's view of its free resources trails behind by less
+SETTLE_LIMIT = 10.0
+
+
+def start_ray(
+    address: str | None, *, workers: float, gpus: float = 0.0, resources: Mapping[str, float] | None = None
+) -> None:
+    """Start Ray on this machine, reachable from nowhere else and without a dashboard, or join a cluster.
+
+    Parameters
+    ----------
+    address
+        None starts Ray, even beside another one; ``auto``, ``host:port`` and ``ray://host:port`` join.
+    workers
+        Cores that a Ray started here has to give, whatever the machine really has.
+    gpus
+        CUDA devices that its workers ask for together: 0 hides the machine's.
+    resources
+        Amounts of further resources, by name, that it has to give.
+
+    Raises
+    ------
+    ConfigError
+        If no cluster answers at ``address``.
+    """
+    import ray
+
+    runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
+    if address is None:
+        own: dict[str, Any] = {} if gpus else {"num_gpus": 0}
+        ray.init(
+            address="local",  # without it, Ray would join a cluster that it finds by itself
+            num_cpus=max(1, round(workers + 0.499)),
+            resources=dict(resources or {}),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **own,
+            **common,
+        )
+        return
+    try:
+        ray.init(address=address, **common)
+    except ConnectionError as error:
+        raise ConfigError(f"backend.address={address}: no Ray cluster answers there: {error}") from error
+
+
+def free_places(gpus_per_worker: float) -> int:
+    """Return for how many workers there is room that nobody has reserved, at least 1, once their number stands still.
+
+    The workers of a run that has just ended still count for a moment.
+    """
+
+    def count() -> int:
+        free = _ray().available_resources()
+        places = int(free.get("CPU", 0.0))
+        return min(places, int(free.get("GPU", 0.0) / gpus_per_worker + 1e-6)) if gpus_per_worker else places
+
+    deadline = time.monotonic() + SETTLE_LIMIT
+    before = count()
+    while time.monotonic() < deadline:
+        time.sleep(SETTLE_SECONDS)
+        now = count()
+        if now == before:
+            break
+        before = now
+    return max(1, before)
+
+
+def check_fits(demand: Mapping[str, float]) -> None:
+    """Refuse workers that ask for more than the whole cluster has: Ray would wait for ever.
+
+    Raises
+    ------
+    ConfigError
+        Naming the resource that is short.
+    """
+    total = _ray().cluster_resources()
+    for name, amount in demand.items():
+        if amount > total.get(name, 0.0):
+            raise ConfigError(
+                f"backend: its workers ask for {amount:g} {name} together, Ray has {total.get(name, 0.0):g}; "
+                "change backend.workers, backend.gpus_per_worker or backend.worker_classes"
+            )
+
+
+def _ray() -> Any:
+    import ray  # only partly typed
+
+    return ray

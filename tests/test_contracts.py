@@ -1,0 +1,220 @@
+"""Every choice of every group keeps the contracts, and any two choices of different groups run together.
+
+Choices are discovered: a new YAML is covered without a line here; settings that make it small enough go into
+``tests/toy.py``, pairs that are refused into ``tests/refused_pairs.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from fedcl.config import ConfigError, compose, kinds, list_choices
+from fedcl.experiment import _Prepared
+from fedcl.tree import equal
+from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
+
+# State and payload keys that may stay as they are while nothing goes wrong and nobody is forgotten.
+STEADY = {"answers_ignored", "epoch", "control_epoch"}
+GROUPS = {group: [name for name, _ in list_choices(group)] for group in kinds() if group != "experiment"}
+SINGLES: list[Choices] = [{group: choice} for group, names in GROUPS.items() for choice in names]
+Pair = frozenset[str]  # of two "group=choice"
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_files(tmp_path_factory.mktemp("toy"))
+
+
+def losses(diary: Diary) -> Iterator[tuple[int, float, float]]:
+    """Yield (task, loss of the first step in its first round, mean loss in its last round), means over samples."""
+    table: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in diary.rows:
+        if row["phase"] == "train":
+            table[row["task"], row["round"]][row["name"]][row["client"]] = row["value"]
+    for task in sorted({task for task, _ in table}):
+        rounds = [table[key] for key in sorted(table) if key[0] == task]
+        first, last = (
+            np.average([r[name][c] for c in r[name]], weights=[r["num_examples"][c] for c in r[name]])
+            for r, name in ((rounds[0], "loss_first"), (rounds[-1], "loss"))
+        )
+        yield task, float(first), float(last)
+
+
+def kept(saved: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values over the rounds of every key of the strategy's (``strategy:``) and the plugins' state."""
+    values: dict[str, list[Any]] = defaultdict(list)
+    for state in saved:
+        strategy = state["server"]["strategy"]
+        parts = strategy if all(isinstance(part, dict) for part in strategy.values()) else {"stock": strategy}
+        trees = {f"strategy:{role}": part for role, part in parts.items()}
+        for client, (_, own) in state["clients"].items():
+            trees |= {f"{client}:{plugin}": tree for plugin, tree in own["plugins"].items()}
+        for place, tree in trees.items():
+            for name, value in tree.items():
+                values[f"{place}:{name}"].append(value)
+    return values
+
+
+def frozen_state(diary: Diary, *, stock: bool) -> list[str]:
+    """Return the keys whose value neither appears nor changes during the run, at any client."""
+    moved: dict[str, bool] = {}
+    for place, values in kept(diary.saved).items():
+        owner, part, name = place.split(":")
+        if name in STEADY or (stock and not isinstance(values[0], (dict, Tensor))):
+            continue  # numbers of a Flower strategy are its settings
+        key = f"{'strategy ' if owner == 'strategy' else ''}{part}.{name}"
+        changes = len(values) < len(diary.saved) and owner == "strategy"
+        moved[key] = moved.get(key, False) or changes or any(not equal(values[0], value) for value in values)
+    return [key for key, changes in moved.items() if not changes]
+
+
+def dull_payloads(diary: Diary) -> list[str]:
+    """Return the declared payloads that never travel, and those of training that are always the same."""
+    dull = []
+    for payload in diary.payloads:
+        seen = diary.traffic.get((payload.direction, payload.name), [])
+        steady = payload.when == "query" or payload.name in STEADY
+        if not seen or not (steady or any(not torch.equal(seen[0], tensor) for tensor in seen)):
+            dull.append(f"{payload.name} {payload.direction}")
+    return dull
+
+
+@pytest.mark.parametrize("choices", SINGLES, ids=label)
+def test_every_choice_keeps_the_contracts(choices: Choices, files: dict[str, str], device: torch.device) -> None:
+    why = missing(label(choices))
+    if why:
+        pytest.skip(why)
+    cfg = configure(choices, files, device)
+    edges = not choices.keys() & {"data", "data/partition"}
+    whole = play(cfg, edges=edges)
+    assert whole.faults == []
+    assert [task for task, first, last in losses(whole) if not last < first] == []
+    assert len(set(whole.hashes)) == len(whole.hashes)
+    assert frozen_state(whole, stock="stock" in cfg["strategy"]) == []
+    assert dull_payloads(whole) == []
+    middle = len(whole.hashes) // 2
+    begun = play(cfg, edges=edges, until=middle - 1)
+    rest = play(cfg, edges=edges, start=begun.saved[-1])
+    assert begun.hashes + rest.hashes == whole.hashes
+    assert equal(rest.saved[-1], whole.saved[-1])
+    assert play({**cfg, "seed": 1}, edges=edges, until=0).hashes[0] != whole.hashes[0]
+
+
+def test_the_toy_has_the_edges_it_promises(files: dict[str, str], device: torch.device) -> None:
+    diary = play(configure({}, files, device), edges=True)
+    sizes = {(r["task"], r["client"]): r["value"] for r in diary.rows if r["name"] == "num_examples"}
+    assert {client for task, client in sizes if task == 0} == {"0", "1", "2", "3"}
+    assert {client for task, client in sizes if task == 1} == {"0", "3"}
+    assert {client for task, client in sizes if task == 2} == {"0", "1", "3"}
+    assert sizes[0, "2"] == 1
+
+
+def test_the_checks_see_what_never_changes(files: dict[str, str], device: torch.device) -> None:
+    diary = play(configure({"strategy/collaboration": "scaffold", "learner": "er"}, files, device))
+    assert (frozen_state(diary, stock=False), dull_payloads(diary)) == ([], [])
+    diary.saved = [diary.saved[-1]] * 3
+    assert frozen_state(diary, stock=False) == [
+        "strategy collaboration.control",
+        *(f"learner.er.{name}" for name in ("x", "y", "task", "seen")),
+        "strategy.collaboration.client.control",
+    ]
+    diary.traffic["up", "control_delta"] = [torch.zeros(2)] * 3
+    del diary.traffic["down", "control"]
+    assert sorted(dull_payloads(diary)) == ["control down", "control_delta up"]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_choices("experiment")])
+def test_every_experiment_composes(name: str) -> None:
+    assert compose([f"experiment={name}"])["num_clients"] >= 1
+
+
+# -- pairs ----------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[Pair, str] = {
+    frozenset(pair.split(" + ")): reason
+    for pair, reason in yaml.safe_load((Path(__file__).parent / "refused_pairs.yaml").read_text()).items()
+}
+
+
+def names(row: Choices) -> list[str]:
+    return [f"{group}={choice}" for group, choice in row.items()]
+
+
+def pairs_of(row: Choices) -> set[Pair]:
+    return {frozenset(pair) for pair in combinations(names(row), 2)}
+
+
+def together(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    """Whether two (group, choice) can occur in one run: a stock strategy has no parts."""
+    stock = any(group == "strategy" and choice != "pipeline" for group, choice in (a, b))
+    return a[0] != b[0] and not (stock and (a[0] in PARTS or b[0] in PARTS))
+
+
+def covering_array(groups: dict[str, list[str]], refused: set[Pair], seed: int = 0) -> list[Choices]:
+    """Return rows of choices such that every pair that can run together, and is not refused, is in one; greedy."""
+    rng = np.random.default_rng(seed)
+    singles = [(group, choice) for group, options in groups.items() for choice in options]
+    name = {single: f"{single[0]}={single[1]}" for single in singles}
+    possible = {frozenset((name[a], name[b])): (a, b) for a, b in combinations(singles, 2) if together(a, b)}
+    left = {pair: ab for pair, ab in possible.items() if pair not in refused}
+    rows = []
+    while left:
+        row = dict(next(iter(left.values())))
+        for group in rng.permutation([group for group in groups if group not in row]).tolist():
+            fitting = [
+                choice
+                for choice in rng.permutation(groups[group]).tolist()
+                if all(
+                    together((group, choice), other) and frozenset((f"{group}={choice}", name[other])) not in refused
+                    for other in row.items()
+                )
+            ]
+            if fitting:
+                row[group] = max(fitting, key=lambda c: sum(frozenset((f"{group}={c}", n)) in left for n in names(row)))
+        rows.append(row)
+        left = {pair: ab for pair, ab in left.items() if pair not in pairs_of(row)}
+    return rows
+
+
+HERE = {
+    group: [choice for choice in options if missing(f"{group}={choice}") is None] for group, options in GROUPS.items()
+}
+ROWS = covering_array(HERE, set(REFUSED))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_any_two_choices_run_together(row: Choices, files: dict[str, str], device: torch.device) -> None:
+    # sketches: an exact subspace of a real data set's inputs takes seconds
+    small = ["strategy.projection.server.method=sketch", "strategy.projection.server.sketch_width=8"]
+    extra = ["rounds_per_task=1", "client.epochs=1", *(small if row.get("strategy/projection") == "fot" else [])]
+    diary = play(configure(row, files, device, *extra, num_tasks=2))
+    assert diary.faults == []
+    assert len(diary.hashes) == (1 if row["scenario"] == "joint" else 2)
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: " ".join(sorted(pair)))
+def test_refused_pairs_are_refused_and_say_why(pair: Pair, files: dict[str, str], device: torch.device) -> None:
+    for choice in pair:
+        if why := missing(choice):
+            pytest.skip(why)
+    with pytest.raises(ConfigError) as caught:
+        _Prepared.of(configure(dict(choice.split("=", 1) for choice in sorted(pair)), files, device, num_tasks=2))
+    assert REFUSED[pair] in str(caught.value)
+
+
+def test_the_array_covers_every_pair() -> None:
+    covered = set().union(*(pairs_of(row) for row in ROWS))
+    singles = [(group, choice) for group, options in HERE.items() for choice in options]
+    wanted = {frozenset((f"{a[0]}={a[1]}", f"{b[0]}={b[1]}")) for a, b in combinations(singles, 2) if together(a, b)}
+    assert wanted - covered == wanted & set(REFUSED)
+    assert len(ROWS) < 3 * max(len(a) * len(b) for a, b in combinations(HERE.values(), 2))

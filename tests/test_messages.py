@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedcl.messages import (
+    ARRAYS,
+    CONFIG,
+    FLAT,
+    METRICS,
+    PAYLOAD,
+    VISIT,
+    LiveArray,
+    Reply,
+    Request,
+    hello_content,
+    hello_reply,
+    instruction,
+    read_hello,
+    read_reply,
+    record_tensors,
+    reply_content,
+    requests,
+    tensors_record,
+    vector_record,
+)
+from fedcl.scenario.task import Task
+
+TASK = Task(2, (4, 5), (4, 5), (0, 1, 4, 5), 0, {"name": "rotate", "degrees": 30.0})
+MODEL = torch.tensor([1.5, -0.0, 3e38, 1e-40])
+
+
+def request(client: str, visit: int = 3, committed: int = 2, kind: str = "train") -> Request:
+    return Request(kind, client, visit, committed, 9, 7, TASK, "", MODEL)  # type: ignore[arg-type]
+
+
+def over_the_wire(content: RecordDict) -> RecordDict:
+    """Send it as Flower does: into bytes and back."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    objects = {id_: found.deflate() for id_, found in get_all_nested_objects(content).items()}
+    inflated = inflate_object_from_contents(content.object_id, objects)
+    assert isinstance(inflated, RecordDict)
+    return inflated
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("wire", [True, False])
+def test_an_instruction_comes_back_as_it_was(live: bool, wire: bool) -> None:
+    payload = {"control": torch.arange(6, dtype=torch.float64).view(2, 3), "epoch": torch.tensor([4])}
+    content = instruction([request("a-1")], vector_record(MODEL, live=live), tensors_record(payload, live=live))
+    (back,) = requests(over_the_wire(content) if wire else content)
+    assert (back.kind, back.client, back.visit, back.committed) == ("train", "a-1", 3, 2)
+    assert (back.server_round, back.version, back.task, back.name) == (9, 7, TASK, "")
+    assert back.model is not None
+    assert back.model.numpy().tobytes() == MODEL.numpy().tobytes()
+    assert back.payload.keys() == payload.keys()
+    for name, tensor in payload.items():
+        assert back.payload[name].dtype == tensor.dtype
+        assert torch.equal(back.payload[name], tensor)
+
+
+def test_an_instruction_without_task_model_and_payload() -> None:
+    content = instruction([Request("evaluate", "x", 0, -1, 0, 0, None)], None, None)
+    assert set(content) == {VISIT}
+    (back,) = requests(content)
+    assert back.task is None
+    assert back.model is None
+    assert back.payload == {}
+
+
+def test_only_training_carries_flowers_round() -> None:
+    assert instruction([request("a")], None, None)[CONFIG] == ConfigRecord({"server-round": 9})
+    assert CONFIG not in instruction([request("a", kind="query")], None, None)
+
+
+def test_a_cohort_is_split_into_its_clients() -> None:
+    members = [request("0", 3, 2), request("1", 5, 2), request("10", 0, -1)]
+    content = instruction(members, vector_record(MODEL, live=True), None)
+    split = requests(content)
+    assert isinstance(split, Iterator)
+    back = list(split)
+    assert [(r.client, r.visit, r.committed) for r in back] == [("0", 3, 2), ("1", 5, 2), ("10", 0, -1)]
+    assert back[0].model is back[1].model is back[2].model  # one set of weights for all
+    assert all(r.task == TASK for r in back)
+
+
+def test_a_foreign_message_is_refused() -> None:
+    with pytest.raises(ValueError, match="no 'fedcl' record"):
+        list(requests(RecordDict({"arrays": vector_record(MODEL, live=True)})))
+
+
+@pytest.mark.parametrize("wire", [True, False])
+def test_a_reply_comes_back_as_it_was(wire: bool) -> None:
+    content = reply_content(Reply(17, {"loss": 0.25}, MODEL, {"sum": torch.ones(2)}), live=True)
+    back = read_reply(over_the_wire(content) if wire else content)
+    assert (back.num_examples, back.metrics) == (17, {"loss": 0.25})
+    assert back.model is not None
+    assert back.model.numpy().tobytes() == MODEL.numpy().tobytes()
+    assert torch.equal(back.payload["sum"], torch.ones(2))
+
+
+def test_a_reply_without_model() -> None:
+    back = read_reply(reply_content(Reply(0), live=True))
+    assert back.model is None
+    assert back.payload == {}
+
+
+def reply(**records: ArrayRecord | MetricRecord | ConfigRecord) -> RecordDict:
+    content = RecordDict({ARRAYS: vector_record(MODEL, live=False), METRICS: MetricRecord({"num-examples": 1})})
+    content.update(records)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (RecordDict(), "no 'metrics' record"),
+        (reply(metrics=MetricRecord({"loss": 1.0})), "'num-examples'"),
+        (reply(metrics=MetricRecord({"num-examples": float("nan")})), "nan"),
+        (reply(metrics=MetricRecord({"num-examples": float("inf")})), "inf"),
+        (reply(metrics=MetricRecord({"num-examples": [3]})), "whole number"),
+        (reply(arrays=ArrayRecord()), r"holds \[\]"),
+        (reply(arrays=tensors_record({"flat": MODEL, "more": MODEL}, live=True)), "more"),
+        (reply(more=ConfigRecord()), "unknown records"),
+        (reply(payload=ArrayRecord({"sum": Array(np.array(["text"]))})), "'payload' holds an unreadable 'sum'"),
+        (reply(arrays=ArrayRecord({"flat": Array("float32", (4,), "numpy.ndarray", b"{")})), "unreadable 'flat'"),
+    ],
+)
+def test_a_malformed_reply_is_a_value_error_that_names_what_is_wrong(content: RecordDict, names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        read_reply(content)
+
+
+def test_a_live_array_has_the_bytes_of_any_other() -> None:
+    for ndarray in (MODEL.numpy(), np.arange(6).reshape(2, 3), np.zeros((0, 4), np.uint8), np.array(3.0)):
+        live, plain = LiveArray(ndarray), Array(ndarray)
+        assert live.data == plain.data
+        assert (live.dtype, live.shape, live.stype) == (plain.dtype, plain.shape, plain.stype)
+        assert live.object_id == plain.object_id
+
+
+def test_a_live_array_travels_through_flower_as_an_array() -> None:
+    back = over_the_wire(reply_content(Reply(1, {}, MODEL), live=True))[ARRAYS][FLAT]
+    assert type(back) is Array
+    assert back.numpy().tobytes() == MODEL.numpy().tobytes()
+
+
+def test_a_live_array_is_pickled_without_turning_it_into_bytes_first() -> None:
+    live = LiveArray(MODEL.numpy())
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(live, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 1  # the weights travel out of band: zero-copy between processes
+    assert "_bytes" not in vars(live)
+    back = pickle.loads(data, buffers=[bytes(buffers[0].raw())])
+    assert isinstance(back, LiveArray)
+    assert back.data == Array(MODEL.numpy()).data
+    assert pickle.loads(pickle.dumps(live)).data == live.data
+
+
+def test_numpy_is_a_copy_and_view_is_not() -> None:
+    ndarray = np.zeros(3, np.float32)
+    live = LiveArray(ndarray)
+    live.numpy()[0] = 5
+    assert ndarray[0] == 0
+    assert live.view() is ndarray
+
+
+def test_a_read_only_array_becomes_a_tensor_that_shares_its_memory() -> None:
+    ndarray = np.arange(4, dtype=np.float32)
+    ndarray.flags.writeable = False  # as shared memory of another process is
+    record = ArrayRecord()
+    record[FLAT] = LiveArray(ndarray)
+    tensor = record_tensors(record)[FLAT]
+    assert tensor.data_ptr() == ndarray.ctypes.data
+    del record
+    assert tensor.tolist() == [0, 1, 2, 3]
+
+
+def test_the_hello_round_trip() -> None:
+    (asked,) = requests(hello_content())
+    assert asked.kind == "hello"
+    assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0"))) == ("device-3", 120, "1.0")
+
+
+@pytest.mark.parametrize("client", ["", "../x", "a b", "a/b", "*", "ä"])
+def test_a_hello_with_a_strange_name_is_refused(client: str) -> None:
+    with pytest.raises(ValueError, match="client id"):
+        read_hello(hello_reply(client, 1, "1.0"))
+
+
+def test_payload_travels_as_a_record_of_its_own() -> None:
+    content = instruction([request("0")], vector_record(MODEL, live=True), tensors_record({"c": MODEL}, live=True))
+    assert set(content) == {ARRAYS, PAYLOAD, VISIT, CONFIG}
+    assert list(content[ARRAYS]) == [FLAT]
