@@ -199,10 +199,10 @@ class Server:
 
         A client in flight does so when it is back: two messages at once would race for its state.
         """
-        learned = [client for client in self._clients if client in self.state.visited]
-        away = [client for client in learned if client in self.arrivals.flights]
-        self.state.owed.update(dict.fromkeys(away, task_id))
-        present = [client for client in learned if client not in self.arrivals.flights]
+        flights = self.arrivals.flights
+        learned = [client for client in self._clients if client in self.state.visited or client in flights]
+        self.state.owed.update({client: task_id for client in learned if client in flights})
+        present = [client for client in learned if client not in flights]
         task = self.stream.train_task(task_id)
         self.exchange.tell("task_end", self._outgoing(present), task, server_round, self.version)
 

@@ -25,6 +25,7 @@ FAST = {
 
 def main(health: str, marks: Path, config_dir: Path, overrides: list[str]) -> None:
     quiet_environment()
+    sys.path.insert(0, str(config_dir))  # where the learner's module lies
     head = {"num_cpus": 1, "include_dashboard": False, **({"_system_config": FAST} if health == "fast" else {})}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     doomed = cluster.add_node(num_cpus=1)
