@@ -33,12 +33,18 @@ def _pack(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         wrong = [key for key in node if not isinstance(key, str) or key == _TENSOR]
         if wrong:
             raise TypeError(f"state at {path or 'the top'} has the key {wrong[0]!r}: keys must be strings")
-        return {key: _pack(value, f"{path}/{key}" if path else key, tensors) for key, value in node.items()}
+        return {key: _pack(value, _below(path, key), tensors) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_pack(value, f"{path}/{i}" if path else str(i), tensors) for i, value in enumerate(node)]
+        return [_pack(value, _below(path, str(i)), tensors) for i, value in enumerate(node)]
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise TypeError(f"state at {path or 'the top'} is a {type(node).__name__}: it cannot be stored")
+
+
+def _below(path: str, key: str) -> str:
+    """Return the name of what lies under ``key``; a slash within a key must not look like one between keys."""
+    escaped = key.replace("%", "%25").replace("/", "%2F")
+    return f"{path}/{escaped}" if path else escaped
 
 
 def unpack(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -186,11 +186,11 @@ def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[
     client = cfg["client"]
 
     @functools.cache
-    def steps(name: str, task: Task) -> int:
-        num_examples = int(np.isin(dataset.train.y[parts[name]], task.classes).sum())
+    def steps(name: str, classes: tuple[int, ...]) -> int:
+        num_examples = int(np.isin(dataset.train.y[parts[name]], classes).sum())
         return int(client["epochs"]) * -(-num_examples // int(client["batch_size"]))
 
-    return steps
+    return lambda name, task: steps(name, task.classes)
 
 
 def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | Stock:

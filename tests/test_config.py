@@ -55,6 +55,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     shutil.copy(REAL / "config.yaml", folder)
     shutil.copytree(REAL / "backend", folder / "backend")
+    shutil.copytree(REAL / "devices", folder / "devices")
     shutil.copy(REAL / "strategy/pipeline.yaml", folder / "strategy")
     monkeypatch.setattr("fedcl.config.CONFIG_DIR", folder)
     return folder
@@ -139,7 +140,7 @@ class TestCompose:
             (["rounds_per_task=[1,2]"], "rounds_per_task=[1, 2]: has 2 numbers for scenario.num_tasks=5"),
             (["name=../x"], "name=../x: must be letters"),
             (["exclude.classes=[-1]"], "exclude.classes=[-1]: must be >= 0 each"),
-            (["exclude.clients=[3]"], "exclude.clients=[3]: must be a list of client ids"),
+            (["exclude.clients=[1.5]"], "exclude.clients=[1.5]: must be a list of client ids"),
             (["experiment=typo"], "client.epoch=3: no such key"),
             (["experiment=unruly"], "client.epochs=0: must be int >= 1"),
         ],

@@ -84,10 +84,10 @@ def test_a_process_killed_by_the_system_is_resumed(tmp_path: Path, metrics_hash:
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Server, server_round: int, updates: object) -> None:
+    def stop(self: Server, server_round: int, counted: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Server, "_finish_round", stop)
+    monkeypatch.setattr(Server, "_conclude", stop)
     with pytest.raises(KeyboardInterrupt):
         run(compose([*SMALL, f"run_dir={tmp_path / 'a'}", "strategy/projection=none"]), [], [], quiet=True)
     assert load(tmp_path / "a").status == "interrupted"

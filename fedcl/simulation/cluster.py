@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,7 @@ from fedcl.rules import ConfigError
 
 SETTLE_SECONDS = 0.5  # a cluster's view of its free resources trails behind by less
 SETTLE_LIMIT = 10.0
+CONNECT_SECONDS = 10.0
 
 
 def start_ray(
@@ -50,9 +53,17 @@ def start_ray(
         )
         return
     try:
+        _check_answers(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
         ray.init(address=address, **common)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ConfigError(f"backend.address={address}: no Ray cluster answers there: {error}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError where nobody listens at a ``host:port``: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def free_places(gpus_per_worker: float) -> int:

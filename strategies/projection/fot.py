@@ -80,7 +80,7 @@ class FOT(Projection):
     def __init__(
         self,
         *,
-        epsilon: float = 0.96,
+        epsilon: float = 0.9,
         epsilon_increment: float = 0.0,
         variant: Variant = "corrected",
         method: Method = "auto",

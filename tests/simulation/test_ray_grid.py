@@ -10,6 +10,7 @@ import pytest
 from fedcl.config import ConfigError, compose
 from fedcl.experiment import run
 from fedcl.results import load
+from fedcl.simulation.cluster import start_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -91,16 +92,16 @@ def test_only_the_client_that_always_kills_its_worker_is_lost(
 def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
-    overrides = [*FAULTY, "learner.faulty.faults='1:raise 2:rubbish 3:memory'"]
+    overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory'"]
     inline = run_experiment("inline", *overrides, config_dirs=[faulty_dir])
     folder = _ray(tmp_path / "ray", 2, *overrides, config_dirs=(faulty_dir,))
     reasons = {client: reason for server_round, client, reason in _failed(folder) if server_round == 1}
-    assert reasons.keys() == {"1", "3"}
-    assert reasons["1"] == "ValueError: client says no"
+    assert reasons.keys() == {"2", "3"}
+    assert reasons["2"] == "ValueError: client says no"
     assert reasons["3"] == "MemoryError: cannot allocate a tebibyte"
     events = load(folder).events
     [(_, rejected)] = events[events["kind"] == "reply_rejected"].iterrows()
-    assert (rejected["client"], rejected["round"]) == ("2", 1)
+    assert (rejected["client"], rejected["round"]) == ("1", 1)
     assert "hidden.0.weight" in rejected["reason"]
     assert metrics_hash(folder) == metrics_hash(inline)
 
@@ -155,6 +156,12 @@ def test_workers_that_no_node_can_hold_are_refused_at_once(tmp_path: Path) -> No
         _ray(tmp_path / "a", 64, *SMALL)
     with pytest.raises(ConfigError, match="ask for 2 phone together, Ray has 0"):
         _ray(tmp_path / "b", None, *SMALL, "backend.worker_classes=[{count:2,num_cpus:0.5,resources:{phone:1}}]")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_an_address_where_nobody_listens_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"backend.address={address}: no Ray cluster answers there"):
+        start_ray(address, workers=1)
 
 
 @pytest.mark.parametrize(
