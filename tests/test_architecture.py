@@ -18,7 +18,15 @@ METHODS = ("strategies", "clients")
 CONFIG = ("fedcl.config", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
-OUTER = (*CONFIG, "fedcl.experiment", "fedcl.wiring", "fedcl.simulation", "fedcl.__main__")
+OUTER = (
+    *CONFIG,
+    "fedcl.prepared",
+    "fedcl.play",
+    "fedcl.experiment",
+    "fedcl.wiring",
+    "fedcl.simulation",
+    "fedcl.__main__",
+)
 # Leaves at the top of fedcl without a package of their own: every layer may use them, they use no layer.
 SOURCE_LIBRARIES = {"sklearn", "scipy", "pandas", "pyarrow", "PIL"}
 

@@ -8,97 +8,199 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedcl.cli import main
+from fedcl.client.state import MemoryStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
-from fedcl.results import load
+from fedcl.results import checkpoint, load, recorder
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.server.loop import Server
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
-SMALL = ["backend=inline", "compare_with=null", "figures=false"]
-SMALL += ["num_clients=5", "rounds_per_task=2", "scenario.num_tasks=5"]
+SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "scenario.num_tasks=5"]
+SMALL += ["rounds_per_task=2", "data/partition=iid", "checkpoint.min_seconds=0"]
 STATEFUL = ["learner=[ewc,er]", "strategy/projection=fot"]
+MODES = {
+    "sync": [],
+    "deadline": ["async.deadline=0.2", "devices=lognormal", "devices.sigma=1.0"],
+    "buffer": ["async.buffer=2", "devices=lognormal", "async.finished_task=keep"],
+    "async": ["async.buffer=1", "devices=tiers", "async.max_age=3"],
+    "fedcac": ["async.deadline=0.2", "devices=lognormal", "strategy/collaboration=fedcac", "strategy/projection=none"],
+}
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it but the test."""
+    """Stands for SIGKILL: nothing between here and the test catches it, nothing is tidied up after it."""
 
 
-def _interrupt(monkeypatch: pytest.MonkeyPatch, event: int) -> None:
-    """Die at the ``event``-th line that the run writes down."""
-    from fedcl.results.recorder import Recorder
-
-    write = Recorder._write
+def _nth_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, after: bool = False) -> None:
+    """Die at the ``number``-th call of ``owner.name``, before it does anything or when it has done it."""
+    original = getattr(owner, name)
     count = 0
 
-    def counting(self: Recorder, table: str, record: object) -> None:
+    def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
-        if count == event:
+        if count == number and not after:
             raise Killed
-        write(self, table, record)  # type: ignore[arg-type]
+        result = original(*args, **kwargs)
+        if count == number:
+            raise Killed
+        return result
 
-    monkeypatch.setattr(Recorder, "_write", counting)
+    monkeypatch.setattr(owner, name, counting)
 
 
-@pytest.mark.parametrize("draw", range(4))
+def _kill_at(point: str, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    if point == "line":  # anywhere: each row, timing and event is a line
+        _nth_call(monkeypatch, recorder.Recorder, "_write", draw.randrange(2, 150))
+    elif point == "checkpoint":  # within the write: some files are there, others not
+        _nth_call(monkeypatch, checkpoint, "write_bytes_atomic", draw.randrange(1, 30), after=draw.random() < 0.5)
+    elif point == "latest":  # the checkpoint is whole, nothing points to it yet
+        _nth_call(monkeypatch, checkpoint, "write_atomic", draw.randrange(1, 9))
+    elif point == "commit":  # a visit is staged, the server has not yet said that it counts
+        _nth_call(monkeypatch, MemoryStateStore, "commit", draw.randrange(20, 50), after=draw.random() < 0.5)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function giving the folder of a mode's undisturbed run, played once."""
+    folders: dict[str, Path] = {}
+
+    def play(mode: str) -> Path:
+        if mode not in folders:
+            folders[mode] = tmp_path_factory.mktemp("whole") / mode
+            overrides = [*SMALL, *STATEFUL, *MODES[mode], f"run_dir={folders[mode]}"]
+            run(compose(overrides), overrides, [], quiet=True)
+        return folders[mode]
+
+    return play
+
+
+@pytest.mark.parametrize("point", ["line", "checkpoint", "latest", "commit"])
+@pytest.mark.parametrize("mode", list(MODES))
 def test_resumed_after_dying_anywhere_equals_uninterrupted(
-    draw: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics_hash: Hash
+    mode: str,
+    point: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    metrics_hash: Hash,
+    uninterrupted: Callable[[str], Path],
 ) -> None:
-    overrides = [*SMALL, *STATEFUL]
-    whole = run(compose([*overrides, f"run_dir={tmp_path / 'whole'}"]), overrides, [], quiet=True)
-    lines = sum(len((whole / f"{t}.jsonl").read_text().splitlines()) for t in ("metrics", "timings", "events"))
-    event = random.Random(draw).randrange(2, lines)
+    whole, draw = uninterrupted(mode), random.Random(f"{mode} {point}")
+    overrides = [*SMALL, *STATEFUL, *MODES[mode], f"run_dir={tmp_path / 'cut'}"]
     with monkeypatch.context() as patched:
-        _interrupt(patched, event)
+        _kill_at(point, draw, patched)
         with pytest.raises(Killed):
-            run(compose([*overrides, f"run_dir={tmp_path / 'cut'}"]), overrides, [], quiet=True)
-    assert load(tmp_path / "cut").status == "failed"
+            run(compose(overrides), overrides, [], quiet=True)
+    if point == "line":  # and once more, while the tables are being cut back
+        with monkeypatch.context() as patched:
+            _nth_call(patched, recorder.os, "truncate", draw.randrange(1, 4), after=True)
+            with pytest.raises(Killed):
+                resume(tmp_path / "cut", force=False, quiet=True)
     resume(tmp_path / "cut", force=False, quiet=True)
     assert load(tmp_path / "cut").status == "done"
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
+    kept = ("accuracy/average", "bytes/up", "bytes/down", "staleness/mean", "virtual_time")
+    ours, theirs = load(tmp_path / "cut").summary, load(whole).summary
+    assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept}
 
 
-def test_a_process_killed_by_the_system_is_resumed(tmp_path: Path, metrics_hash: Hash) -> None:
-    overrides = [*SMALL, "rounds_per_task=20", "strategy/projection=none"]
-    whole = run(compose([*overrides, f"run_dir={tmp_path / 'whole'}"]), overrides, [], quiet=True)
-    folder = tmp_path / "cut"
+def _started(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
+    """Start a run in a process of its own and wait for its first checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fedcl", "run", "--quiet", *overrides, f"run_dir={folder}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "LATEST").exists() and process.poll() is None:
+    while not (folder / "checkpoints" / "LATEST").exists():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return process
+
+
+LONG = [*SMALL, "rounds_per_task=40", "strategy/projection=none"]
+
+
+def test_a_process_killed_by_the_system_is_resumed(tmp_path: Path, metrics_hash: Hash) -> None:
+    whole = tmp_path / "whole"
+    run(compose([*LONG, f"run_dir={whole}"]), [*LONG, f"run_dir={whole}"], [], quiet=True)
+    process = _started(tmp_path / "cut", LONG)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / "STATUS").read_text() == "running\n"
-    resume(folder, force=False, quiet=True)
-    assert metrics_hash(folder) == metrics_hash(whole)
+    process.communicate()
+    assert (tmp_path / "cut" / "STATUS").read_text() == "running\n"
+    resume(tmp_path / "cut", force=False, quiet=True)
+    assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 
-def test_an_interrupted_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Server, server_round: int, counted: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_round_and_says_so(signum: int, status: int, tmp_path: Path) -> None:
+    process = _started(tmp_path / "a", [*LONG, "checkpoint.every=3"])
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    read = load(tmp_path / "a")
+    assert read.status == "interrupted"
+    state, _ = Checkpoints(tmp_path / "a").load()
+    assert state["server"]["next_round"] == read.metrics["round"].max() + 1
+    assert "finishing the round" in stderr
 
-    monkeypatch.setattr(Server, "_conclude", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(compose([*SMALL, f"run_dir={tmp_path / 'a'}", "strategy/projection=none"]), [], [], quiet=True)
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def insist(self: Server, server_round: int, counted: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr(Server, "_conclude", insist)
+    overrides = [*SMALL, f"run_dir={tmp_path / 'a'}", "strategy/projection=none"]
+    assert main(["run", *overrides]) == 130
     assert load(tmp_path / "a").status == "interrupted"
+
+
+def test_a_changed_configuration_is_refused_with_a_diff(
+    run_experiment: Play, capsys: pytest.CaptureFixture[str], metrics_hash: Hash
+) -> None:
+    folder = run_experiment("a", *SMALL, "strategy/projection=none")
+    before = metrics_hash(folder)
+    (folder / "STATUS").write_text("interrupted\n")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.1", "lr: 0.2"))
+    assert main(["resume", str(folder), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "client.optimizer.lr: 0.2 -> 0.1" in error
+    assert len(error.strip().splitlines()) == 1
+    assert main(["resume", str(folder), "--quiet", "--force"]) == 0
+    assert metrics_hash(folder) == before  # it was done already
+
+
+def test_another_version_is_refused(run_experiment: Play, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_experiment("a", *SMALL, "strategy/projection=none")
+    env = folder / "env.json"
+    env.write_text(env.read_text().replace('"torch": "', '"torch": "0.'))
+    assert main(["resume", str(folder), "--quiet"]) == 2
+    assert "torch: 0." in capsys.readouterr().err
+
+
+def _newest(folder: Path) -> Path:
+    return folder / "checkpoints" / (folder / "checkpoints" / "LATEST").read_text().strip()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_experiment: Play) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none")
-    newest = folder / "checkpoints" / (folder / "checkpoints" / "LATEST").read_text().strip()
-    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    tensors = _newest(folder) / "tensors.safetensors"
+    data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
-    (newest / "tensors.safetensors").write_bytes(data)
+    tensors.write_bytes(data)
     with pytest.warns(UserWarning, match="damaged"):
         state, _ = Checkpoints(folder).load()
     assert state["server"]["next_round"] == 9
@@ -107,21 +209,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_experiment: Play)
 @pytest.mark.parametrize("damage", ["empty", "truncated", "missing"])
 def test_no_whole_checkpoint_is_an_error(damage: str, run_experiment: Play) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none", "checkpoint.keep=1")
-    newest = folder / "checkpoints" / (folder / "checkpoints" / "LATEST").read_text().strip()
-    if damage == "missing":
-        (newest / "state.json").unlink()
-    else:
-        data = (newest / "state.json").read_bytes()
-        (newest / "state.json").write_bytes(b"" if damage == "empty" else data[:-5])
+    state = _newest(folder) / "state.json"
+    data = state.read_bytes()
+    state.unlink()
+    if damage != "missing":
+        state.write_bytes(b"" if damage == "empty" else data[:-5])
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
         Checkpoints(folder).load()
 
 
 def test_old_checkpoints_and_unused_client_files_go(run_experiment: Play) -> None:
     folder = run_experiment("a", *SMALL, "learner=er", "strategy/projection=none", "checkpoint.keep=2")
-    checkpoints = folder / "checkpoints"
-    assert len(list(checkpoints.glob("round_*"))) == 2
-    assert len(list((checkpoints / "clients").iterdir())) <= 2 * 5
+    assert len(list((folder / "checkpoints").glob("round_*"))) == 2
+    assert len(list((folder / "checkpoints" / "clients").iterdir())) <= 2 * 4
 
 
 def test_a_finished_run_is_only_summarised_again(run_experiment: Play, metrics_hash: Hash) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 from fedcl.client.plugin import Payload
 from fedcl.config import compose
 from fedcl.data.dataset import Dataset, Partition
-from fedcl.experiment import _Prepared, _server
 from fedcl.messages import PAYLOAD, VISIT, record_tensors
+from fedcl.prepared import Prepared, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.tree import equal, pack, unpack
@@ -201,14 +201,14 @@ class Enough(Exception):
 def play(cfg: dict[str, Any], *, edges: bool = False, until: int = -1, start: dict[str, Any] | None = None) -> Diary:
     """Play a run, going on from a snapshot if ``start`` is one, and stop after round ``until``."""
     diary = Diary()
-    prepared = _Prepared.of(cfg)
+    prepared = Prepared.of(cfg)
     prepared = replace(prepared, partition=awkward(prepared.dataset)) if edges else prepared
     with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
         watched: Any = Watched(backend, diary)
         recorder: Any = diary
         states = backend.states
         assert states is not None
-        server = _server(cfg, prepared, replace(backend, grid=watched), recorder)
+        server = make_server(cfg, prepared, replace(backend, grid=watched), recorder)
         plugins = [build() for build in learner_factories(cfg).values()]
         declared = (payload for owner in (server.strategy, *plugins) for payload in owner.payloads)
         diary.payloads = list(dict.fromkeys(declared))

@@ -71,6 +71,10 @@ class Checkpoints:
         write_atomic(self.folder / "LATEST", name + "\n")
         self._prune(name)
 
+    def begun(self) -> bool:
+        """Whether a checkpoint was ever finished: if not, a run starts from its beginning."""
+        return (self.folder / "LATEST").is_file() or bool(self._candidates())
+
     def load(self) -> tuple[Any, dict[str, tuple[int, Any]]]:
         """Return the newest whole checkpoint: its state, and each client's (visit, state).
 

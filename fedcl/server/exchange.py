@@ -61,7 +61,7 @@ class Exchange:
 
     ``visits`` counts how often each client was dispatched, ``committed`` is its last accepted visit. ``cohorts`` says
     that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
-    visit counts.
+    visit counts. ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
     """
 
     grid: Grid
@@ -72,6 +72,7 @@ class Exchange:
     cohorts: bool = False
     commit_state: CommitState | None = None
     timeout: float | None = None
+    max_update_norm: float | None = None
     visits: dict[str, int] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
@@ -98,7 +99,8 @@ class Exchange:
 
     def pull(self, message_ids: Iterable[str]) -> dict[str, Reply | Fault]:
         """Return by client the replies that are there; a grid of ours waits for one if there is none."""
-        return self._read(self.grid.pull_messages(sorted(message_ids)))
+        asked = sorted(message_ids)
+        return self._read(self.grid.pull_messages(asked), asked)
 
     def sound(self, request: Request, reply: Reply | Fault | None) -> Reply | None:
         """Return the reply to a train request if it is fit to enter an aggregate; if not, record why."""
@@ -107,7 +109,7 @@ class Exchange:
             for p in self.payloads
             if p.direction == "up" and p.when == "every_train"
         }
-        return self._accept(request, reply, uploads, model=True)
+        return self._accept(request, reply, uploads, model=True, max_norm=self.max_update_norm)
 
     def commit(self, request: Request) -> None:
         """Let what the client staged at this visit become its state."""
@@ -154,11 +156,14 @@ class Exchange:
         payloads: Mapping[str, tuple[int, ...] | None],
         *,
         model: bool,
+        max_norm: float | None = None,
     ) -> Reply | None:
         fault = Fault("client_failed", "no reply in time") if reply is None else reply
         if isinstance(fault, Reply):
             self.bytes_up += _reply_bytes(fault)
-            reason = rejection(fault, self.spec, payloads, model=model)
+            reason = rejection(
+                fault, self.spec, payloads, model=model, base=request.model, max_norm=max_norm
+            )
             if reason is None:
                 return fault
             fault = Fault("reply_rejected", reason)
@@ -171,13 +176,15 @@ class Exchange:
         messages = self._messages(list(self._groups(recipients)))
         return self._read(self.grid.send_and_receive(messages=messages, timeout=self.timeout))
 
-    def _read(self, messages: Iterable[Message]) -> dict[str, Reply | Fault]:
-        """Return by client its first reply, or what was wrong with it."""
+    def _read(self, messages: Iterable[Message], asked: Sequence[str] | None = None) -> dict[str, Reply | Fault]:
+        """Return by client its first reply to one of the messages ``asked``, or what was wrong with it."""
         replies: dict[str, Reply | Fault] = {}
         for message in messages:
             client = self._clients.get(message.metadata.src_node_id, "")
             if not client:
                 self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
+            elif asked is not None and message.metadata.reply_to_message_id not in asked:
+                self.log.event("reply_rejected", client=client, reason="answers another message than those in flight")
             elif client in replies:
                 self.log.event("reply_rejected", client=client, reason="a second reply to one message")
             elif message.has_error():

@@ -9,6 +9,7 @@ a buffer of one FedAsync's (Xie et al., 2019).
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,9 @@ from fedcl.server.contracts import ServerView, Update
 from fedcl.server.exchange import EventLog, Exchange
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Strategy
+from fedcl.server.validation import change_norm
 
+OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
 TaskOf = Callable[[str, int], Task]
 
 
@@ -79,6 +82,7 @@ class Rounds:
             sound = sum(one.reply is not None for one in arrived)
             if sound >= self.options.min_replies:
                 self._commit(arrived)
+                self._note_outliers(arrived, server_round)
                 return arrived
             if all(one.reply is not None for one in arrived):
                 # nobody failed: the deadline came first, and what did come is too little to count
@@ -152,6 +156,17 @@ class Rounds:
         if options.finished_task == "drop" and update.task != self.task_of(flight.client, server_round).id:
             return f"task {update.task} is over"
         return None
+
+    def _note_outliers(self, arrived: Sequence[Arrived], server_round: int) -> None:
+        """Name updates far larger than the others; they count all the same (``max_update_norm`` rejects)."""
+        counted = updates(arrived)
+        if len(counted) < 3:
+            return  # of two, neither is the odd one out
+        norms = [change_norm(update.model, update.base) for update in counted]
+        median = statistics.median(norms)
+        for update, norm in zip(counted, norms, strict=True):
+            if norm > OUTLIER * median:
+                self._note("update_outlier", server_round, client=update.client, norm=norm, median=median)
 
     def _note(self, kind: str, server_round: int, **fields: Any) -> None:
         self.log.event(kind, round=server_round, virtual_time=self.arrivals.clock.now, **fields)

@@ -14,7 +14,15 @@ from fedcl.models.flat import Spec
 MAX_EXAMPLES = 1_000_000_000
 
 
-def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] | None], *, model: bool) -> str | None:
+def rejection(
+    reply: Reply,
+    spec: Spec,
+    payloads: Mapping[str, tuple[int, ...] | None],
+    *,
+    model: bool,
+    base: Tensor | None = None,
+    max_norm: float | None = None,
+) -> str | None:
     """Return why ``reply`` must not be used, naming the tensor at fault, or None when it is sound.
 
     Parameters
@@ -23,6 +31,8 @@ def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] |
         Uploads the reply must carry, with their shapes where known.
     model
         Whether a model vector is expected.
+    base, max_norm
+        The weights that were sent, float32 (P,), and the largest L2 norm that a change of them may have; None for any.
     """
     if not 0 <= reply.num_examples <= MAX_EXAMPLES:
         return f"num_examples={reply.num_examples}: must be in [0, {MAX_EXAMPLES}]"
@@ -33,6 +43,10 @@ def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] |
         reason = _vector(reply.model, spec)
         if reason is not None:
             return reason
+        if max_norm is not None and reply.model is not None and base is not None:
+            norm = change_norm(reply.model, base)
+            if norm > max_norm:
+                return f"the change has norm {norm:.6g}, beyond max_update_norm={max_norm:g}"
     if reply.num_examples == 0:
         return None
     if set(reply.payload) != set(payloads):
@@ -46,6 +60,13 @@ def rejection(reply: Reply, spec: Spec, payloads: Mapping[str, tuple[int, ...] |
         if not bool(torch.isfinite(tensor).all()):
             return f"payload {name} is not finite"
     return None
+
+
+def change_norm(model: Tensor, base: Tensor) -> float:
+    """Return the L2 norm of ``model - base``, both float32 (P,)."""
+    norm = float(torch.dist(model, base))
+    # a square may overflow where the norm does not
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(model.double() - base.double()))
 
 
 def _vector(vector: Tensor | None, spec: Spec) -> str | None:

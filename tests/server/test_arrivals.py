@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from fedcl.client.plugin import Context, Plugin, State
-from fedcl.server.arrivals import VirtualClock
+from fedcl.server.arrivals import VirtualClock, WallClock
 from fedcl.server.contracts import GLOBAL
 from fedcl.server.rounds import RoundFailed
 from fedcl.simulation.devices import DeviceProfile
@@ -193,3 +194,23 @@ def test_the_virtual_clock_never_goes_back() -> None:
     clock.advance(5.0)
     clock.advance(3.0)
     assert clock.now == 5.0
+
+
+@pytest.mark.parametrize("mode", [{}, {"buffer": 2}, {"deadline": 30.0}], ids=["sync", "buffer", "deadline"])
+def test_the_same_loop_takes_a_wall_clock(build: Any, mode: dict[str, Any]) -> None:
+    system = build(finished_task="keep", **mode)
+    system.server.arrivals.clock = WallClock()
+    started = time.monotonic()
+    system.play()
+    assert system.server.version == 4
+    assert 0.0 < system.server.now <= time.monotonic() - started + 1.0
+    counted = [row for row in system.notes.rows if row["name"] == "num_examples"]
+    assert len(counted) == (8 if mode.get("buffer") else 4 + 4 + 3 + 3)  # client 3 has nothing of the second task
+
+
+def test_a_wall_clock_goes_on_where_a_resumed_run_stopped() -> None:
+    clock = WallClock()
+    clock.advance(0.05)
+    first = clock.now
+    assert first >= 0.05
+    assert WallClock(now=first + 100.0).now >= first + 100.0

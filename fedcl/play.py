@@ -1,0 +1,141 @@
+"""Playing a prepared run in its folder: rounds, checkpoints, status, and what stops it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcl.client.state import NEVER, MemoryStateStore
+from fedcl.data.partition import report as partition_report
+from fedcl.interruption import Interruption, interruptible
+from fedcl.prepared import Prepared, make_server
+from fedcl.results import schema
+from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.results.progress import Progress
+from fedcl.results.recorder import Recorder
+from fedcl.results.summary import summary
+from fedcl.rules import ConfigError
+from fedcl.server.loop import Server
+from fedcl.simulation.backend import FlowerGrid, open_backend
+from fedcl.wiring import Config
+
+Saved = tuple[Any, dict[str, tuple[int, Any]]]
+
+
+def play(
+    cfg: Config,
+    prepared: Prepared,
+    run_dir: Path,
+    *,
+    quiet: bool,
+    resuming: bool = False,
+    grid: FlowerGrid | None = None,
+) -> None:
+    """Play the rounds that are still to come, writing everything down, and summarise.
+
+    Raises
+    ------
+    ConfigError
+        If a run is to be resumed and holds no whole checkpoint.
+    KeyboardInterrupt, SystemExit
+        If a signal asked to stop: the round is finished and a checkpoint written before.
+    """
+    if cfg["deterministic"] != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(cfg["deterministic"])
+    checkpoints = Checkpoints(run_dir, keep=cfg["checkpoint"]["keep"])
+    saved = _load(checkpoints) if resuming else None
+    with ExitStack() as stack:
+        offsets = saved[0]["offsets"] if saved is not None else dict.fromkeys(schema.TABLES, 0)
+        recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
+        stack.enter_context(_status(recorder))
+        interruption = stack.enter_context(interruptible())
+        backend = stack.enter_context(open_backend(cfg, prepared.dataset, prepared.partition, grid))
+        server = make_server(cfg, prepared, backend, recorder)
+        states = backend.states or MemoryStateStore()
+        if saved is not None:
+            _restore(server, states, saved)
+        else:
+            recorder.event("partition", **partition_report(prepared.partition, prepared.dataset.train.y))
+        progress = stack.enter_context(Progress(quiet=quiet))
+        after = _AfterRound(cfg, prepared, server, states, recorder, checkpoints, progress, interruption)
+        started = time.perf_counter()
+        server.run(after)
+        recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
+        recorder.close()
+        recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
+
+
+class _AfterRound:
+    """What follows each round: a checkpoint where one is due, progress, and the end if a signal asked for it."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        prepared: Prepared,
+        server: Server,
+        states: MemoryStateStore,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        interruption: Interruption,
+    ) -> None:
+        self._every, self._seconds = cfg["checkpoint"]["every"], cfg["checkpoint"]["min_seconds"]
+        self._saved = -math.inf
+        self._prepared, self._server, self._states = prepared, server, states
+        self._recorder, self._checkpoints = recorder, checkpoints
+        self._progress, self._interruption = progress, interruption
+
+    def __call__(self, server_round: int) -> None:
+        schedule = self._prepared.schedule
+        last = server_round == schedule.num_rounds - 1
+        due = self._every and (server_round + 1) % self._every == 0 and time.monotonic() - self._saved >= self._seconds
+        if due or (self._every and last) or self._interruption.signal is not None:
+            self._save(server_round)
+            self._saved = time.monotonic()
+        task = schedule.position(self._prepared.clients[0], server_round).task_id
+        self._progress.update(server_round + 1, schedule.num_rounds, task, self._server.measurement.headline)
+        if not last:
+            self._interruption.raise_if_asked()
+
+    def _save(self, server_round: int) -> None:
+        state = {"server": self._server.state_dict(), "offsets": self._recorder.flush()}
+        committed = self._server.exchange.committed
+        kept = {c: v for c, v in committed.items() if v != NEVER and self._states.has(c, v)}
+        self._checkpoints.save(server_round, state, kept, self._states.load)
+
+
+def _restore(server: Server, states: MemoryStateStore, saved: Saved) -> None:
+    for client, (visit, state) in saved[1].items():
+        states.stage(client, visit, state)
+    server.load_state_dict(saved[0]["server"])  # sends what was in flight again, so the states come first
+
+
+@contextmanager
+def _status(recorder: Recorder) -> Iterator[None]:
+    """Keep ``STATUS`` true however the run ends."""
+    recorder.status("running")
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        recorder.status("interrupted")
+        raise
+    except BaseException:
+        recorder.status("failed")
+        raise
+    recorder.status("done")
+
+
+def _load(checkpoints: Checkpoints) -> Saved | None:
+    """Return the newest checkpoint, or None for a run that was interrupted before its first one."""
+    if not checkpoints.begun():
+        return None
+    try:
+        return checkpoints.load()
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,112 @@
+"""A run before it is written down: data, parts, tasks and rounds, and the server that plays them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedcl.client.plugin import overrides as defines
+from fedcl.data.dataset import Dataset, Partition
+from fedcl.evaluation.evaluator import Evaluator
+from fedcl.results.recorder import Recorder
+from fedcl.scenario.schedule import Synchronous
+from fedcl.scenario.task import Stream
+from fedcl.server.arrivals import Arrivals, VirtualClock, WallClock
+from fedcl.server.exchange import Exchange
+from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.rounds import RoundOptions
+from fedcl.simulation.backend import Backend
+from fedcl.wiring import (
+    Config,
+    device_of,
+    learner_factories,
+    load_dataset,
+    make_devices,
+    make_model,
+    make_schedule,
+    make_steps,
+    make_strategy,
+    make_stream,
+    participants,
+    split_dataset,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is written: data, parts, tasks and rounds."""
+
+    dataset: Dataset
+    partition: Partition
+    stream: Stream
+    schedule: Synchronous
+    clients: tuple[str, ...]
+
+    @classmethod
+    def of(cls, cfg: Config, dataset: Dataset | None = None) -> Prepared:
+        """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
+        torch.set_num_threads(1)
+        device_of(cfg)
+        clients = participants(cfg)
+        dataset = dataset or load_dataset(cfg)
+        stream = make_stream(cfg, dataset)
+        schedule = make_schedule(cfg, stream)
+        partition = split_dataset(cfg, dataset)
+        model = make_model(cfg, dataset, stream, torch.device("cpu"))
+        learner_factories(cfg)
+        make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        return cls(dataset, partition, stream, schedule, clients)
+
+
+def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Recorder) -> Server:
+    """Wire the server over an open backend."""
+    model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
+    strategy = make_strategy(cfg, model, backend.nodes)
+    exchange = Exchange(
+        grid=backend.grid,
+        nodes=backend.nodes,
+        spec=model.spec,
+        log=recorder,
+        payloads=strategy.payloads,
+        cohorts=backend.cohorts,
+        commit_state=backend.states.commit if backend.states is not None else None,
+        max_update_norm=cfg["max_update_norm"],
+    )
+    arrivals = Arrivals(
+        exchange,
+        WallClock() if backend.states is None else VirtualClock(),
+        cfg["seed"],
+        make_devices(cfg),
+        make_steps(cfg, prepared.dataset, prepared.partition),
+    )
+    return Server(
+        strategy=strategy,
+        exchange=exchange,
+        arrivals=arrivals,
+        schedule=prepared.schedule,
+        stream=prepared.stream,
+        spec=model.spec,
+        initial=model.vector(),
+        clients=prepared.clients,
+        record=recorder,
+        evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
+        options=_loop_options(cfg),
+    )
+
+
+def _loop_options(cfg: Config) -> LoopOptions:
+    rounds = RoundOptions(
+        seed=cfg["seed"],
+        clients_per_round=cfg["clients_per_round"],
+        min_replies=cfg["min_replies"],
+        retries=cfg["round_retries"],
+        **cfg["async"],
+    )
+    return LoopOptions(
+        rounds=rounds,
+        evaluate_every=cfg["evaluation"]["every"],
+        personal_evaluation=cfg["evaluation"]["personal"],
+        boundary_visits=any(defines(build(), "after_task") for build in learner_factories(cfg).values()),
+        device=device_of(cfg),
+    )
