@@ -51,7 +51,6 @@ ROWS = (
     ),
     Row("corrected", "FOT, corrected, eps .96", (f"{SERVER}.variant=corrected", f"{SERVER}.epsilon=0.96")),
     Row("corrected-90", "FOT, corrected, eps .90", (f"{SERVER}.variant=corrected", f"{SERVER}.epsilon=0.9")),
-    Row("corrected-99", "FOT, corrected, eps .99", (f"{SERVER}.variant=corrected", f"{SERVER}.epsilon=0.99")),
 )
 TOLERANCE = {"accuracy": 1.5, "forgetting": 1.0, "ranks": 0.10}
 

@@ -195,9 +195,12 @@ class RayGrid(BaseGrid):
             outcome, staged = self._ray.get(call, timeout=GET_SECONDS)
         except errors.RayTaskError as error:
             # anything else is a fault of fedcl: what a client raises comes back as a failure
-            if not isinstance(error.cause, (errors.RayError, MemoryError)):
+            lost = (errors.ObjectLostError, errors.GetTimeoutError, errors.OutOfMemoryError, MemoryError)
+            if not isinstance(error.cause, lost):
                 raise
             return cast(Exception, error.cause)
+        except errors.RaySystemError:
+            raise  # what was sent cannot be read: another version of the code, not a lost worker
         except errors.RayError as error:
             return cast(Exception, error)
         job = slot.calls.pop(call)

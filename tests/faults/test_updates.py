@@ -166,18 +166,20 @@ def hostile_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_krum_survives_a_fifth_of_sign_flippers_where_averaging_does_not(
     run_experiment: Play, hostile_dir: Path
 ) -> None:
+    # with equal shares of every class: Krum picks one client's model, which on unequal ones is a poor model of all
+    common = ["scenario=joint", "data/partition=iid", "num_clients=10", "rounds_per_task=20", "evaluation.every=0"]
+
     def accuracy(name: str, *overrides: str) -> float:
-        settings = ["scenario=joint", "num_clients=10", "rounds_per_task=12", "evaluation.every=0", "learner=sign_flip"]
-        folder = run_experiment(name, *settings, *overrides, config_dirs=[hostile_dir])
+        folder = run_experiment(name, *common, "learner=sign_flip", *overrides, config_dirs=[hostile_dir])
         return float(load(folder).summary["accuracy/average"])  # type: ignore[arg-type]
 
     flippers = "learner.sign_flip.clients=[3,7]"  # 2 of 10
-    krum = ["strategy=flower_krum", "strategy.stock.num_malicious_nodes=2"]
     averaging = ["strategy/projection=none"]
     honest = accuracy("honest", *averaging)
-    assert honest > 0.85
-    assert accuracy("averaged", *averaging, flippers) < 0.5
-    assert accuracy("krum", *krum, flippers) > honest - 0.15
+    assert honest > 0.8
+    assert accuracy("averaged", *averaging, flippers) < 0.3
+    krum = accuracy("krum", "strategy=flower_krum", "strategy.stock.num_malicious_nodes=2", flippers)
+    assert krum > honest - 0.05
 
 
 # -- replies that come twice, too late, or from nowhere ---------------------------------------------------------------
