@@ -49,6 +49,7 @@ def strike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (folder / "learner" / "strike.yaml").write_text(
         f"# Clients on strike.\nstrike:\n  _target_: strike.Strike\n  file: {tmp_path / 'strike'}\n  clients: []\n"
     )
+    sys.modules.pop("strike", None)  # of an earlier test's folder
     monkeypatch.syspath_prepend(str(folder))
     (tmp_path / "strike").touch()
     return ["--config-dir", str(folder), "learner=strike", "backend=inline", "compare_with=null", "figures=false"]

@@ -1,0 +1,272 @@
+"""Disks that are full, folders that cannot be written, files that were changed, links and names that lead elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedcl.cli import main
+from fedcl.experiment import resume
+from fedcl.results import load
+from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.results.environment import create_run_dir
+
+Play = Callable[..., Path]
+Hash = Callable[[Path], str]
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none", "learner=er"]
+RUN = ["run", "--quiet", "backend=inline", "compare_with=null", "figures=false", *SMALL]
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+import json, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from fedcl.results.checkpoint import Checkpoints
+limit = int(sys.argv[1])
+save = Checkpoints.save
+
+def save_then_shrink(self, server_round, *args, **kwargs):
+    if server_round == 2:  # from here on no file may grow beyond the limit, as if that were all the room there is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save(self, server_round, *args, **kwargs)
+
+Checkpoints.save = save_then_shrink
+from fedcl.cli import main
+sys.exit(main(json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("limit", [300, 6000], ids=["tables", "checkpoint"])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
+    limit: int, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
+) -> None:
+    folder = tmp_path / "full"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(limit), json.dumps([*RUN, f"run_dir={folder}"])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "fedcl: error: File too large" in done.stderr
+    assert f"fedcl resume {folder}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "STATUS").read_text() == "failed\n"
+    checkpoints = folder / "checkpoints"
+    assert (checkpoints / "LATEST").read_text() == "round_000001\n"
+    assert {path.name for path in checkpoints.glob("round_*")} == {"round_000000", "round_000001"}
+    assert not (folder / "metrics.parquet").exists()
+    for file in (checkpoints / "clients").glob("*.safetensors"):  # a final name is a whole file
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+    resume(folder, force=False, quiet=True)
+    assert load(folder).status == "done"
+    assert metrics_hash(folder) == metrics_hash(run_experiment("whole", *SMALL))
+
+
+# -- folders that cannot be written -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below", "dangling/run", "full"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run has begun")
+
+    monkeypatch.setattr("fedcl.experiment.play", never)
+    assert main([*RUN, f"run_dir={tmp_path / place}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run_dir" in error
+    assert str(tmp_path / place.split("/")[0]) in error
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert main([*RUN, f"run_dir={tmp_path / 'locked' / 'run'}"]) == 2
+    assert "run_dir" in capsys.readouterr().err
+
+
+# -- changed files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(run_experiment: Play) -> Path:
+    return run_experiment("run", *SMALL)
+
+
+def _newest(folder: Path) -> Path:
+    return folder / "checkpoints" / (folder / "checkpoints" / "LATEST").read_text().strip()
+
+
+def _newest_client(folder: Path) -> Path:
+    clients = json.loads((_newest(folder) / "state.json").read_text())["clients"]
+    older = json.loads((_newest(folder).with_name("round_000002") / "state.json").read_text())["clients"]
+    [digest, *_] = {digest for _, digest in clients.values()} - {digest for _, digest in older.values()}
+    return folder / "checkpoints" / "clients" / f"{digest}.safetensors"
+
+
+@pytest.mark.parametrize("member", ["SHA256SUMS", "state.json", "tensors.safetensors", "client"])
+@pytest.mark.parametrize("where", [0.0, 0.4, 0.99])
+def test_a_flipped_bit_anywhere_in_a_checkpoint_falls_back_to_the_one_before(
+    member: str, where: float, finished: Path
+) -> None:
+    file = _newest_client(finished) if member == "client" else _newest(finished) / member
+    data = bytearray(file.read_bytes())
+    data[int(where * len(data))] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="round_000003 is damaged"):
+        state, clients = Checkpoints(finished).load()
+    assert state["server"]["next_round"] == 3
+    assert clients
+
+
+@pytest.mark.parametrize("text", ["", "round_000099\n", "../../elsewhere\n", "/etc\n", "round_000003/../..\n"])
+def test_a_changed_latest_leads_to_a_whole_checkpoint_of_this_run(text: str, finished: Path) -> None:
+    (finished / "checkpoints" / "LATEST").write_text(text)
+    state, _ = Checkpoints(finished).load()
+    assert state["server"]["next_round"] == 4
+
+
+# -- pickles, links and names -----------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> object:
+        return (open, (self.path, "w"))
+
+
+def _resign(folder: Path, member: str, data: bytes) -> None:
+    """Put ``data`` into the newest checkpoint with a hash that fits, as somebody with bad intentions would."""
+    (_newest(folder) / member).write_bytes(data)
+    sums = "".join(
+        f"{hashlib.sha256((_newest(folder) / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("state.json", "tensors.safetensors")
+    )
+    (_newest(folder) / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+@pytest.mark.parametrize("member", ["state.json", "tensors.safetensors", "client"])
+def test_a_pickle_in_a_checkpoint_is_not_opened(member: str, how: str, finished: Path, tmp_path: Path) -> None:
+    bomb = {"server": Bomb(tmp_path / "exploded")}
+    source = tmp_path / "bomb"
+    if how == "pickle":
+        source.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(bomb, source)
+    data = source.read_bytes()
+    if member == "client":
+        digest = hashlib.sha256(data).hexdigest()
+        (finished / "checkpoints" / "clients" / f"{digest}.safetensors").write_bytes(data)
+        header = json.loads((_newest(finished) / "state.json").read_text())
+        header["clients"]["0"][1] = digest
+        _resign(finished, "state.json", json.dumps(header).encode())
+    else:
+        _resign(finished, member, data)
+    with pytest.warns(UserWarning, match="round_000003 is damaged"):
+        Checkpoints(finished).load()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_as_data_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    objects = np.array([Bomb(tmp_path / "exploded")], dtype=object)
+    np.savez(tmp_path / "data.npz", x_train=objects, y_train=objects, x_test=objects, y_test=objects)
+    assert main([*RUN, "data=npz", f"data.root={tmp_path / 'data.npz'}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "data.npz" in capsys.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", ".hidden", "-rf", "a b", "\x00"])
+def test_a_runs_name_is_no_path(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="name="):
+        create_run_dir(None, name if name not in (".hidden", "-rf") else "a/b", root=tmp_path)
+    assert main([*RUN, f"name='{name}'"]) == 2
+    assert "name=" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("member", ["../state.json", "/etc/passwd", "state.json/../../../secret", "extra.json"])
+def test_a_checkpoint_names_no_file_but_its_own(member: str, finished: Path) -> None:
+    sums = _newest(finished) / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("state.json", member))
+    with pytest.warns(UserWarning, match="foreign file"):
+        state, _ = Checkpoints(finished).load()
+    assert state["server"]["next_round"] == 3
+
+
+@pytest.mark.parametrize("digest", ["../../../secret", "/etc/passwd", "a" * 63, "A" * 64])
+def test_a_checkpoint_names_no_client_file_but_by_its_hash(digest: str, finished: Path) -> None:
+    header = json.loads((_newest(finished) / "state.json").read_text())
+    header["clients"]["0"][1] = digest
+    _resign(finished, "state.json", json.dumps(header).encode())
+    with pytest.warns(UserWarning, match="foreign client file"):
+        Checkpoints(finished).load()
+
+
+@pytest.mark.parametrize("member", ["state.json", "client", "folder"])
+def test_a_link_out_of_the_checkpoints_changes_nothing_elsewhere(member: str, finished: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = {
+        "state.json": _newest(finished) / "state.json",
+        "client": _newest_client(finished),
+        "folder": finished / "checkpoints" / "round_000009",
+    }[member]
+    if member == "folder":
+        link.symlink_to(outside, target_is_directory=True)
+    else:
+        (outside / "foreign").write_bytes(b"not what was written")
+        link.unlink()
+        link.symlink_to(outside / "foreign")
+    kept = {path.name: path.read_bytes() for path in outside.iterdir()}
+    checkpoints = Checkpoints(finished)
+    if member == "folder":
+        state, clients = checkpoints.load()  # newer than LATEST: not looked at
+    else:
+        with pytest.warns(UserWarning, match="damaged"):
+            state, clients = checkpoints.load()
+    assert state["server"]["next_round"] in (3, 4)
+    versions = {client: visit for client, (visit, _) in clients.items()}
+    states = {client: saved for client, (_, saved) in clients.items()}
+    for server_round in (10, 11, 12):  # writing and pruning follow no link either
+        Checkpoints(finished).save(server_round, state, versions, lambda client, visit: states[client])
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == kept
+
+
+def test_where_no_checkpoint_is_left_resume_is_bad_input(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "STATUS").write_text("running\n")
+    for folder in (finished / "checkpoints").glob("round_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError):
+        Checkpoints(finished).load()
+    assert main(["resume", str(finished)]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
