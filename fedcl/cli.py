@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 bad input (one line on stderr, nothing written)
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import signal
 import sys
@@ -25,6 +26,8 @@ from fedcl.rules import ConfigError
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "rich", "yaml")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _ABOUT = "Federated continual learning with unlearning and late clients: simulate it, look at it, deploy it."
 
@@ -71,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"fedcl: error: needs the package '{error.name}'; pip install 'fedcl[sim]'", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            traceback.print_exc()
+        else:
+            print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
         return FAILED
     except Exception:
         traceback.print_exc()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fedcl.scenario.task import Task
 ARRAYS, FLAT, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "flat", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 Kind = Literal["train", "evaluate", "query", "task_end", "hello"]
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "query": "query", "task_end": "query", "hello": "query"}
 
@@ -172,11 +173,11 @@ def requests(content: RecordDict) -> Iterator[Request]:
     ValueError
         If the message is not one of fedcl's.
     """
-    visit = content.config_records.get(VISIT)
+    visit = _named(content, VISIT, ConfigRecord)
     if visit is None:
         raise ValueError("the message has no 'fedcl' record: it does not come from a fedcl server")
-    arrays = content.array_records.get(ARRAYS)
-    payload = content.array_records.get(PAYLOAD)
+    arrays = _named(content, ARRAYS, ArrayRecord)
+    payload = _named(content, PAYLOAD, ArrayRecord)
     clients, visits = cast(list[str], visit["clients"]), cast(list[int], visit["visits"])
     committed, task = cast(list[int], visit["committed"]), cast(str, visit["task"])
     shared = Request(
@@ -193,6 +194,12 @@ def requests(content: RecordDict) -> Iterator[Request]:
     )
     for client, number, last in zip(clients, visits, committed, strict=True):
         yield replace(shared, client=client, visit=number, committed=last)
+
+
+def _named(content: RecordDict, name: str, kind: type[R]) -> R | None:
+    """Return the record ``name`` if it is of ``kind``: Flower's views by kind copy the whole dict at each look."""
+    record = content.get(name)
+    return record if isinstance(record, kind) else None
 
 
 def reply_content(reply: Reply, *, live: bool) -> RecordDict:
@@ -216,16 +223,16 @@ def read_reply(content: RecordDict) -> Reply:
     ValueError
         If a record is missing, has keys that were not asked for, or cannot be read, naming them.
     """
-    metrics = content.metric_records.get(METRICS)
+    metrics = _named(content, METRICS, MetricRecord)
     if metrics is None or NUM_EXAMPLES not in metrics:
         raise ValueError(f"the reply has no '{METRICS}' record with '{NUM_EXAMPLES}'")
-    arrays = content.array_records.get(ARRAYS)
+    arrays = _named(content, ARRAYS, ArrayRecord)
     if arrays is not None and list(arrays) != [FLAT]:
         raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
     unknown = set(content) - {ARRAYS, METRICS, PAYLOAD}
     if unknown:
         raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
-    payload = content.array_records.get(PAYLOAD)
+    payload = _named(content, PAYLOAD, ArrayRecord)
     num_examples = metrics[NUM_EXAMPLES]
     if isinstance(num_examples, list) or not float(num_examples).is_integer():
         raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
@@ -271,7 +278,7 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     ValueError
         If the reply is not one, or its client id has other characters than letters, digits, ``.``, ``_`` and ``-``.
     """
-    visit, metrics = content.config_records.get(VISIT), content.metric_records.get(METRICS)
+    visit, metrics = _named(content, VISIT, ConfigRecord), _named(content, METRICS, MetricRecord)
     if visit is None or metrics is None:
         raise ValueError("the reply is not an answer to fedcl's hello")
     client = str(visit["client"])

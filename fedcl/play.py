@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,7 +62,7 @@ def play(
         if saved is not None:
             _restore(server, states, saved)
         else:
-            recorder.event("partition", **partition_report(prepared.partition, prepared.dataset.train.y))
+            _report_partition(prepared, recorder, quiet)
         progress = stack.enter_context(Progress(quiet=quiet))
         after = _AfterRound(cfg, prepared, server, states, recorder, checkpoints, progress, interruption)
         started = time.perf_counter()
@@ -108,6 +109,14 @@ class _AfterRound:
         committed = self._server.exchange.committed
         kept = {c: v for c, v in committed.items() if v != NEVER and self._states.has(c, v)}
         self._checkpoints.save(server_round, state, kept, self._states.load)
+
+
+def _report_partition(prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
+    """Record how the samples were dealt, and say so where some were left out."""
+    report = partition_report(prepared.partition, prepared.dataset.train.y)
+    recorder.event("partition", **report)
+    if report["coverage"] < 1.0 and not quiet:
+        print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
 
 def _restore(server: Server, states: MemoryStateStore, saved: Saved) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -88,13 +88,13 @@ class Checkpoints:
         for name in self._candidates():
             try:
                 return self._read(name)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 warnings.warn(f"checkpoint {name} is damaged ({error}); taking the one before", stacklevel=2)
         raise CheckpointError(f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed")
 
     def _candidates(self) -> list[str]:
         """Names of checkpoints, newest first; those newer than LATEST were not finished."""
-        names = sorted((path.name for path in self.folder.glob("round_*") if _ROUND.fullmatch(path.name)), reverse=True)
+        names = self._names()
         latest = self.folder / "LATEST"
         newest = latest.read_text().strip() if latest.is_file() else ""
         return [name for name in names if name <= newest] if _ROUND.fullmatch(newest) else names
@@ -149,16 +149,29 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed after it, and resumed before it
         temporary.rename(target)
 
+    def _names(self) -> list[str]:
+        """Names of the folders that are checkpoints, newest first; a link is none."""
+        paths = (path for path in self.folder.glob("round_*") if path.is_dir() and not path.is_symlink())
+        return sorted((path.name for path in paths if _ROUND.fullmatch(path.name)), reverse=True)
+
     def _prune(self, newest: str) -> None:
-        """Drop all but the newest checkpoints, and client files that none of the kept ones names."""
-        names = sorted((path.name for path in self.folder.glob("round_*") if path.name <= newest), reverse=True)
-        for name in names[self._keep :]:
-            shutil.rmtree(self.folder / name)
-        used = {
-            digest
-            for name in names[: self._keep]
-            for _, digest in json.loads((self.folder / name / "state.json").read_bytes())["clients"].values()
-        }
+        """Drop all but the newest checkpoints, damaged ones, and client files that none of the kept ones names."""
+        kept, used = 0, set()
+        for name in (name for name in self._names() if name <= newest):
+            digests = self._digests(name) if kept < self._keep else None
+            if digests is None:
+                shutil.rmtree(self.folder / name)
+            else:
+                kept += 1
+                used |= digests
         for path in (self.folder / "clients").iterdir():
             if path.stem not in used:
                 path.unlink()
+
+    def _digests(self, name: str) -> set[str] | None:
+        """Return which client files a checkpoint names, or None if it cannot be read."""
+        try:
+            clients = json.loads((self.folder / name / "state.json").read_bytes())["clients"]
+            return {digest for _, digest in clients.values()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

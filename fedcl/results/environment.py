@@ -40,7 +40,7 @@ def create_run_dir(
     Raises
     ------
     ValueError
-        The name has other characters, or ``path`` is a file or a folder with something in it.
+        The name has other characters, or ``path`` is a file, a folder with something in it, or cannot be written.
     """
     if not _NAME.fullmatch(name) or set(name) == {"."}:
         raise ValueError(f"name={name!r}: must consist of letters, digits, '.', '_' and '-' only")
@@ -51,7 +51,12 @@ def create_run_dir(
         raise ValueError(f"run_dir={path}: must be a folder, but is a file")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"run_dir={path}: must be new or empty; choose another, or resume with: fedcl resume {path}")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir={path}: cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir={path}: cannot be written to")
     return path
 
 

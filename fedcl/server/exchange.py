@@ -208,7 +208,7 @@ class Exchange:
             content = instruction(requests, arrays, payload)
             if out.config:
                 content[CONFIG] = ConfigRecord(out.config)
-            self.bytes_down += len(group) * _num_bytes(content.array_records.values())
+            self.bytes_down += len(group) * _num_bytes([record for record in (arrays, payload) if record is not None])
             first = requests[0]
             yield Message(content, dst_node_id=self.nodes[first.client], message_type=MESSAGE_TYPE[first.kind])
 

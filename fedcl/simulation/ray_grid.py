@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcl.client.state import NEVER
 from fedcl.data.dataset import Dataset, Partition
@@ -127,7 +127,7 @@ class RayGrid(BaseGrid):
         shared: dict[int, Shared] = {}
         jobs = []
         for message_id, content in batch:
-            visit = content.config_records[VISIT]
+            visit = cast(ConfigRecord, content[VISIT])
             clients, committed = cast(list[str], visit["clients"]), cast(list[int], visit["committed"])
             size = sum(self._sizes[client] for client in clients)
             jobs.append(Job(message_id, self._share(content, shared), list(clients), list(committed), size))

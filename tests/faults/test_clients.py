@@ -19,6 +19,7 @@ from fedcl.results.checkpoint import Checkpoints
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
 SMALL = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none"]
+SMALL += ["checkpoint.min_seconds=0"]
 
 STRIKE = '''
 from pathlib import Path

@@ -25,7 +25,8 @@ from fedcl.results.environment import create_run_dir
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none", "learner=er"]
+SMALL = ["num_clients=3", "rounds_per_task=1", "scenario.num_tasks=5", "strategy/projection=none", "learner=er"]
+SMALL += ["checkpoint.min_seconds=0"]
 RUN = ["run", "--quiet", "backend=inline", "compare_with=null", "figures=false", *SMALL]
 
 
@@ -65,7 +66,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
     )
     assert done.returncode == 1
     assert "fedcl: error: File too large" in done.stderr
-    assert f"fedcl resume {folder}" in done.stderr
+    assert "fedcl resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / "STATUS").read_text() == "failed\n"
     checkpoints = folder / "checkpoints"
@@ -114,9 +115,17 @@ def test_a_read_only_folder_is_refused_before_anything_runs(tmp_path: Path, caps
 # -- changed files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("storage") / "run"
+    assert main([*RUN, f"run_dir={folder}"]) == 0
+    return folder
+
+
 @pytest.fixture
-def finished(run_experiment: Play) -> Path:
-    return run_experiment("run", *SMALL)
+def finished(played: Path, tmp_path: Path) -> Path:
+    """Return the folder of a finished run, a copy of the test's own."""
+    return Path(shutil.copytree(played, tmp_path / "run"))
 
 
 def _newest(folder: Path) -> Path:
@@ -125,7 +134,7 @@ def _newest(folder: Path) -> Path:
 
 def _newest_client(folder: Path) -> Path:
     clients = json.loads((_newest(folder) / "state.json").read_text())["clients"]
-    older = json.loads((_newest(folder).with_name("round_000002") / "state.json").read_text())["clients"]
+    older = json.loads((_newest(folder).with_name("round_000003") / "state.json").read_text())["clients"]
     [digest, *_] = {digest for _, digest in clients.values()} - {digest for _, digest in older.values()}
     return folder / "checkpoints" / "clients" / f"{digest}.safetensors"
 
@@ -139,17 +148,17 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_falls_back_to_the_one_before(
     data = bytearray(file.read_bytes())
     data[int(where * len(data))] ^= 1
     file.write_bytes(data)
-    with pytest.warns(UserWarning, match="round_000003 is damaged"):
+    with pytest.warns(UserWarning, match="round_000004 is damaged"):
         state, clients = Checkpoints(finished).load()
-    assert state["server"]["next_round"] == 3
+    assert state["server"]["next_round"] == 4
     assert clients
 
 
-@pytest.mark.parametrize("text", ["", "round_000099\n", "../../elsewhere\n", "/etc\n", "round_000003/../..\n"])
+@pytest.mark.parametrize("text", ["", "round_000099\n", "../../elsewhere\n", "/etc\n", "round_000004/../..\n"])
 def test_a_changed_latest_leads_to_a_whole_checkpoint_of_this_run(text: str, finished: Path) -> None:
     (finished / "checkpoints" / "LATEST").write_text(text)
     state, _ = Checkpoints(finished).load()
-    assert state["server"]["next_round"] == 4
+    assert state["server"]["next_round"] == 5
 
 
 # -- pickles, links and names -----------------------------------------------------------------------------------------
@@ -191,7 +200,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(member: str, how: str, finished:
         _resign(finished, "state.json", json.dumps(header).encode())
     else:
         _resign(finished, member, data)
-    with pytest.warns(UserWarning, match="round_000003 is damaged"):
+    with pytest.warns(UserWarning, match="round_000004 is damaged"):
         Checkpoints(finished).load()
     assert not (tmp_path / "exploded").exists()
 
@@ -205,10 +214,18 @@ def test_a_pickle_as_data_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", ".hidden", "-rf", "a b", "\x00"])
-def test_a_runs_name_is_no_path(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", "a b", ""])
+def test_a_runs_name_is_no_path(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name="):
-        create_run_dir(None, name if name not in (".hidden", "-rf") else "a/b", root=tmp_path)
+        create_run_dir(None, name, root=tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", ".hidden", "-rf", "a b", ""])
+def test_a_configured_name_is_no_path(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main([*RUN, f"name='{name}'"]) == 2
     assert "name=" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +237,7 @@ def test_a_checkpoint_names_no_file_but_its_own(member: str, finished: Path) -> 
     sums.write_text(sums.read_text().replace("state.json", member))
     with pytest.warns(UserWarning, match="foreign file"):
         state, _ = Checkpoints(finished).load()
-    assert state["server"]["next_round"] == 3
+    assert state["server"]["next_round"] == 4
 
 
 @pytest.mark.parametrize("digest", ["../../../secret", "/etc/passwd", "a" * 63, "A" * 64])
@@ -254,7 +271,7 @@ def test_a_link_out_of_the_checkpoints_changes_nothing_elsewhere(member: str, fi
     else:
         with pytest.warns(UserWarning, match="damaged"):
             state, clients = checkpoints.load()
-    assert state["server"]["next_round"] in (3, 4)
+    assert state["server"]["next_round"] in (4, 5)
     versions = {client: visit for client, (visit, _) in clients.items()}
     states = {client: saved for client, (_, saved) in clients.items()}
     for server_round in (10, 11, 12):  # writing and pruning follow no link either
