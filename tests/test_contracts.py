@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from fedcl.config import ConfigError, compose, kinds, list_choices
-from fedcl.experiment import _Prepared
+from fedcl.prepared import Prepared
 from fedcl.tree import equal
 from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
 
@@ -208,7 +208,7 @@ def test_refused_pairs_are_refused_and_say_why(pair: Pair, files: dict[str, str]
         if why := missing(choice):
             pytest.skip(why)
     with pytest.raises(ConfigError) as caught:
-        _Prepared.of(configure(dict(choice.split("=", 1) for choice in sorted(pair)), files, device, num_tasks=2))
+        Prepared.of(configure(dict(choice.split("=", 1) for choice in sorted(pair)), files, device, num_tasks=2))
     assert REFUSED[pair] in str(caught.value)
 
 
