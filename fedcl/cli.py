@@ -1,4 +1,4 @@
-"""The command line: run, resume, report, list.
+"""The command line: run, resume, report, list, bench.
 
 Heavy libraries are imported inside the command that needs them, so that help and mistakes are answered at once.
 
@@ -130,6 +130,13 @@ def _list(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {text}".rstrip())
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from fedcl.bench import bench
+
+    if not bench(args.bench, args.json).passed:
+        raise SystemExit(FAILED)
+
+
 def _run_folder(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: not a run's folder; it has no config.yaml")
@@ -183,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     choices = commands.add_parser("list", help="list what can be chosen", parents=[configs])
     choices.add_argument("kind", nargs="?", metavar="KIND", help="such as learner, scenario, strategy/projection")
     choices.set_defaults(command=_list)
+
+    bench = commands.add_parser("bench", help="measure fedcl itself on this machine")
+    bench.add_argument("bench", metavar="NAME", help="repro: the same bits inline, on Ray and after a kill")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    bench.set_defaults(command=_bench, config_dir=[])
     return parser
 
 

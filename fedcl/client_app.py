@@ -49,6 +49,14 @@ class ContextStateStore:
         self._records[f"values-{visit}"] = ConfigRecord({"tree": json.dumps(tree)})
         self._records[f"tensors-{visit}"] = tensors_record(tensors, live=False) if tensors else ArrayRecord()
 
+    def has(self, client: str, visit: int) -> bool:
+        """Whether ``visit``'s state is here."""
+        return visit == NEVER or f"values-{visit}" in self._records
+
+    def drop(self, client: str) -> None:
+        """Erase everything."""
+        self._records.clear()
+
     def commit(self, client: str, visit: int) -> None:
         """Drop every state but that of ``visit``."""
         keep = {f"values-{visit}", f"tensors-{visit}"}

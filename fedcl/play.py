@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedcl.client.state import NEVER, MemoryStateStore
+from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
 from fedcl.data.partition import report as partition_report
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
@@ -56,7 +56,9 @@ def play(
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
         stack.enter_context(_status(recorder))
         interruption = stack.enter_context(interruptible())
-        backend = stack.enter_context(open_backend(cfg, prepared.dataset, prepared.partition, grid))
+        backend = stack.enter_context(
+            open_backend(cfg, prepared.dataset, prepared.partition, grid, run_dir / "clients")
+        )
         server = make_server(cfg, prepared, backend, recorder)
         states = backend.states or MemoryStateStore()
         if saved is not None:
@@ -80,7 +82,7 @@ class _AfterRound:
         cfg: Config,
         prepared: Prepared,
         server: Server,
-        states: MemoryStateStore,
+        states: ClientStateStore,
         recorder: Recorder,
         checkpoints: Checkpoints,
         progress: Progress,
@@ -119,7 +121,7 @@ def _report_partition(prepared: Prepared, recorder: Recorder, quiet: bool) -> No
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
 
-def _restore(server: Server, states: MemoryStateStore, saved: Saved) -> None:
+def _restore(server: Server, states: ClientStateStore, saved: Saved) -> None:
     for client, (visit, state) in saved[1].items():
         states.stage(client, visit, state)
     server.load_state_dict(saved[0]["server"])  # sends what was in flight again, so the states come first

@@ -19,6 +19,7 @@ from fedcl.server.rounds import RoundOptions
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
+    bind_strategy,
     device_of,
     learner_factories,
     load_dataset,
@@ -63,6 +64,7 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
     """Wire the server over an open backend."""
     model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
     strategy = make_strategy(cfg, model, backend.nodes)
+    bind_strategy(cfg, strategy, model, prepared.stream, prepared.dataset.input_shape)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,

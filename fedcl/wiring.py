@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedcl.building import build
 from fedcl.client.local_data import LocalData, PartitionedData
@@ -22,6 +23,7 @@ from fedcl.rules import ConfigError
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream, Task
 from fedcl.server.arrivals import Device
+from fedcl.server.contracts import LocalWork
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
 
@@ -55,7 +57,13 @@ def load_dataset(cfg: Config) -> Dataset:
 
 
 def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
-    """Deal the samples to the clients, then leave out what ``exclude`` names: nobody else's part changes."""
+    """Deal the samples to the clients, then leave out what ``exclude`` names: nobody else's part changes.
+
+    Raises
+    ------
+    ConfigError
+        If there is too little to deal, or ``exclude`` names what does not exist, or everything.
+    """
     partitioner = _component(cfg, "data", "partition")
     partition: Partition = _checked(
         functools.partial(
@@ -67,8 +75,7 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
             rng=numpy_generator(cfg["seed"], "partition"),
         )
     )
-    gone = np.isin(dataset.train.y, np.asarray(cfg["exclude"]["classes"], dtype=np.int64))
-    gone[np.asarray(cfg["exclude"]["samples"], dtype=np.int64)] = True
+    gone = _excluded(cfg, dataset)
     if not gone.any():
         return partition
 
@@ -76,6 +83,19 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
         return part[~gone[part]]
 
     return Partition(tuple(keep(part) for part in partition.train), partition.test)
+
+
+def _excluded(cfg: Config, dataset: Dataset) -> NDArray[np.bool_]:
+    """Return which train samples ``exclude`` names."""
+    for what, count in (("samples", len(dataset.train.y)), ("classes", dataset.num_classes)):
+        beyond = [value for value in cfg["exclude"][what] if value >= count]
+        if beyond:
+            raise ConfigError(f"exclude.{what}={beyond}: must be in 0..{count - 1}")
+    gone = np.isin(dataset.train.y, np.asarray(cfg["exclude"]["classes"], dtype=np.int64))
+    gone[np.asarray(cfg["exclude"]["samples"], dtype=np.int64)] = True
+    if gone.all():
+        raise ConfigError("exclude.samples, exclude.classes: leave no sample")
+    return gone
 
 
 def participants(cfg: Config) -> tuple[str, ...]:
@@ -152,16 +172,21 @@ def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, .
     return PartitionedData(dataset, partition, clients)
 
 
+def local_training(cfg: Config) -> LocalTraining:
+    """Return how a client trains."""
+    client = cfg["client"]
+    return LocalTraining(client["epochs"], client["batch_size"], **client["optimizer"])
+
+
 def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRuntime:
     """Build what runs clients' visits, in this process."""
     device = device_of(cfg)
     stream = make_stream(cfg, dataset)
-    client = cfg["client"]
     return ClientRuntime(
         model=make_model(cfg, dataset, stream, device),
         plugins=learner_factories(cfg),
         data=data,
-        training=LocalTraining(client["epochs"], client["batch_size"], **client["optimizer"]),
+        training=local_training(cfg),
         seed=cfg["seed"],
         num_columns=sum(stream.heads),
         personal_evaluation=cfg["evaluation"]["personal"],
@@ -211,6 +236,15 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
     _checked(lambda: strategy.setup(model.spec))
     _checked(lambda: check_payloads(strategy.payloads, [make() for make in learner_factories(cfg).values()]))
     return strategy
+
+
+def bind_strategy(
+    cfg: Config, strategy: Pipeline | Stock, model: FlatModel, stream: Stream, input_shape: tuple[int, ...]
+) -> None:
+    """Tell the parts of a pipeline how clients train."""
+    if isinstance(strategy, Pipeline):
+        work = LocalWork(model, local_training(cfg), stream, input_shape)
+        _checked(lambda: strategy.bind(work))
 
 
 def _component(cfg: Config, *path: str) -> Any:

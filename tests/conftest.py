@@ -3,8 +3,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,34 @@ def metrics_hash() -> Callable[[Path], str]:
         return hashlib.sha256((run_dir / "metrics.parquet").read_bytes()).hexdigest()
 
     return digest
+
+
+@pytest.fixture(scope="session")
+def end_processes() -> Callable[[str], None]:
+    """Return a function that ends, by process id, every process with this setting in its environment."""
+
+    def end(setting: str) -> None:
+        deadline = time.monotonic() + 20
+        while (left := _processes_with(setting)) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
+        assert not left
+
+    return end
+
+
+def _processes_with(setting: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # ended meanwhile
+        if setting.encode() in environment and state != "Z":
+            found.append(int(folder.name))
+    return found

@@ -24,6 +24,7 @@ OUTER = (
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.wiring",
+    "fedcl.bench",
     "fedcl.simulation",
     "fedcl.__main__",
 )

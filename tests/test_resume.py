@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from fedcl.cli import main
-from fedcl.client.state import MemoryStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
 from fedcl.results import checkpoint, load, recorder
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
 
 Play = Callable[..., Path]
@@ -26,7 +26,7 @@ SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4"
 SMALL += ["rounds_per_task=2", "data/partition=iid", "checkpoint.min_seconds=0"]
 STATEFUL = ["learner=[ewc,er]", "strategy/projection=fot"]
 MODES = {
-    "sync": [],
+    "sync": ["backend.state=files"],
     "deadline": ["async.deadline=0.2", "devices=lognormal", "devices.sigma=1.0"],
     "buffer": ["async.buffer=2", "devices=lognormal", "async.finished_task=keep"],
     "async": ["async.buffer=1", "devices=tiers", "async.max_age=3"],
@@ -64,7 +64,7 @@ def _kill_at(point: str, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -
     elif point == "latest":  # the checkpoint is whole, nothing points to it yet
         _nth_call(monkeypatch, checkpoint, "write_atomic", draw.randrange(1, 9))
     elif point == "commit":  # a visit is staged, the server has not yet said that it counts
-        _nth_call(monkeypatch, MemoryStateStore, "commit", draw.randrange(20, 50), after=draw.random() < 0.5)
+        _nth_call(monkeypatch, Exchange, "commit", draw.randrange(4, 12), after=draw.random() < 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +111,11 @@ def test_resumed_after_dying_anywhere_equals_uninterrupted(
     assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept}
 
 
-def _started(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
+def _started(folder: Path, overrides: list[str], **environment: str) -> subprocess.Popen[str]:
     """Start a run in a process of its own and wait for its first checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fedcl", "run", "--quiet", *overrides, f"run_dir={folder}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,6 +138,24 @@ def test_a_process_killed_by_the_system_is_resumed(tmp_path: Path, metrics_hash:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (tmp_path / "cut" / "STATUS").read_text() == "running\n"
+    resume(tmp_path / "cut", force=False, quiet=True)
+    assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes it started through /proc")
+def test_a_ray_run_killed_by_the_system_is_resumed(
+    tmp_path: Path, metrics_hash: Hash, end_processes: Callable[[str], None]
+) -> None:
+    overrides = [*LONG, "learner=er", "backend=ray", "backend.workers=2"]
+    whole = tmp_path / "whole"
+    inline = [*overrides, "backend=inline", f"run_dir={whole}"]
+    run(compose(inline), inline, [], quiet=True)
+    process = _started(tmp_path / "cut", overrides, FEDCL_TEST=str(tmp_path))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    end_processes(f"FEDCL_TEST={tmp_path}")  # Ray's own, whose driver is gone
     resume(tmp_path / "cut", force=False, quiet=True)
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 

@@ -34,6 +34,14 @@ class ClientStateStore(Protocol):
         """Make ``visit``'s state current and drop every other one of the client."""
         ...
 
+    def has(self, client: str, visit: int) -> bool:
+        """Whether ``visit``'s state is here (that of :data:`NEVER` always is)."""
+        ...
+
+    def drop(self, client: str) -> None:
+        """Erase everything about a client."""
+        ...
+
 
 class MemoryStateStore:
     """Client state in this process's memory."""

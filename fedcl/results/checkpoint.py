@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from fedcl.files import write_atomic, write_bytes_atomic
 from fedcl.tree import pack, unpack
@@ -64,7 +65,7 @@ class Checkpoints:
         tree, tensors = pack(state)
         files = {
             "state.json": json.dumps({"state": tree, "clients": hashes, "round": server_round}).encode(),
-            "tensors.safetensors": save_tensors(tensors),
+            "tensors.safetensors": save_tensors(_apart(tensors)),
         }
         name = f"round_{server_round:06d}"
         self._write_folder(name, files)
@@ -119,7 +120,7 @@ class Checkpoints:
 
     def _write_client(self, state: Any) -> str:
         tree, tensors = pack(state)
-        data = save_tensors(tensors, metadata={"tree": json.dumps(tree)})
+        data = save_tensors(_apart(tensors), metadata={"tree": json.dumps(tree)})
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / "clients" / f"{digest}.safetensors"
         if not path.exists():
@@ -175,3 +176,13 @@ class Checkpoints:
             return {digest for _, digest in clients.values()}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, which safetensors refuses; a base of a message is often a model too."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart

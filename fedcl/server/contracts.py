@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Payload
-from fedcl.models.flat import Spec, TensorSpec
+from fedcl.models.flat import FlatModel, Spec, TensorSpec
 from fedcl.requests import ForgetRequest, Residual
+from fedcl.scenario.task import Stream
 
 # P = parameters
 Target = str
@@ -152,6 +154,19 @@ class Fold:
         return torch.where(self.weight > 0, self.total / self.weight.clamp_min(1e-300), torch.zeros_like(self.total))
 
 
+@dataclass(frozen=True)
+class LocalWork:
+    """How clients train, for a part that plays it through: the run's model (take a twin), settings, tasks, inputs.
+
+    ``input_shape`` is that of one sample as the model sees it.
+    """
+
+    model: FlatModel
+    training: LocalTraining
+    stream: Stream
+    input_shape: tuple[int, ...]
+
+
 class Part:
     """What all four kinds share: state that survives, growth of the model, forgetting, and compatibility."""
 
@@ -165,6 +180,9 @@ class Part:
         ValueError
             If the part cannot work with the model.
         """
+
+    def bind(self, work: LocalWork) -> None:
+        """Learn how clients train; called once, after :meth:`setup` and before the first round."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that must survive: nested dicts of tensors, numbers, strings and lists of numbers."""

@@ -161,9 +161,7 @@ class Exchange:
         fault = Fault("client_failed", "no reply in time") if reply is None else reply
         if isinstance(fault, Reply):
             self.bytes_up += _reply_bytes(fault)
-            reason = rejection(
-                fault, self.spec, payloads, model=model, base=request.model, max_norm=max_norm
-            )
+            reason = rejection(fault, self.spec, payloads, model=model, base=request.model, max_norm=max_norm)
             if reason is None:
                 return fault
             fault = Fault("reply_rejected", reason)

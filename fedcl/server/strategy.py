@@ -17,6 +17,7 @@ from fedcl.server.contracts import (
     Answer,
     Collaboration,
     Event,
+    LocalWork,
     Part,
     Projection,
     Query,
@@ -169,6 +170,11 @@ class Pipeline:
             if not self.collaboration.shares(tensor):
                 private[tensor.start : tensor.stop] = True
         self._private = private if bool(private.any()) else None
+
+    def bind(self, work: LocalWork) -> None:
+        """Tell every part how clients train."""
+        for part in self.parts.values():
+            part.bind(work)
 
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Return each client's target model, as the staleness part would send it, and its payload."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedcl.client.state import MemoryStateStore
+from fedcl.client.file_state import FileStateStore
+from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import MESSAGE_TYPE, hello_content, read_hello
 from fedcl.rules import ConfigError
@@ -38,14 +41,21 @@ class Backend:
     grid: Grid
     nodes: Mapping[str, int]
     cohorts: bool
-    states: MemoryStateStore | None
+    states: ClientStateStore | None
 
 
 @contextmanager
 def open_backend(
-    cfg: Mapping[str, Any], dataset: Dataset, partition: Partition, grid: Grid | None = None
+    cfg: Mapping[str, Any],
+    dataset: Dataset,
+    partition: Partition,
+    grid: Grid | None = None,
+    state_folder: Path | None = None,
 ) -> Iterator[Backend]:
     """Open the grid of ``backend.name``, or use the one that Flower has given, and close ours however the run ends.
+
+    With ``backend.state=files`` clients' states are kept under ``state_folder``, which is emptied before: what counts
+    of an interrupted run is in its checkpoint.
 
     Raises
     ------
@@ -59,7 +69,7 @@ def open_backend(
         return
     if config["backend"]["name"] == "flower":
         raise ConfigError("backend=flower: Flower starts such a run; use: flwr run . --run-config 'overrides=\"...\"'")
-    own = _own_grid(config, dataset, partition)
+    own = _own_grid(config, dataset, partition, _state_store(config, state_folder))
     try:
         with identity(RUN_ID):
             yield Backend(own, own.nodes, cohorts=True, states=own.states)
@@ -67,13 +77,20 @@ def open_backend(
         own.close()
 
 
-def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition) -> BaseGrid:
+def _state_store(cfg: dict[str, Any], folder: Path | None) -> ClientStateStore:
+    if cfg["backend"]["state"] == "memory" or folder is None:
+        return MemoryStateStore()
+    shutil.rmtree(folder, ignore_errors=True)
+    return FileStateStore(folder)
+
+
+def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, states: ClientStateStore) -> BaseGrid:
     clients = client_ids(cfg)
     nodes = {client: FIRST_NODE + i for i, client in enumerate(clients)}
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, MemoryStateStore()), run_id=RUN_ID)
+        return InlineGrid(nodes, ClientHost(runtime, states), run_id=RUN_ID)
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]
@@ -88,6 +105,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition) -> Ba
         worker_classes=None if classes is None else [WorkerClass(**kind) for kind in classes],
         client_timeout=backend["client_timeout"],
         run_id=RUN_ID,
+        states=states,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from fedcl.client.state import MemoryStateStore
+from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, message_with
 from fedcl.simulation.host import ClientHost, Failure, Outcome
 
@@ -24,9 +24,9 @@ class BaseGrid(Grid):
 
     cohorts = True
 
-    def __init__(self, nodes: Mapping[str, int], *, run_id: int = 1) -> None:
+    def __init__(self, nodes: Mapping[str, int], *, run_id: int = 1, states: ClientStateStore | None = None) -> None:
         self.nodes = dict(nodes)
-        self.states = MemoryStateStore()
+        self.states = MemoryStateStore() if states is None else states
         self.run_id = run_id
         self._run = empty_run(run_id)
         self._next = 0
@@ -124,8 +124,7 @@ class InlineGrid(BaseGrid):
     """Clients in this process, one after another: plain tracebacks, no start-up, the reference for every other grid."""
 
     def __init__(self, nodes: Mapping[str, int], host: ClientHost, *, run_id: int = 1) -> None:
-        super().__init__(nodes, run_id=run_id)
-        self.states = host.store
+        super().__init__(nodes, run_id=run_id, states=host.store)
         self._host = host
         self._queue: list[tuple[str, RecordDict]] = []
 

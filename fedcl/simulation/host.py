@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 
 from fedcl.client.runtime import ClientRuntime
-from fedcl.client.state import MemoryStateStore
+from fedcl.client.state import ClientStateStore
 from fedcl.messages import reply_content, requests
 from fedcl.simulation.compat import CLIENT_RAISED
 
@@ -29,7 +29,7 @@ class ClientHost:
     """A runtime and the states of the clients it has met."""
 
     runtime: ClientRuntime
-    store: MemoryStateStore
+    store: ClientStateStore
 
     def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
         """Run an instruction for each client it addresses and yield (client, reply).

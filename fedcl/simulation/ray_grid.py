@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedcl.client.state import NEVER
+from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import VISIT
 from fedcl.simulation.cluster import check_fits, free_places, start_ray
@@ -66,8 +66,9 @@ class RayGrid(BaseGrid):
         worker_classes: Sequence[WorkerClass] | None = None,
         client_timeout: float | None = None,
         run_id: int = 1,
+        states: ClientStateStore | None = None,
     ) -> None:
-        super().__init__(nodes, run_id=run_id)
+        super().__init__(nodes, run_id=run_id, states=states)
         quiet_environment()
         import ray
 

@@ -217,7 +217,8 @@ def test_batch_normalisation_of_a_single_sample_is_a_named_failure_or_finite(
 
 def test_a_run_leaves_every_global_random_state_alone(run_experiment: Play) -> None:
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    settings = ["scenario.num_tasks=2", "rounds_per_task=1", "learner=[ewc,er]", "model.dropout=[0.2]"]
+    settings = ["scenario.num_tasks=2", "rounds_per_task=1", "learner=[ewc,er]", "model.hidden=[32]"]
+    settings.append("model.dropout=[0.2]")
     first = run_experiment("a", *settings, "clients_per_round=5", "devices=lognormal", "evaluation.personal=true")
     after = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     assert after[0] == before[0]

@@ -41,7 +41,7 @@ MALFORMED = {
     "num_clients=-3": "num_clients=-3: must be int >= 1",
     "num_clients=three": "num_clients=three: must be int >= 1",
     "client.optimizer.lr=nan": "client.optimizer.lr",
-    "data.partition.alpha=0": "data.partition.alpha=0.0: must be number > 0",
+    "data.partition.alpha=0": "data.partition.alpha=0: must be number > 0",
     "rounds_per_task=[]": "rounds_per_task=[]: must be int >= 1",
     "learner=[ewc": "learner=[ewc: not an override",
     "learner=nosuch": "learner=nosuch: no such choice; available:",

@@ -21,6 +21,7 @@ from fedcl.experiment import resume
 from fedcl.results import load
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir
+from fedcl.results.progress import Progress
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -78,6 +79,29 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
     resume(folder, force=False, quiet=True)
     assert load(folder).status == "done"
     assert metrics_hash(folder) == metrics_hash(run_experiment("whole", *SMALL))
+
+
+def test_a_checkpoint_holds_a_model_that_messages_in_flight_still_start_from(
+    run_experiment: Play, metrics_hash: Hash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # nobody is back when the first rounds close, so what was sent is still the global model
+    slow = [*SMALL, "rounds_per_task=4", "scenario.num_tasks=2", "devices=homogeneous", "devices.latency=1.0"]
+    slow += ["async.deadline=0.3", "async.finished_task=keep"]
+    whole = run_experiment("whole", *slow)
+    skipped = load(whole).events.query("kind == 'round_skipped'")["round"].tolist()
+    assert skipped[:3] == [0, 1, 2]
+    assert len(skipped) < 8
+
+    def stop(self: Progress, done: int, *args: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Progress, "update", stop)
+        run_experiment("cut", *slow)
+    assert (tmp_path / "cut" / "checkpoints" / "LATEST").read_text() == "round_000001\n"
+    resume(tmp_path / "cut", force=False, quiet=True)
+    assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 
 # -- folders that cannot be written -----------------------------------------------------------------------------------

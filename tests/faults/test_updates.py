@@ -168,6 +168,7 @@ def test_krum_survives_a_fifth_of_sign_flippers_where_averaging_does_not(
 ) -> None:
     # with equal shares of every class: Krum picks one client's model, which on unequal ones is a poor model of all
     common = ["scenario=joint", "data/partition=iid", "num_clients=10", "rounds_per_task=20", "evaluation.every=0"]
+    common += ["model.hidden=[64]", "client.optimizer.lr=0.1"]
 
     def accuracy(name: str, *overrides: str) -> float:
         folder = run_experiment(name, *common, "learner=sign_flip", *overrides, config_dirs=[hostile_dir])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,32 +20,12 @@ SMALL = ["num_clients=4", "rounds_per_task=2", "scenario.num_tasks=2"]
 
 
 @pytest.fixture
-def flower_home(tmp_path: Path) -> Iterator[Path]:
+def flower_home(tmp_path: Path, end_processes: Callable[[str], None]) -> Iterator[Path]:
     """Return a Flower home of this test's own; whatever was started with it is ended by process id."""
     home = tmp_path / "flower"
     home.mkdir()
     yield home
-    deadline = time.monotonic() + 20
-    while (left := _processes_with(f"FLWR_HOME={home}")) and time.monotonic() < deadline:
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
-    assert not left
-
-
-def _processes_with(setting: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue  # ended meanwhile
-        if setting.encode() in environment and state != "Z":
-            found.append(int(folder.name))
-    return found
+    end_processes(f"FLWR_HOME={home}")
 
 
 def _checkout(folder: Path) -> Path:

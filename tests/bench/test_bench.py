@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedcl import bench
+from fedcl.bench.result import Result
+from fedcl.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_table_and_its_json() -> None:
+    result = Result("x", 0.5, False, [{"way": "a", "equal": True, "s": 1.25}, {"way": "bcd", "equal": False, "s": 10.0}])
+    assert result.table().splitlines() == [
+        "| way | equal | s    |",
+        "| --- | ----- | ---- |",
+        "| a   | yes   | 1.2  |",
+        "| bcd | NO    | 10.0 |",
+    ]
+    written = json.loads(result.to_json())
+    assert (written["bench"], written["ratio"], written["passed"]) == ("x", 0.5, False)
+    assert written["rows"] == list(result.rows)
+    assert len(written["loadavg"]) == 3
+    assert {"torch", "flwr", "ray"} <= written["versions"].keys()
+
+
+@pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+def test_the_exit_status_says_whether_it_passed(
+    passed: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.BENCHES, "quick", lambda: Result("quick", 0.25, passed, [{"way": "a"}]))
+    assert main(["bench", "quick", "--json", str(tmp_path / "out.json")]) == status
+    assert capsys.readouterr().out.splitlines()[-1] == "ratio 0.25"
+    assert json.loads((tmp_path / "out.json").read_text())["passed"] is passed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "nosuch: no such measurement; known: repro"),
+        (["repro", "--json", "absent/out.json"], "--json absent/out.json: its folder does not exist"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_repro_finds_one_hash_everywhere() -> None:
+    result = bench.BENCHES["repro"]()
+    assert result.passed
+    assert result.ratio == 1.0
+    assert [row["backend"] for row in result.rows] == [
+        "inline",
+        "ray, workers=1",
+        "ray, workers=2",
+        "ray, workers=3",
+        "inline, killed after round 5 and resumed",
+    ]
+    assert len({row["SHA-256 of metrics.parquet"] for row in result.rows}) == 1
+    assert {row["rounds"] for row in result.rows} == {15}
+
+
+def test_the_committed_table_is_the_committed_result() -> None:
+    folder = ROOT / "benchmarks" / "repro"
+    written = json.loads((folder / "results.json").read_text())
+    result = Result(written["bench"], written["ratio"], written["passed"], written["rows"])
+    assert result.passed
+    assert result.table() in (folder / "README.md").read_text()
