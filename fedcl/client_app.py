@@ -19,7 +19,7 @@ from fedcl.client.plugin import State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
 from fedcl.config import compose
-from fedcl.messages import hello_reply, record_tensors, reply_content, requests, tensors_record
+from fedcl.messages import CHANGES_STATE, hello_reply, record_tensors, reply_content, requests, tensors_record
 from fedcl.tree import pack, unpack
 from fedcl.wiring import client_ids, client_runtime, load_dataset, simulated_data, split_dataset
 
@@ -87,5 +87,6 @@ def answer(message: Message, context: Context) -> Message:
     if request.client != client:
         raise ValueError(f"the message is for client {request.client!r}, this is client {client!r}")
     store = ContextStateStore(context)
-    store.commit(client, request.committed)
+    if request.kind in CHANGES_STATE:
+        store.commit(client, request.committed)
     return Message(reply_content(runtime.visit(request, store), live=False), reply_to=message)

@@ -26,6 +26,7 @@ NUM_EXAMPLES = "num-examples"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 Kind = Literal["train", "evaluate", "query", "task_end", "hello"]
+CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end")  # a client has at most one of these under way
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "query": "query", "task_end": "query", "hello": "query"}
 
 

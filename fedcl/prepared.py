@@ -12,7 +12,7 @@ from fedcl.evaluation.evaluator import Evaluator
 from fedcl.results.recorder import Recorder
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Stream
-from fedcl.server.arrivals import Arrivals, VirtualClock, WallClock
+from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
 from fedcl.server.rounds import RoundOptions
@@ -77,7 +77,7 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
     )
     arrivals = Arrivals(
         exchange,
-        WallClock() if backend.states is None else VirtualClock(),
+        _clock(cfg, backend),
         cfg["seed"],
         make_devices(cfg),
         make_steps(cfg, prepared.dataset, prepared.partition),
@@ -95,6 +95,12 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
         evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
         options=_loop_options(cfg),
     )
+
+
+def _clock(cfg: Config, backend: Backend) -> Clock:
+    """Return the clock of the run: the wall's only where real devices are late, so that synchronous runs agree."""
+    late = cfg["async"]["buffer"] is not None or cfg["async"]["deadline"] is not None
+    return WallClock() if late and backend.states is None else VirtualClock()
 
 
 def _loop_options(cfg: Config) -> LoopOptions:

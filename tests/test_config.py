@@ -71,7 +71,7 @@ def everything(node: Any) -> list[str]:
 class TestCompose:
     def test_defaults_are_plain_and_without_rules(self) -> None:
         cfg = compose([])
-        assert (cfg["seed"], cfg["num_clients"], cfg["client"]["optimizer"]["lr"]) == (0, 10, 0.1)
+        assert (cfg["seed"], cfg["num_clients"], cfg["client"]["optimizer"]["lr"]) == (0, 10, 0.3)
         assert cfg["compare_with"].split()[-1] == "strategy/projection=none"
         assert cfg["strategy"]["projection"]["server"]["eps"] == 0.9
         assert type(cfg["client"]) is dict

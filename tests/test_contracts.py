@@ -186,17 +186,26 @@ def covering_array(groups: dict[str, list[str]], refused: set[Pair], seed: int =
     return rows
 
 
+SKETCHED = ("fot", "fot_official")
 HERE = {
     group: [choice for choice in options if missing(f"{group}={choice}") is None] for group, options in GROUPS.items()
 }
 ROWS = covering_array(HERE, set(REFUSED))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=label)
+# The array has a row for each pair of the two largest groups; the default run takes a spread of them, -m slow the rest.
+SPREAD = max(1, len(ROWS) // 40)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row if i % SPREAD == 0 else pytest.param(row, marks=pytest.mark.slow) for i, row in enumerate(ROWS)],
+    ids=label,
+)
 def test_any_two_choices_run_together(row: Choices, files: dict[str, str], device: torch.device) -> None:
-    # sketches: an exact subspace of a real data set's inputs takes seconds
+    # narrow sketches: an exact subspace of a real data set's inputs takes seconds
     small = ["strategy.projection.server.method=sketch", "strategy.projection.server.sketch_width=8"]
-    extra = ["rounds_per_task=1", "client.epochs=1", *(small if row.get("strategy/projection") == "fot" else [])]
+    extra = ["rounds_per_task=1", "client.epochs=1", *(small if row.get("strategy/projection") in SKETCHED else [])]
     diary = play(configure(row, files, device, *extra, num_tasks=2))
     assert diary.faults == []
     assert len(diary.hashes) == (1 if row["scenario"] == "joint" else 2)

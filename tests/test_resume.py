@@ -192,10 +192,10 @@ def test_a_changed_configuration_is_refused_with_a_diff(
     before = metrics_hash(folder)
     (folder / "STATUS").write_text("interrupted\n")
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("lr: 0.1", "lr: 0.2"))
+    config.write_text(config.read_text().replace("lr: 0.3", "lr: 0.2"))
     assert main(["resume", str(folder), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert "client.optimizer.lr: 0.2 -> 0.1" in error
+    assert "client.optimizer.lr: 0.2 -> 0.3" in error
     assert len(error.strip().splitlines()) == 1
     assert main(["resume", str(folder), "--quiet", "--force"]) == 0
     assert metrics_hash(folder) == before  # it was done already

@@ -51,6 +51,10 @@ FITS: dict[str, list[str]] = {
     "model=lenet": ["client.epochs=8"],
     "devices=trace": ["devices.path={trace}"],
     "learner=er": ["learner.er.budget=8"],
+    # their loss has no replay in it at the first step
+    "learner=derpp": ["client.epochs=4"],
+    "learner=er_ace": ["client.epochs=6", "learner.er_ace.replay_size=2"],
+    "learner=uer": ["client.epochs=6"],
     "strategy=flower_fedadam": ["strategy.stock.eta=0.01"],
     "strategy/projection=fot": [
         "strategy.projection.server.epsilon=0.8",
@@ -102,7 +106,7 @@ def configure(
     stock = choices.get("strategy", "pipeline") != "pipeline"
     chosen = {group: choice for group, choice in (DEFAULTS | choices).items() if not (stock and group in PARTS)}
     overrides = [f"device={device.type}", "compare_with=null", "num_clients=4"]
-    overrides += ["rounds_per_task=2", "client.epochs=2", "client.batch_size=5"]
+    overrides += ["rounds_per_task=2", "client.epochs=2", "client.batch_size=5", "client.optimizer.lr=0.1"]
     if chosen["scenario"] != "joint":
         overrides.append(f"scenario.num_tasks={num_tasks or NUM_TASKS.get(chosen['data'], 5)}")
     for group, choice in chosen.items():

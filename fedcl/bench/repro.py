@@ -16,11 +16,12 @@ from fedcl.bench.result import Result
 from fedcl.config import compose
 from fedcl.experiment import resume, run
 
-# Every kind of state at once: replay, Fisher matrices, bases, late messages in flight. 19 clients are more than a block.
+# Every kind of state at once: replay, Fisher matrices, bases, messages in flight. 19 clients are more than a block.
 SETTINGS = (
     "num_clients=19", "scenario.num_tasks=5", "rounds_per_task=3", "learner=[ewc,er]", "strategy/projection=fot",
     "strategy.projection.server.epsilon=0.8", "devices=lognormal", "devices.sigma=1.0", "async.deadline=0.05",
-    "async.finished_task=keep", "evaluation.personal=true", "checkpoint.min_seconds=0", "compare_with=null", "figures=false",
+    "async.finished_task=keep", "evaluation.personal=true", "checkpoint.min_seconds=0",
+    "compare_with=null", "figures=false",
 )  # fmt: skip
 WORKERS = (1, 2, 3)
 KILL_AFTER = 5  # rounds

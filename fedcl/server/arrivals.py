@@ -190,7 +190,8 @@ class Arrivals:
     def _fetch(self, wanted: Sequence[Flight]) -> None:
         """Wait until every wanted reply has been computed."""
         while missing := {flight.message_id for flight in wanted if flight.reply is None}:
-            self._pull(missing)
+            if not self._pull(missing) and not self.exchange.cohorts:
+                time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's answers at once
 
     def _pull(self, message_ids: Iterable[str]) -> bool:
         replies = self.exchange.pull(message_ids)

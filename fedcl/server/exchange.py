@@ -18,6 +18,7 @@ from torch import Tensor
 from fedcl.client.plugin import Payload
 from fedcl.client.state import NEVER
 from fedcl.messages import (
+    CHANGES_STATE,
     CONFIG,
     MESSAGE_TYPE,
     Kind,
@@ -86,7 +87,7 @@ class Exchange:
     ) -> Request:
         """Return the request for one client; a ``train`` or ``task_end`` takes the client's next visit number."""
         visit = self.visits.get(out.client, 0)
-        if kind in ("train", "task_end"):
+        if kind in CHANGES_STATE:
             self.visits[out.client] = visit + 1
         committed = self.committed.get(out.client, NEVER)
         return Request(kind, out.client, visit, committed, server_round, version, task, name, out.model, out.payload)

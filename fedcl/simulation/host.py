@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
-from fedcl.messages import reply_content, requests
+from fedcl.messages import CHANGES_STATE, reply_content, requests
 from fedcl.simulation.compat import CLIENT_RAISED
 
 
@@ -37,7 +37,9 @@ class ClientHost:
         A client that raises costs its own reply, no other's.
         """
         for request in requests(content):
-            self.store.commit(request.client, request.committed)
+            if request.kind in CHANGES_STATE:
+                # a question may come while a later visit waits for the server's word: that one's state must stay
+                self.store.commit(request.client, request.committed)
             try:
                 reply = self.runtime.visit(request, self.store)
                 yield request.client, reply_content(reply, live=True)

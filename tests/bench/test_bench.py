@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_table_and_its_json() -> None:
-    result = Result("x", 0.5, False, [{"way": "a", "equal": True, "s": 1.25}, {"way": "bcd", "equal": False, "s": 10.0}])
+    result = Result(
+        "x", 0.5, False, [{"way": "a", "equal": True, "s": 1.25}, {"way": "bcd", "equal": False, "s": 10.0}]
+    )
     assert result.table().splitlines() == [
         "| way | equal | s    |",
         "| --- | ----- | ---- |",

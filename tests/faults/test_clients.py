@@ -6,15 +6,18 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fedcl.cli import main
+from fedcl.client.plugin import Context, Plugin, State
 from fedcl.experiment import resume
 from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
+from fedcl.simulation.devices import DeviceProfile
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -102,6 +105,37 @@ def test_a_striker_among_enough_others_costs_its_own_updates(strike: list[str], 
     trained = run.metrics[run.metrics["name"] == "num_examples"].groupby("round")["client"].nunique()
     assert trained.tolist() == [3, 2, 2, 2]
     assert "round_retried" not in set(run.events["kind"])
+
+
+class Counter(Plugin):
+    """Counts its client's committed visits."""
+
+    count = 0
+
+    def before_round(self, ctx: Context) -> None:
+        self.count += 1
+
+    def state(self) -> State:
+        return {"count": self.count}
+
+    def load(self, state: State) -> None:
+        self.count = state.get("count", 0)
+
+
+def test_a_question_to_a_client_whose_reply_is_still_under_way_costs_it_no_state(build: Any) -> None:
+    system = build(
+        plugins={"counter": Counter},
+        device=lambda client: DeviceProfile(latency=4.5 if client == "1" else 1.0),
+        deadline=2.0,
+        finished_task="keep",
+        personal_evaluation=True,
+        evaluate_every=1,
+    ).play()
+    # every task ends with client 1 on its way, and asks everybody how good its model is
+    assert {row["client"] for row in system.notes.rows if row["phase"] == "personal"} == {"0", "1", "2", "3"}
+    assert system.notes.events == []
+    assert list(system.server.arrivals.flights) == ["1"]
+    assert system.store.load("1", system.exchange.committed["1"])["plugins"]["counter"] == {"count": 1}
 
 
 # -- next to no data --------------------------------------------------------------------------------------------------

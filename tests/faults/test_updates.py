@@ -156,8 +156,7 @@ def hostile_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "learner").mkdir(parents=True)
     (folder / "sign_flip.py").write_text(HOSTILE)
     (folder / "learner" / "sign_flip.yaml").write_text(
-        "# Clients that send the opposite.\n"
-        "sign_flip:\n  _target_: sign_flip.SignFlip\n  clients: []\n  factor: 10.0\n"
+        "# Clients that send the opposite.\nsign_flip:\n  _target_: sign_flip.SignFlip\n  clients: []\n  factor: 10.0\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     return folder

@@ -226,7 +226,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     metrics_hash: Callable[[Path], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = [*SMALL, f"strategy=flower_{choice}", "clients_per_round=3", "learner=er"]
+    chosen = [*SMALL, f"strategy=flower_{choice}", "clients_per_round=3", "learner=er", "checkpoint.min_seconds=0"]
     whole = run_experiment("whole", *chosen)
     save = Checkpoints.save
 

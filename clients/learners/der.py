@@ -1,0 +1,127 @@
+"""DER and DER++: dark experience replay.
+
+Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline", NeurIPS 2020. Memory keeps,
+with each sample, the logits z the model gave when it was stored. DER (eq. 6): ``L + alpha E ||z - h(x)||^2`` over
+samples (x, z) from memory; DER++ (eq. 7) adds ``beta E CE(y, h(x))`` over a second, independent draw. The squared norm
+is taken as the mean over columns, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clients.learners.er import masks_by_task
+from fedcl.client.buffer import ReplayBuffer, Replayed
+from fedcl.client.loop import masked_cross_entropy
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.models.networks import Output
+
+# B = incoming batch, R = replayed samples, C = logit columns, T = tasks
+
+
+class DER(Plugin):
+    """Replay samples with the logits they had.
+
+    Parameters
+    ----------
+    budget
+        Samples a client keeps; 0 turns the method off.
+    alpha, beta
+        Weights of the distance of logits, and of the cross-entropy on replayed labels (0: DER, above 0: DER++).
+    replay_size
+        Samples of one draw (null: as many as ``client.batch_size``).
+    refresh
+        Whether the stored logits of a task's samples are taken anew from the global model that the task ended with, and
+        are replayed only from then on; otherwise they stay those of the first epoch, when the model knew little.
+
+    The stream that fills the buffer counts each sample once: in the first epoch of the client's first visit to a task.
+    """
+
+    phase = Phase.DATA
+
+    def __init__(
+        self,
+        *,
+        budget: int = 200,
+        alpha: float = 0.5,
+        beta: float = 0.0,
+        replay_size: int | None = None,
+        refresh: bool = True,
+    ) -> None:
+        self.budget = budget
+        self.alpha = alpha
+        self.beta = beta
+        self.replay_size = replay_size
+        self.refresh = refresh
+        self._buffer = ReplayBuffer(budget)
+        self._mask_TC: Tensor | None = None
+        self._known_TC: Tensor | None = None
+
+    def before_round(self, ctx: Context) -> None:
+        """Work out which columns a sample of each task may predict, and which of its logits are to be held."""
+        self._mask_TC = masks_by_task(ctx)
+        self._known_TC = known_columns(ctx)
+        if self.refresh:
+            self._known_TC[ctx.task.id] = False
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        """Return the replay terms, and let the reservoir see the incoming samples with their logits."""
+        total = self._replay(ctx) if len(self._buffer) else None
+        if ctx.is_new_task and ctx.epoch == 0:
+            self._buffer.add(batch.x, batch.y, ctx.task.id, ctx.rng("reservoir"), out.logits.detach())
+        return total
+
+    def _replay(self, ctx: Context) -> Tensor | None:
+        count, draws = self.replay_size or ctx.batch_size, ctx.rng("replay")
+        terms = []
+        if self.alpha:
+            past = self._buffer.sample(count, draws)
+            assert self._known_TC is not None
+            assert past.logits is not None
+            distance = logit_distance(ctx.model(past.x).logits, past.logits, self._known_TC[past.task])
+            terms.append(self.alpha * distance)
+        if self.beta:
+            past = self._buffer.sample(count, draws)
+            labelled = Batch(past.x, past.y, self._masks(ctx, past))
+            terms.append(self.beta * masked_cross_entropy(ctx.model(past.x), labelled))
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def _masks(self, ctx: Context, past: Replayed) -> Tensor | None:
+        return ctx.mask if self._mask_TC is None else self._mask_TC[past.task]
+
+    @torch.no_grad()
+    def after_task(self, ctx: Context) -> None:
+        """Ask the global model that the task ended with for the logits of the task's samples in memory."""
+        if self.refresh:
+            ctx.model.eval()
+            self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits)
+
+    def state(self) -> State:
+        """Return the buffer."""
+        return self._buffer.state()
+
+    def load(self, state: State) -> None:
+        """Restore the buffer."""
+        self._buffer.load(state)
+
+
+def known_columns(ctx: Context) -> Tensor:
+    """Return which logits of a sample of each task id, up to the largest met, are to be held: bool (T, C).
+
+    With one head all are, as in the paper: those of classes yet to come keep these from taking over old samples. With
+    a head for each task, only those of heads that had been trained when the sample was stored.
+    """
+    if all(tensor.task is None for tensor in ctx.model.spec):
+        return torch.ones(max(ctx.task_columns) + 1, ctx.num_columns, dtype=torch.bool, device=ctx.device)
+    known_TC = torch.zeros(max(ctx.task_columns) + 1, ctx.num_columns, dtype=torch.bool, device=ctx.device)
+    for task, columns in ctx.task_columns.items():
+        known_TC[task:, list(columns)] = True
+    return known_TC
+
+
+def logit_distance(logits_RC: Tensor, stored_RC: Tensor, known_RC: Tensor) -> Tensor:
+    """Return the squared difference of logits, the mean over samples and their known columns; 0 without one."""
+    squared_RC = F.mse_loss(logits_RC, stored_RC, reduction="none")
+    return (squared_RC * known_RC).sum() / known_RC.sum().clamp_min(1)

@@ -1,0 +1,85 @@
+"""GDumb: keep a class-balanced memory greedily, and train on nothing else.
+
+Prabhu, Torr and Dokania, "GDumb: A Simple Approach that Questions Our Progress in Continual Learning", ECCV 2020,
+Algorithm 1 (greedy balancing sampler): with budget k and C classes seen, a sample is taken if its class has fewer than
+k / C samples in memory; where memory is full, it takes the place of a random sample of the largest class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clients.learners.er import masks_by_task
+from fedcl.client.buffer import Replayed
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+
+# M = samples in memory, C = logit columns, T = tasks
+
+
+class GDumb(Plugin):
+    """Train every step on a batch from a class-balanced memory of ``budget`` samples, in place of the incoming one.
+
+    The stream that fills memory counts each sample once, when the client first visits a task. With a budget of 0 the
+    incoming batches stay.
+    """
+
+    phase = Phase.DATA
+
+    def __init__(self, *, budget: int = 200) -> None:
+        self.budget = budget
+        self._rows: Replayed | None = None
+        self._mask_TC: Tensor | None = None
+
+    def before_task(self, ctx: Context) -> None:
+        """Offer the new task's samples to memory, in random order."""
+        if not self.budget or not len(ctx.data):
+            return
+        order = torch.randperm(len(ctx.data), generator=ctx.rng("arrival")).to(ctx.device)
+        x, y = ctx.data.x[order], ctx.data.y[order]
+        new = Replayed(x, y, torch.full_like(y, ctx.task.id))
+        held = new.map(lambda tensor: tensor[:0]) if self._rows is None else self._rows
+        chosen = balanced(held.y.tolist(), y.tolist(), self.budget, ctx.rng("balance"))
+        index = torch.tensor(chosen, device=ctx.device)
+        both = [torch.cat(pair) for pair in zip(held.tensors, new.tensors, strict=True)]
+        self._rows = Replayed(*(tensor[index] for tensor in both))
+
+    def before_round(self, ctx: Context) -> None:
+        """Work out which columns a sample of each task may predict."""
+        self._mask_TC = masks_by_task(ctx)
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        """Return as many samples of memory as came in, or all it has."""
+        if self._rows is None:
+            return batch
+        drawn = torch.randperm(len(self._rows.y), generator=ctx.rng("replay"))[: len(batch.y)].to(ctx.device)
+        rows = self._rows.map(lambda tensor: tensor[drawn])
+        return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task])
+
+    def state(self) -> State:
+        """Return the memory."""
+        return {} if self._rows is None else {"x": self._rows.x, "y": self._rows.y, "task": self._rows.task}
+
+    def load(self, state: State) -> None:
+        """Restore it."""
+        self._rows = Replayed(state["x"], state["y"], state["task"]) if state else None
+
+
+def balanced(held: list[int], arriving: list[int], budget: int, generator: torch.Generator) -> list[int]:
+    """Return which samples stay: positions in ``held`` followed by ``arriving``, both given as targets."""
+    kept: dict[int, list[int]] = {}
+    for position, target in enumerate(held):
+        kept.setdefault(target, []).append(position)
+    total = len(held)
+    for position, target in enumerate(arriving, start=len(held)):
+        classes = len(kept) + (target not in kept)
+        mine = kept.setdefault(target, [])
+        if len(mine) * classes >= budget:
+            continue
+        if total == budget:
+            largest = max(kept.values(), key=len)
+            largest.pop(int(torch.randint(len(largest), (1,), generator=generator)))
+        else:
+            total += 1
+        mine.append(position)
+    return sorted(position for positions in kept.values() for position in positions)

@@ -1,0 +1,102 @@
+"""L2: a uniform pull towards the weights that the last task ended with.
+
+Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023 (arXiv 2203.17269), section on
+parameter regularisation: ``L(theta) + lambda sum_i (theta_i - theta*_i)^2`` over the parameters in scope, theta* the
+model after the last task. Rows of a head that no finished task has used are free.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from clients.learners.ewc import penalty
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.models.networks import Output
+
+# P = parameter elements
+_HEAD = re.compile(r"^heads?\.")
+
+
+class L2(Plugin):
+    r"""Hold the weights whose tensor's name matches ``scope`` where the last task left them.
+
+    Parameters
+    ----------
+    weight
+        lambda; 0 turns the term off.
+    scope
+        Regular expression searched for in the tensors' names; ``^(?!heads?\.)`` is everything but the heads.
+
+    Raises
+    ------
+    ValueError
+        If ``scope`` is no regular expression, or (in a visit) matches no tensor of the model.
+    """
+
+    phase = Phase.REGULARISER
+
+    def __init__(self, *, weight: float = 0.1, scope: str = ".*") -> None:
+        try:
+            re.compile(scope)
+        except re.error as error:
+            raise ValueError(f"learner.l2.scope={scope!r}: must be a regular expression ({error})") from error
+        self.weight = weight
+        self.scope = scope
+        self._anchor_P: Tensor | None = None
+        self._columns: list[int] = []
+        self._held_P: Tensor | None = None
+
+    def setup(self, ctx: Context) -> None:
+        """Work out which elements are held."""
+        if self.weight:
+            self._held_P = held_elements(ctx, self.scope, self._columns)
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        """Return the penalty; nothing before a task has ended."""
+        if not self.weight or self._anchor_P is None or self._held_P is None:
+            return None
+        return penalty(ctx.model, self._held_P[None], self._anchor_P[None], self.weight)
+
+    def after_task(self, ctx: Context) -> None:
+        """Keep the global model that the task ended with."""
+        if self.weight:
+            self._anchor_P = ctx.model.vector()[: ctx.model.num_parameters]
+            self._columns = sorted({column for columns in ctx.task_columns.values() for column in columns})
+
+    def state(self) -> State:
+        """Return the anchor (P,) and the head columns that it holds."""
+        return {} if self._anchor_P is None else {"anchor": self._anchor_P, "columns": self._columns}
+
+    def load(self, state: State) -> None:
+        """Restore them."""
+        self._anchor_P, self._columns = state.get("anchor"), state.get("columns", [])
+
+
+def held_elements(ctx: Context, scope: str, columns: list[int]) -> Tensor:
+    """Return 1 for the parameters in ``scope``, 0 for others and for head rows of no column in ``columns``: (P,).
+
+    Raises
+    ------
+    ValueError
+        If no tensor's name matches.
+    """
+    model = ctx.model
+    held = torch.zeros(model.num_parameters, device=ctx.device)
+    met = torch.zeros(ctx.num_columns, device=ctx.device)
+    met[columns] = 1.0
+    start, matched = 0, False
+    for spec in model.parameter_specs:
+        rows = torch.ones(spec.shape[0] if spec.shape else 1, device=ctx.device)
+        if _HEAD.match(spec.name):
+            rows = met[start : start + spec.shape[0]]
+            start += spec.shape[0] if spec.name.endswith(".bias") else 0  # a head's last tensor
+        if re.search(scope, spec.name):
+            matched = True
+            held[spec.start : spec.stop] = rows.repeat_interleave(spec.size // len(rows))
+    if not matched:
+        names = ", ".join(spec.name for spec in model.parameter_specs)
+        raise ValueError(f"learner.l2.scope={scope!r}: matches no tensor of the model; there are {names}")
+    return held

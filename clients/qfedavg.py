@@ -1,0 +1,38 @@
+"""q-FedAvg's client half: say how large the loss of the received model is.
+
+Li et al., "Fair Resource Allocation in Federated Learning", ICLR 2020, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedcl.client.loop import masked_cross_entropy
+from fedcl.client.plugin import Batch, Context, Payload, Phase, Plugin
+
+
+class QFedAvg(Plugin):
+    """Upload F_k: the mean cross-entropy of the received model on the client's samples of the task."""
+
+    phase: ClassVar[Phase] = Phase.BOOKKEEPING
+    payloads: ClassVar[tuple[Payload, ...]] = (Payload("loss_received", "up", reduction="stack"),)
+
+    def __init__(self) -> None:
+        self._loss = torch.zeros(())
+
+    @torch.no_grad()
+    def before_round(self, ctx: Context) -> None:
+        """Measure the loss before the first step."""
+        ctx.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=ctx.device)
+        for start in range(0, len(ctx.data), 1024):
+            x, y = ctx.data.x[start : start + 1024], ctx.data.y[start : start + 1024]
+            total += len(y) * masked_cross_entropy(ctx.model(x), Batch(x, y, ctx.mask)).double()
+        self._loss = (total / len(ctx.data)).float()
+
+    def after_round(self, ctx: Context) -> dict[str, Tensor]:
+        """Return ``loss_received`` (1,)."""
+        return {"loss_received": self._loss.reshape(1)}

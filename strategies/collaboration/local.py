@@ -1,0 +1,52 @@
+"""Local training: nothing is shared. The baseline that a personalised method must beat."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fedcl.requests import ForgetRequest, Residual
+from fedcl.server.contracts import GLOBAL, Collaboration, ServerView, Target, Update
+
+
+class Local(Collaboration):
+    """Send every client the model that it trained last; at first, the initial one.
+
+    The global model is the plain mean of the round's models. Nobody trains from it: it is what averaging such models
+    once would give.
+    """
+
+    needs: ClassVar[Literal["sum", "stack"]] = "stack"
+    personal: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._clients: list[str] = []
+
+    def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, torch.Tensor]]:
+        """Return the client's own target once there is one."""
+        return (client if client in self._clients else GLOBAL), {}
+
+    def combine(self, updates: list[Update], view: ServerView) -> dict[Target, torch.Tensor]:
+        """Return the trained models and their mean; the first time also the initial model for all who wait."""
+        if not updates:
+            return {}
+        models: dict[Target, torch.Tensor] = {}
+        if not self._clients:
+            models = dict.fromkeys(view.clients, view.global_model)
+            self._clients = list(view.clients)
+        models |= {update.client: update.model for update in updates}
+        models[GLOBAL] = torch.stack([update.model for update in updates]).double().mean(0)
+        return models
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clients that have a target."""
+        return {"clients": list(self._clients)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._clients = list(state["clients"])
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Nothing is kept here: a client's model is its target, which an unlearner edits."""
+        return Residual(type(self).__name__, "none", "keeps no model besides the targets")

@@ -1,0 +1,108 @@
+"""What holds for every learner: off means naive, on does not, and state carries everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from clients.learners.agem import AGEM
+from clients.learners.der import DER
+from clients.learners.er_ace import ERACE
+from clients.learners.feature_distillation import FeatureDistillation
+from clients.learners.gdumb import GDumb
+from clients.learners.gpm import GPM
+from clients.learners.hft import HFT
+from clients.learners.l2 import L2
+from clients.learners.lines import LiNeS
+from clients.learners.mas import MAS
+from clients.learners.nmc import NearestClassMean
+from clients.learners.si import SI
+from clients.learners.uer import UER
+from fedcl.client.plugin import Plugin
+from fedcl.data.dataset import Dataset
+from fedcl.scenario.streams import ClassIncremental, DomainPermuted, TaskIncremental
+from fedcl.scenario.task import Stream
+from fedcl.tree import equal
+
+Build = Callable[[], Plugin]
+SCRIPT = [(kind, task) for task in range(3) for kind in ("train", "train", "task_end")]
+SCENARIOS = [ClassIncremental, TaskIncremental, DomainPermuted]
+OFF: dict[str, Build] = {
+    "l2": partial(L2, weight=0.0),
+    "mas": partial(MAS, weight=0.0),
+    "si": partial(SI, weight=0.0),
+    "feature_distillation": partial(FeatureDistillation, weight=0.0),
+    "der": partial(DER, budget=0),
+    "der_without_terms": partial(DER, alpha=0.0),
+    "er_ace": partial(ERACE, budget=0),
+    "uer": partial(UER, budget=0),
+    "agem": partial(AGEM, budget=0),
+    "gdumb": partial(GDumb, budget=0),
+    "gpm": partial(GPM, epsilon=0.0),
+    "lines": partial(LiNeS, shallow=1.0),
+    "hft": partial(HFT, share=0.0),
+    "nmc": NearestClassMean,  # which only predicts
+}
+# what acts only once a task has ended, then what acts at once
+LATE: dict[str, Build] = {
+    "l2": L2,
+    "mas": MAS,
+    "si": SI,
+    "feature_distillation": FeatureDistillation,
+    "der": partial(DER, budget=9),
+    "agem": partial(AGEM, budget=9),
+    "gpm": GPM,
+}
+EARLY: dict[str, Build] = {
+    "derpp": partial(DER, budget=9, beta=0.5),
+    "er_ace": partial(ERACE, budget=9),
+    "uer": partial(UER, budget=9),
+    "gdumb": partial(GDumb, budget=9),
+    "lines": LiNeS,
+    "hft": HFT,
+}
+STATELESS = {"lines", "hft"}
+
+
+def stream(kind: type[Any], dataset: Dataset) -> Stream:
+    made: Stream = kind(num_classes=dataset.num_classes, input_shape=dataset.input_shape, seed=0, num_tasks=3)
+    return made
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("name", OFF)
+def test_turned_off_it_is_fine_tuning_bit_for_bit(
+    blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str
+) -> None:
+    naive = list(make_client(blobs, stream(scenario, blobs), {}).play(SCRIPT))
+    same = list(make_client(blobs, stream(scenario, blobs), {name: OFF[name]}).play(SCRIPT))
+    assert all(torch.equal(a, b) for a, b in zip(naive, same, strict=True))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("name", [*LATE, *EARLY])
+def test_turned_on_it_is_not(blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str) -> None:
+    naive = list(make_client(blobs, stream(scenario, blobs), {}).play(SCRIPT))
+    learner = {name: (LATE | EARLY)[name]}
+    other = list(make_client(blobs, stream(scenario, blobs), learner).play(SCRIPT))
+    assert torch.isfinite(other[-1]).all()
+    assert not torch.equal(naive[-1], other[-1])
+    assert torch.equal(naive[1], other[1]) == (name in LATE)
+
+
+@pytest.mark.parametrize("scenario", [ClassIncremental, TaskIncremental])
+@pytest.mark.parametrize("name", [*LATE, *EARLY, "nmc"])
+def test_state_carried_over_continues_as_if_uninterrupted(
+    blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str
+) -> None:
+    learner = {name: (LATE | EARLY | {"nmc": NearestClassMean})[name]}
+    straight = make_client(blobs, stream(scenario, blobs), learner)
+    carried = make_client(blobs, stream(scenario, blobs), learner)
+    for a, b in zip(straight.play(SCRIPT), carried.play(SCRIPT, rebuild=True), strict=True):
+        assert torch.equal(a, b)
+    assert equal(straight.state, carried.state)
+    assert bool(straight.state[name]) == (name not in STATELESS)
