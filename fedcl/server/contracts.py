@@ -215,7 +215,7 @@ class Staleness(Part):
         return updates
 
     def observe(self, update: Update, view: ServerView) -> None:
-        """Learn from an update once it is known."""
+        """Learn from an update that has come, before :meth:`admit`: what was estimated for its client can be judged."""
 
 
 class Collaboration(Part):

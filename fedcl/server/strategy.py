@@ -192,6 +192,8 @@ class Pipeline:
     def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
         """Run the pipeline over one round and return the new models."""
         present = [update for update in positions if update is not None]
+        for update in present:
+            self.staleness.observe(update, view)
         admitted = {update.client: update for update in self.staleness.admit(present, view)}
         kept = [admitted.get(update.client) if update is not None else None for update in positions]
         models = {GLOBAL: view.global_model}
