@@ -56,6 +56,7 @@ FITS: dict[str, list[str]] = {
     "learner=er_ace": ["client.epochs=6", "learner.er_ace.replay_size=2"],
     "learner=uer": ["client.epochs=6"],
     "strategy=flower_fedadam": ["strategy.stock.eta=0.01"],
+    "strategy/projection=fot_official": ["strategy.projection.server.epsilon_increment=0.01"],
     "strategy/projection=fot": [
         "strategy.projection.server.epsilon=0.8",
         "strategy.projection.server.epsilon_increment=0.01",
