@@ -214,3 +214,11 @@ def test_a_wall_clock_goes_on_where_a_resumed_run_stopped() -> None:
     first = clock.now
     assert first >= 0.05
     assert WallClock(now=first + 100.0).now >= first + 100.0
+
+
+def test_ten_thousand_seconds_of_waiting_cost_none(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"slept {seconds} s")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert build(device=slow({"2": 2500.0})).play().server.now == 10_000.0
