@@ -58,7 +58,7 @@ def test_the_model_after_every_round_depends_on_nothing_but_the_configuration(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
     # 37 clients make two whole blocks and a piece; one reply is rejected, one worker is killed in the middle
-    overrides = [*FAULTY, "num_clients=37", "checkpoint.keep=1000"]
+    overrides = [*FAULTY, "num_clients=37", "checkpoint.keep=1000", "checkpoint.min_seconds=0"]
     clean = run_experiment("inline", *overrides, "learner.faulty.faults='5:rubbish'", config_dirs=[faulty_dir])
     expected = _models(clean)
     assert len(expected) == len(set(expected.values())) == 4
