@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fedcl.rules import ConfigError
@@ -42,21 +43,38 @@ def start_ray(
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "runtime_env": runtime_env}
     if address is None:
         own: dict[str, Any] = {} if gpus else {"num_gpus": 0}
-        ray.init(
-            address="local",  # without it, Ray would join a cluster that it finds by itself
-            num_cpus=max(1, round(workers + 0.499)),
-            resources=dict(resources or {}),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **own,
-            **common,
-        )
+        with _loopback_only():
+            ray.init(
+                address="local",  # without it, Ray would join a cluster that it finds by itself
+                num_cpus=max(1, round(workers + 0.499)),
+                resources=dict(resources or {}),
+                include_dashboard=False,
+                **own,
+                **common,
+            )
         return
     try:
         _check_answers(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
         ray.init(address=address, **common)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ConfigError(f"backend.address={address}: no Ray cluster answers there: {error}") from error
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let Ray take the loopback address for this node's: its servers then listen there alone.
+
+    On Linux Ray replaces 127.0.0.1 by an address that others can reach and listens everywhere; where it is not to form
+    clusters, as on macOS, it keeps to loopback. Anyone who reaches Ray's ports runs code.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_answers(address: str) -> None:

@@ -185,3 +185,9 @@ def test_backend_options_are_checked_when_they_are_read(override: str, message: 
 def test_workers_and_worker_classes_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"backend.workers=2: must be left out where backend.worker_classes is given"):
         compose(["backend.workers=2", "backend.worker_classes=[{count:1}]"])
+
+
+def test_ray_started_here_is_reached_from_nowhere_else() -> None:
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
