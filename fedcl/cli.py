@@ -45,7 +45,7 @@ A setting is key=value. A choice is group=name; a learner may be several: learne
 examples:
   fedcl run num_clients=50 clients_per_round=10 rounds_per_task=20 client.epochs=2
   fedcl run strategy/collaboration=fedavg strategy/projection=none compare_with=null
-  fedcl run backend=inline run_dir=/tmp/first
+  fedcl run backend=inline run_dir=runs/first
   fedcl run --config-dir my learner=mine        my/learner/mine.yaml; its module lies in the current directory,
                                                 in my/ or beside it
 """

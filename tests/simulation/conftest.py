@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,7 +97,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start_apart(tmp_path: Path) -> Iterator[Start]:
+def start_apart(tmp_path: Path, end_processes: Callable[[str], None]) -> Iterator[Start]:
     """Return a function that starts Python in a process of its own; whatever it leaves is ended by process id."""
     if not Path("/proc").is_dir():
         pytest.skip("finds the processes it started through /proc")
@@ -114,24 +112,4 @@ def start_apart(tmp_path: Path) -> Iterator[Start]:
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     yield start
-    deadline = time.monotonic() + 20
-    while (left := _processes_with(tag)) and time.monotonic() < deadline:
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
-    assert not left
-
-
-def _processes_with(setting: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue  # ended meanwhile
-        if setting.encode() in environment and state != "Z":
-            found.append(int(folder.name))
-    return found
+    end_processes(tag)
