@@ -101,7 +101,7 @@ class _AfterRound:
         if due or (self._every and last) or self._interruption.signal is not None:
             self._save(server_round)
             self._saved = time.monotonic()
-        task = schedule.position(self._prepared.clients[0], server_round).task_id
+        task = schedule.stage(server_round).index
         self._progress.update(server_round + 1, schedule.num_rounds, task, self._server.measurement.headline)
         if not last:
             self._interruption.raise_if_asked()

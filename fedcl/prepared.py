@@ -10,8 +10,7 @@ from fedcl.client.plugin import overrides as defines
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.results.recorder import Recorder
-from fedcl.scenario.schedule import Synchronous
-from fedcl.scenario.task import Stream
+from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
@@ -26,6 +25,7 @@ from fedcl.wiring import (
     make_devices,
     make_model,
     make_schedule,
+    make_statistics,
     make_steps,
     make_strategy,
     make_stream,
@@ -41,7 +41,7 @@ class Prepared:
     dataset: Dataset
     partition: Partition
     stream: Stream
-    schedule: Synchronous
+    schedule: Schedule
     clients: tuple[str, ...]
 
     @classmethod
@@ -64,7 +64,7 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
     """Wire the server over an open backend."""
     model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
     strategy = make_strategy(cfg, model, backend.nodes)
-    bind_strategy(cfg, strategy, model, prepared.stream, prepared.dataset.input_shape)
+    bind_strategy(cfg, strategy, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -94,6 +94,8 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
         record=recorder,
         evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
         options=_loop_options(cfg),
+        statistics=make_statistics(cfg, model),
+        compute=backend.compute,
     )
 
 

@@ -14,21 +14,26 @@ from fedcl.building import build
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Plugin
+from fedcl.client.plugin import overrides as defines
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.data.dataset import Dataset, Indices, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
 from fedcl.rules import ConfigError
+from fedcl.scenario.materialise import materialise
 from fedcl.scenario.schedule import Synchronous
-from fedcl.scenario.task import Stream, Task
+from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
 from fedcl.server.contracts import LocalWork
+from fedcl.server.statistics import Statistics
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
 
 Config = dict[str, Any]
 PARTS = ("collaboration", "staleness", "optimizer", "projection")
+# hooks by which a plugin makes local training something else than descent on the cross-entropy of the client's samples
+_CHANGES_LOSS = ("indices", "before_step", "objective", "loss", "after_backward", "after_step", "before_round")
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -120,7 +125,7 @@ def participants(cfg: Config) -> tuple[str, ...]:
 def make_stream(cfg: Config, dataset: Dataset) -> Stream:
     """Build the stream of tasks."""
     stream: Stream = build(
-        cfg["scenario"],
+        {key: value for key, value in cfg["scenario"].items() if key != "schedule"},
         at="scenario",
         trusted=cfg["trusted_packages"],
         num_classes=dataset.num_classes,
@@ -130,11 +135,19 @@ def make_stream(cfg: Config, dataset: Dataset) -> Stream:
     return stream
 
 
-def make_schedule(cfg: Config, stream: Stream) -> Synchronous:
-    """Build the schedule of rounds."""
-    schedule: Synchronous = _checked(
-        lambda: Synchronous(num_tasks=stream.num_tasks, rounds_per_task=cfg["rounds_per_task"])
-    )
+def make_schedule(cfg: Config, stream: Stream) -> Schedule:
+    """Build the schedule of rounds: all clients together unless ``scenario.schedule`` says otherwise."""
+    known = {
+        "num_tasks": stream.num_tasks,
+        "rounds_per_task": cfg["rounds_per_task"],
+        "clients": client_ids(cfg),
+        "seed": cfg["seed"],
+    }
+    node = cfg["scenario"].get("schedule")
+    if node is None:
+        schedule: Schedule = _checked(lambda: Synchronous(**known))
+    else:
+        schedule = build(node, at="scenario.schedule", trusted=cfg["trusted_packages"], **known)
     return schedule
 
 
@@ -211,11 +224,11 @@ def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[
     client = cfg["client"]
 
     @functools.cache
-    def steps(name: str, classes: tuple[int, ...]) -> int:
-        num_examples = int(np.isin(dataset.train.y[parts[name]], classes).sum())
+    def steps(name: str, task: str) -> int:
+        num_examples = len(materialise(Task.from_json(task), dataset.train.y[parts[name]]))
         return int(client["epochs"]) * -(-num_examples // int(client["batch_size"]))
 
-    return lambda name, task: steps(name, task.classes)
+    return lambda name, task: steps(name, task.to_json())
 
 
 def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | Stock:
@@ -234,16 +247,32 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
         }
         strategy = _checked(lambda: Pipeline(**parts))
     _checked(lambda: strategy.setup(model.spec))
-    _checked(lambda: check_payloads(strategy.payloads, [make() for make in learner_factories(cfg).values()]))
+    plugins = [make() for make in learner_factories(cfg).values()]
+    for plugin in plugins:
+        _checked(functools.partial(plugin.check, model))
+    _checked(lambda: check_payloads(strategy.payloads + Statistics(plugins).payloads, plugins))
     return strategy
 
 
+def make_statistics(cfg: Config, model: FlatModel) -> Statistics:
+    """Build what adds up clients' statistics, where the learner has any."""
+    plugins = [make() for make in learner_factories(cfg).values()]
+    return Statistics(plugins, model.twin()) if any(plugin.sums for plugin in plugins) else Statistics()
+
+
 def bind_strategy(
-    cfg: Config, strategy: Pipeline | Stock, model: FlatModel, stream: Stream, input_shape: tuple[int, ...]
+    cfg: Config,
+    strategy: Pipeline | Stock,
+    model: FlatModel,
+    stream: Stream,
+    schedule: Schedule,
+    input_shape: tuple[int, ...],
 ) -> None:
     """Tell the parts of a pipeline how clients train."""
     if isinstance(strategy, Pipeline):
-        work = LocalWork(model, local_training(cfg), stream, input_shape)
+        plugins = [make() for make in learner_factories(cfg).values()]
+        plain = not any(defines(plugin, hook) for plugin in plugins for hook in _CHANGES_LOSS)
+        work = LocalWork(model, local_training(cfg), stream, input_shape, schedule.num_rounds, plain)
         _checked(lambda: strategy.bind(work))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -26,11 +28,11 @@ class Evaluator:
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def accuracy(self, vector: Tensor, tasks: list[int], *, after: int) -> dict[int, float]:
+    def accuracy(self, vector: Tensor, tasks: list[int], *, after: int | Collection[int]) -> dict[int, float]:
         """Return, for each of ``tasks``, the share of its test samples that ``vector`` (P,) gets right.
 
-        ``after`` is the task the stream has reached: it decides which columns a prediction may choose from. A task
-        without test samples is left out.
+        ``after`` is the task the stream has reached, or all tasks that have been: it decides which columns a prediction
+        may choose from. A task without test samples is left out.
         """
         self._model.load(vector)
         self._model.eval()

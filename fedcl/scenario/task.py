@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 
@@ -13,7 +14,9 @@ class Task:
 
     It owns the samples whose class is in ``classes``, seen through ``transform``. ``columns`` are the logit columns
     of those classes, aligned with ``classes``. ``mask`` lists the columns a prediction may choose from (sorted);
-    ``None`` means all. ``head`` is the index of the head that owns the columns.
+    ``None`` means all. ``head`` is the index of the head that owns the columns. ``portions`` says which part of each
+    class belongs to the task, aligned with ``classes``: (start, stop) in [0, 1] of the samples that a client holds of
+    the class; ``None`` means all of them.
     """
 
     id: int
@@ -22,6 +25,13 @@ class Task:
     mask: tuple[int, ...] | None = None
     head: int = 0
     transform: dict[str, Any] | None = None
+    portions: tuple[tuple[float, float], ...] | None = None
+
+    def part(self, index: int, of: int) -> Task:
+        """Return the ``index``-th of ``of`` equal parts of the task: what an online stream shows in one round."""
+        whole = self.portions or ((0.0, 1.0),) * len(self.classes)
+        cut = [(a + (b - a) * index / of, a + (b - a) * (index + 1) / of) for a, b in whole]
+        return replace(self, portions=tuple(cut))
 
     def to_json(self) -> str:
         """Return the record as it travels in a message."""
@@ -31,7 +41,7 @@ class Task:
     def from_json(cls, text: str) -> Task:
         """Read what :meth:`to_json` wrote."""
         raw = json.loads(text)
-        mask = raw["mask"]
+        mask, portions = raw["mask"], raw.get("portions")
         return cls(
             id=int(raw["id"]),
             classes=tuple(raw["classes"]),
@@ -39,6 +49,7 @@ class Task:
             mask=None if mask is None else tuple(mask),
             head=int(raw["head"]),
             transform=raw["transform"],
+            portions=None if portions is None else tuple((float(a), float(b)) for a, b in portions),
         )
 
 
@@ -59,30 +70,52 @@ class Position:
 class Stream(Protocol):
     """A sequence of tasks: what is learned, in which order, and through which heads.
 
-    ``heads`` gives the number of logit columns of each head; a model's output is their concatenation.
+    ``heads`` gives the number of logit columns of each head; a model's output is their concatenation. ``online`` says
+    that each round shows a new part of its task, and no sample twice.
     """
 
     num_tasks: int
     heads: tuple[int, ...]
+    online: bool
 
     def train_task(self, task_id: int) -> Task:
         """Return the task as it is trained: ``mask`` follows the scenario's masking policy."""
         ...
 
-    def test_task(self, task_id: int, *, after: int) -> Task:
-        """Return task ``task_id`` as it is tested once task ``after`` has been reached."""
+    def client_task(self, task_id: int, client: str, met: Collection[int]) -> Task:
+        """Return the task as ``client`` trains it, which has met the tasks ``met`` (this one among them)."""
         ...
+
+    def test_task(self, task_id: int, *, after: int | Collection[int]) -> Task:
+        """Return the task as it is tested: ``after`` is the last task that has been reached, or all that have been."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How far a run is: ``index`` counts, from 0, the rows of the accuracy matrix; ``ends`` says one is due now."""
+
+    index: int
+    ends: bool
 
 
 class Schedule(Protocol):
-    """Which task a client is in at a round: a pure function, so that any process can ask it."""
+    """Which task a client is in at a round: a pure function, so that any process can ask it.
+
+    ``uniform`` says that all clients are always in the same task.
+    """
 
     num_rounds: int
+    uniform: bool
 
-    def position(self, client: str, server_round: int) -> Position:
-        """Return the position of ``client`` at the 0-based ``server_round``."""
+    def position(self, client: str, server_round: int) -> Position | None:
+        """Return the position of ``client`` at the 0-based ``server_round``; None where it takes no part."""
         ...
 
-    def boundary(self, server_round: int) -> int | None:
-        """Return the id of the task that ends for all clients with ``server_round``, or None."""
+    def met(self, client: str, server_round: int) -> tuple[int, ...]:
+        """Return the ids of the tasks ``client`` has been in up to ``server_round``, that round's included."""
+        ...
+
+    def stage(self, server_round: int) -> Stage:
+        """Return how far the run is at ``server_round``; there are as many stages as tasks."""
         ...

@@ -94,6 +94,10 @@ class ServerView(Protocol):
         """Return the weights that would be sent to ``client`` now, float32 (P,)."""
         ...
 
+    def model_at(self, target: Target) -> Tensor:
+        """Return the weights of ``target``, float32 (P,): the global ones where it has none of its own yet."""
+        ...
+
     def rng(self, purpose: str) -> torch.Generator:
         """Return a generator keyed by (seed, version, purpose)."""
         ...
@@ -105,13 +109,19 @@ class ServerView(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened on the timeline. ``updates`` is filled only for parts that declare ``keeps_updates``."""
+    """Something that happened on the timeline.
+
+    ``task_end`` says that ``clients`` have ended a task with this round: all of them where the schedule is synchronous,
+    else perhaps a few, each its own task. ``task`` is the furthest stage reached. ``is_last_task`` says that the run
+    ends here. ``updates`` is filled only for parts that declare ``keeps_updates``.
+    """
 
     kind: Literal["round_end", "task_end"]
     task: int
     server_round: int
     is_last_task: bool
     updates: tuple[Update, ...] = ()
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,13 +168,16 @@ class Fold:
 class LocalWork:
     """How clients train, for a part that plays it through: the run's model (take a twin), settings, tasks, inputs.
 
-    ``input_shape`` is that of one sample as the model sees it.
+    ``input_shape`` is that of one sample as the model sees it; ``num_rounds`` how many rounds the run has.
+    ``plain_loss`` says that clients descend on cross-entropy alone, so that a server can play their loss through.
     """
 
     model: FlatModel
     training: LocalTraining
     stream: Stream
     input_shape: tuple[int, ...]
+    num_rounds: int = 1
+    plain_loss: bool = True
 
 
 class Part:
@@ -201,6 +214,14 @@ class Part:
     def metrics(self) -> dict[str, float]:
         """Return numbers worth recording after a round or a task (names become rows with phase ``server``)."""
         return {}
+
+    def timings(self) -> dict[str, float]:
+        """Return measured seconds by name since the last call; they go to the timings, never to the metrics."""
+        return {}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return what a person should know, once each: ``kind`` and whatever fields the event is to have."""
+        return []
 
 
 class Staleness(Part):
@@ -262,6 +283,11 @@ class Projection(Part):
     """A constraint on every change of a model, and what it must learn from clients to know the constraint."""
 
     keeps_updates: ClassVar[bool] = False
+    payloads: ClassVar[tuple[Payload, ...]] = ()  # what `message_for` sends along: direction `down`
+
+    def message_for(self, client: str, view: ServerView) -> dict[str, Tensor]:
+        """Return the tensors that ride along with ``client``'s train message."""
+        return {}
 
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
         """Return the change that is allowed, float64 (P,)."""
@@ -273,3 +299,7 @@ class Projection(Part):
 
     def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
         """Learn from the answers to a query of :meth:`queries`."""
+
+    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+        """Return models (P,) that take the place of their targets' now, past optimizer and projection."""
+        return {}

@@ -37,6 +37,7 @@ from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import rejection
 
 CommitState = Callable[[str, int], None]
+TaskOf = Callable[[str], Task]
 Recipients = Sequence[tuple[Outgoing, Request]]
 
 
@@ -118,7 +119,7 @@ class Exchange:
         if self.commit_state is not None:
             self.commit_state(request.client, request.visit)
 
-    def ask(self, query: Query, task_of: Callable[[str], Task], server_round: int, version: int) -> list[Answer]:
+    def ask(self, query: Query, task_of: TaskOf, server_round: int, version: int) -> list[Answer]:
         """Put ``query`` to its clients; return the answers of those that hold data, in the query's order."""
         outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
         recipients = [
@@ -136,10 +137,10 @@ class Exchange:
         return answers
 
     def tell(
-        self, kind: Kind, outgoing: Sequence[Outgoing], task: Task, server_round: int, version: int
+        self, kind: Kind, outgoing: Sequence[Outgoing], task_of: TaskOf, server_round: int, version: int
     ) -> dict[str, Reply]:
         """Send a ``task_end`` or an ``evaluate`` to clients; return the sound replies."""
-        recipients = [(out, self.request(kind, out, task, server_round, version)) for out in outgoing]
+        recipients = [(out, self.request(kind, out, task_of(out.client), server_round, version)) for out in outgoing]
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
 from fedcl.randomness import torch_generator
-from fedcl.scenario.task import Schedule, Stream, Task
+from fedcl.scenario.curriculum import Curriculum
+from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
-from fedcl.server.contracts import GLOBAL, Event, Target, Update
+from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Measurement, Record
 from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
+from fedcl.server.state import Compute, ServerState, at_once
+from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
 
 
@@ -35,23 +38,6 @@ class LoopOptions:
     personal_evaluation: bool = False
     boundary_visits: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass
-class ServerState:
-    """What a run is at the end of a round: models by target, counters, and the next round to play.
-
-    ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
-    are the clients that learned something of the present task; ``owed`` maps clients that were in flight when a task
-    ended to that task, which they conclude when they are back.
-    """
-
-    models: dict[Target, Tensor]
-    version: int = 0
-    model_epoch: int = 0
-    next_round: int = 0
-    visited: set[str] = field(default_factory=set)
-    owed: dict[str, int] = field(default_factory=dict)
 
 
 class Server:
@@ -71,11 +57,16 @@ class Server:
         record: Record,
         options: LoopOptions,
         evaluator: Evaluator | None = None,
+        statistics: Statistics | None = None,
+        compute: Compute | None = None,
     ) -> None:
         self.strategy, self.exchange, self.arrivals = strategy, exchange, arrivals
         self.schedule, self.stream, self.record, self.options = schedule, stream, record, options
+        self.curriculum = Curriculum(stream, schedule)
+        self.statistics = statistics or Statistics()
         self.measurement = Measurement(record, stream, evaluator)
-        self.rounds = Rounds(strategy, exchange, arrivals, record, options.rounds, self._task_of)
+        self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum)
+        self._compute = compute or at_once
         self.state = ServerState({GLOBAL: initial.detach().cpu().clone()})
         self._spec = spec
         self._clients = tuple(clients)
@@ -114,20 +105,25 @@ class Server:
 
     def model_of(self, client: str) -> Tensor:
         """Return the weights that would be sent to ``client`` now."""
-        return self.state.models.get(self.strategy.target_of(client, self), self.global_model)
+        return self.model_at(self.strategy.target_of(client, self))
+
+    def model_at(self, target: Target) -> Tensor:
+        """Return the weights of ``target``, the global ones where it has none of its own yet."""
+        return self.state.models.get(target, self.global_model)
 
     def rng(self, purpose: str) -> torch.Generator:
         """Return a generator keyed by (seed, version, purpose)."""
         return torch_generator(self.options.rounds.seed, "server", self.state.version, purpose)
 
     def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Run ``fn`` here and now; its exception, if any, waits in the future."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        """Run ``fn`` where the backend computes: here, or in a worker; its exception, if any, waits in the future."""
+        return self._compute(fn, *args)
+
+    def outgoing(self, selected: Sequence[str]) -> list[Outgoing]:
+        """Return what to send to each selected client: the strategy's message and the learner's sums."""
+        sums = self.statistics.message()
+        messages = self.strategy.outgoing(selected, self)
+        return [replace(out, payload=out.payload | sums) for out in messages] if sums else messages
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 
@@ -168,58 +164,93 @@ class Server:
         self.state.version += GLOBAL in changed
 
     def _conclude(self, server_round: int, counted: list[Update]) -> None:
-        """Do what follows a round: tell clients of a task's end, ask questions, measure."""
-        ended = self.schedule.boundary(server_round)
-        reached = self._task_of(self._clients[0], server_round).id if ended is None else ended
-        if ended is not None and self.options.boundary_visits:
-            self._end_task(ended, server_round)
-        last = ended is not None and ended == self.stream.num_tasks - 1
-        kept = tuple(counted) if self.strategy.keeps_updates else ()
-        self._ask(Event("round_end" if ended is None else "task_end", reached, server_round, last, kept))
-        every = self.options.evaluate_every
-        if ended is not None or (every and (server_round + 1) % every == 0):
-            self.measurement.test(self.global_model, server_round, self.now, reached, all_tasks=ended is not None)
-        if ended is not None:
-            if self.strategy.personal or self.options.personal_evaluation:
-                everybody = self._outgoing(self._clients)
-                self.measurement.personal(self.exchange, everybody, server_round, self.version, self.now, reached)
-            self.state.visited.clear()
-        self.measurement.server(self.strategy.metrics(), server_round, self.now, reached)
+        """Do what follows a round: conclude tasks that end, ask questions, measure."""
+        stage = self.curriculum.stage(server_round)
+        ended = tuple(self.curriculum.ended(self._clients, server_round))
+        if ended and self.options.boundary_visits:
+            self._end_tasks(ended, server_round)
+        self._ask(stage.index, ended, server_round, counted)
+        self._measure(stage, server_round)
+        self.state.visited.difference_update(ended)
+        self.measurement.server(self.strategy.metrics(), server_round, self.now, stage.index)
+        for name, seconds in self.strategy.timings().items():
+            self.record.timing(server_round, name, seconds)
+        for note in self.strategy.notes():
+            self.record.event(**{"round": server_round, "virtual_time": self.now, **note})
 
-    def _task_of(self, client: str, server_round: int) -> Task:
-        return self.stream.train_task(self.schedule.position(client, server_round).task_id)
+    def _measure(self, stage: Stage, server_round: int) -> None:
+        """Test the global model where that is due, and what each client would use at the end of a stage."""
+        every = self.options.evaluate_every
+        if stage.ends or (every and (server_round + 1) % every == 0):
+            met = self.curriculum.met(self._clients, server_round)
+            self.measurement.test(self.global_model, server_round, self.now, stage, met)
+        if stage.ends and (self.strategy.personal or self.options.personal_evaluation):
+            everybody = self._outgoing(self._clients)
+            tasks = {client: self.schedule.met(client, server_round) for client in self._clients}
+            self.measurement.personal(
+                self.exchange, everybody, server_round, self.version, self.now, stage.index, tasks
+            )
+
+    def _whole_task(self, client: str, server_round: int) -> Task:
+        task = self.curriculum.whole_task(client, server_round)
+        assert task is not None  # asked only of clients that take part
+        return task
 
     def _outgoing(self, clients: Sequence[str]) -> list[Outgoing]:
         return [Outgoing(client, self.strategy.target_of(client, self), self.model_of(client)) for client in clients]
 
     # -- task boundaries --------------------------------------------------------------------------------------------
 
-    def _end_task(self, task_id: int, server_round: int) -> None:
-        """Let every client that learned the task conclude it, with the global model the task ended with.
+    def _end_tasks(self, ended: Sequence[str], server_round: int) -> None:
+        """Let every client that learned its task conclude it, with the model the task ended with.
 
         A client in flight does so when it is back: two messages at once would race for its state.
         """
         flights = self.arrivals.flights
-        learned = [client for client in self._clients if client in self.state.visited or client in flights]
-        self.state.owed.update({client: task_id for client in learned if client in flights})
-        present = [client for client in learned if client not in flights]
-        task = self.stream.train_task(task_id)
-        self.exchange.tell("task_end", self._outgoing(present), task, server_round, self.version)
+        self.state.owed.update({client: server_round for client in ended if client in flights})
+        present = [client for client in ended if client in self.state.visited and client not in flights]
+        self._tell_end(present, server_round, server_round)
 
     def _settle(self, clients: Sequence[str], server_round: int) -> None:
         """Let clients that have come back conclude the tasks that ended meanwhile."""
         for client in clients:
-            task_id = self.state.owed.pop(client, None)
-            if task_id is not None:
-                task = self.stream.train_task(task_id)
-                self.exchange.tell("task_end", self._outgoing([client]), task, server_round, self.version)
+            ended_in = self.state.owed.pop(client, None)
+            if ended_in is not None:
+                self._tell_end([client], ended_in, server_round)
 
-    def _ask(self, event: Event) -> None:
+    def _tell_end(self, clients: Sequence[str], ended_in: int, server_round: int) -> None:
+        def task_of(client: str) -> Task:
+            return self._whole_task(client, ended_in)
+
+        self.exchange.tell("task_end", self._outgoing(clients), task_of, server_round, self.version)
+
+    def _ask(self, stage: int, ended: tuple[str, ...], server_round: int, counted: Sequence[Update]) -> None:
+        """Put the strategy's and the learner's questions, and replace the models that they conclude with."""
+        kept = tuple(counted) if self.strategy.keeps_updates else ()
+        last = server_round == self.schedule.num_rounds - 1
+        event = Event("task_end" if ended else "round_end", stage, server_round, last, kept, ended)
         for query in self.strategy.queries(event, self):
-            answers = self.exchange.ask(
-                query, lambda client: self._task_of(client, event.server_round), event.server_round, self.version
-            )
-            self.strategy.absorb(query, answers, self)
+            self.strategy.absorb(query, self._answers(query, server_round), self)
+        models = {client: self.model_of(client) for client in ended}
+        for query in self.statistics.queries(models):
+            self.statistics.absorb(query, self._answers(query, server_round))
+        self._replace(self.strategy.conclude(event, self))
+        if ended:
+            self._replace(self.statistics.solve(self.state.models))
+
+    def _answers(self, query: Query, server_round: int) -> list[Answer]:
+        """Return what the clients that take part in this round answer, each with its present task's data."""
+        active = set(self.curriculum.active(self._clients, server_round))
+        models = {client: model for client, model in query.models.items() if client in active}
+
+        def task_of(client: str) -> Task:
+            return self._whole_task(client, server_round)
+
+        return self.exchange.ask(replace(query, models=models), task_of, server_round, self.version)
+
+    def _replace(self, models: dict[Target, Tensor]) -> None:
+        self.state.models.update(models)
+        self.state.version += GLOBAL in models
 
     # -- edits and survival -----------------------------------------------------------------------------------------
 
@@ -252,6 +283,7 @@ class Server:
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
+            "statistics": self.statistics.state_dict(),
             "arrivals": self.arrivals.state_dict(),
         }
 
@@ -266,6 +298,7 @@ class Server:
             owed=dict(state["owed"]),
         )
         self.strategy.load_state_dict(state["strategy"])
+        self.statistics.load_state_dict(state["statistics"])
         self.exchange.visits = dict(state["visits"])
         self.exchange.committed = dict(state["committed"])
         self.arrivals.load_state_dict(state["arrivals"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedcl.evaluation.evaluator import Evaluator
-from fedcl.scenario.task import Stream
+from fedcl.scenario.task import Stage, Stream
 from fedcl.server.contracts import Update
 from fedcl.server.exchange import Exchange
 from fedcl.server.strategy import Outgoing
@@ -58,13 +58,13 @@ class Measurement:
         for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
             self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
 
-    def test(self, model: Tensor, server_round: int, now: float, reached: int, *, all_tasks: bool) -> None:
-        """Test the global model on the tasks reached, or on all of them."""
+    def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
+        """Test the global model on the tasks ``met`` by then, at the end of a stage on all."""
         if self.evaluator is None:
             return
-        tasks = list(range(self.stream.num_tasks if all_tasks else reached + 1))
-        accuracy = self.evaluator.accuracy(model, tasks, after=reached)
-        seen = [value for task, value in accuracy.items() if task <= reached]
+        tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(met)
+        accuracy = self.evaluator.accuracy(model, tasks, after=met)
+        seen = [value for task, value in accuracy.items() if task in met]
         self.headline = f"accuracy {sum(seen) / max(len(seen), 1):.3f}"
         for task, value in accuracy.items():
             self.record.row(
@@ -73,7 +73,7 @@ class Measurement:
                 name="accuracy",
                 value=value,
                 task=task,
-                after=reached,
+                after=stage.index,
                 virtual_time=now,
             )
 
@@ -84,12 +84,15 @@ class Measurement:
         server_round: int,
         version: int,
         now: float,
-        reached: int,
+        stage: int,
+        met: Mapping[str, Collection[int]],
     ) -> None:
-        """Test what each client would use after aggregation, on its own test samples of every task so far."""
-        for task_id in range(reached + 1):
-            task = self.stream.test_task(task_id, after=reached)
-            for client, reply in exchange.tell("evaluate", outgoing, task, server_round, version).items():
+        """Test what each client would use after aggregation, on its own test samples of every task it has ``met``."""
+        for task_id in sorted({task_id for tasks in met.values() for task_id in tasks}):
+            tasks = {c: self.stream.test_task(task_id, after=seen) for c, seen in met.items() if task_id in seen}
+            asked = [out for out in outgoing if out.client in tasks]
+            replies = exchange.tell("evaluate", asked, tasks.__getitem__, server_round, version)
+            for client, reply in replies.items():
                 if reply.num_examples:
                     self.record.row(
                         round=server_round,
@@ -98,7 +101,7 @@ class Measurement:
                         value=reply.metrics["accuracy"],
                         client=client,
                         task=task_id,
-                        after=reached,
+                        after=stage,
                         virtual_time=now,
                     )
 

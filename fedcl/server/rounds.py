@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedcl.messages import Reply
+from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Task
 from fedcl.server.arrivals import Arrivals, Flight
 from fedcl.server.contracts import ServerView, Update
 from fedcl.server.exchange import EventLog, Exchange
 from fedcl.server.selection import client_order, select
-from fedcl.server.strategy import Strategy
+from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import change_norm
 
 OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
-TaskOf = Callable[[str, int], Task]
 
 
 class RoundFailed(RuntimeError):
@@ -62,12 +62,12 @@ class Arrived:
 class Rounds:
     """Plays rounds over the messages in flight."""
 
-    strategy: Strategy
+    outgoing: Callable[[Sequence[str]], list[Outgoing]]
     exchange: Exchange
     arrivals: Arrivals
     log: EventLog
     options: RoundOptions
-    task_of: TaskOf
+    curriculum: Curriculum
 
     def play(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
         """Return what arrived in this round, in canonical client order, with the clients' states committed.
@@ -78,6 +78,8 @@ class Rounds:
             If ``retries`` further attempts bring too few sound replies too, or no client will ever be available.
         """
         for attempt in range(self.options.retries + 1):
+            if not self.arrivals.flights and not self.curriculum.active(view.clients, server_round):
+                return []
             arrived = self._attempt(server_round, view, model_epoch)
             sound = sum(one.reply is not None for one in arrived)
             if sound >= self.options.min_replies:
@@ -118,20 +120,22 @@ class Rounds:
     def _top_up(self, server_round: int, view: ServerView, model_epoch: int) -> None:
         """Send messages to idle clients until as many are in flight as a round selects."""
         arrivals, wanted = self.arrivals, self.options.clients_per_round or len(view.clients)
-        idle = arrivals.idle(view.clients)
+        present = self.curriculum.active(view.clients, server_round)
+        idle = arrivals.idle(present)
         while not idle and not arrivals.flights:
-            until = arrivals.next_available(view.clients)
+            until = arrivals.next_available(present)
             if math.isinf(until):
                 raise RoundFailed(f"round {server_round}: no client will ever be available")
             arrivals.clock.advance(until)
-            idle = arrivals.idle(view.clients)
+            idle = arrivals.idle(present)
         free = wanted - len(arrivals.flights)
         if free <= 0 or not idle:
             return
         selected = select(idle, free, seed=self.options.seed, server_round=server_round)
         recipients = []
-        for out in self.strategy.outgoing(selected, view):
-            task = self.task_of(out.client, server_round)
+        for out in self.outgoing(selected):
+            task = self.curriculum.task(out.client, server_round)
+            assert task is not None  # only clients that take part were selected
             recipients.append((out, self.exchange.request("train", out, task, server_round, view.version)))
         arrivals.dispatch(recipients, model_epoch)
 
@@ -153,8 +157,10 @@ class Rounds:
             return "the model was edited since"
         if options.max_age is not None and update.age > options.max_age:
             return f"older than async.max_age={options.max_age}"
-        if options.finished_task == "drop" and update.task != self.task_of(flight.client, server_round).id:
-            return f"task {update.task} is over"
+        if options.finished_task == "drop":
+            task = self.curriculum.task(flight.client, server_round)
+            if task is None or task.id != update.task:
+                return f"task {update.task} is over"
         return None
 
     def _note_outliers(self, arrived: Sequence[Arrived], server_round: int) -> None:

@@ -166,9 +166,21 @@ class Stock:
     def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
         """Stock strategies ask nothing."""
 
+    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+        """Stock strategies replace nothing."""
+        return {}
+
     def metrics(self) -> dict[str, float]:
         """Stock strategies report nothing of their own."""
         return {}
+
+    def timings(self) -> dict[str, float]:
+        """Stock strategies measure nothing."""
+        return {}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Stock strategies have nothing to say."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's numeric attributes and arrays: moments of FedAdam, norms of adaptive clipping."""

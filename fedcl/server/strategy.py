@@ -68,8 +68,20 @@ class Strategy(Protocol):
         """Take the answers to a query."""
         ...
 
+    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+        """Return models that replace their targets' at ``event``, after the answers have been taken."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Return numbers worth recording."""
+        ...
+
+    def timings(self) -> dict[str, float]:
+        """Return seconds measured since the last call."""
+        ...
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return events that a person should see."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +146,7 @@ class Pipeline:
         self.optimizer = optimizer or ServerOptimizer()
         self.projection = projection or Projection()
         self._refuse_conflicts()
-        self.payloads: tuple[Payload, ...] = collaboration.payloads
+        self.payloads: tuple[Payload, ...] = collaboration.payloads + self.projection.payloads
         self.personal = collaboration.personal
         self.keeps_updates = self.projection.keeps_updates
         self._sums = tuple(
@@ -181,6 +193,7 @@ class Pipeline:
         messages = []
         for client in selected:
             target, payload = self.collaboration.message_for(client, view)
+            payload = payload | self.projection.message_for(client, view)
             model = self.staleness.outgoing(view.model_of(client), client, view)
             messages.append(Outgoing(client, target, model, payload))
         return messages
@@ -201,7 +214,7 @@ class Pipeline:
             changes = self.collaboration.finish(fold(kept, self.collaboration.term, view.spec, self._sums), view)
         else:
             combined = self.collaboration.combine([u for u in kept if u is not None], view)
-            models |= {target: view.model_of(target) for target in combined if target != GLOBAL}
+            models |= {target: view.model_at(target) for target in combined if target != GLOBAL}
             changes = {target: new.double() - models[target].double() for target, new in combined.items()}
         result = {}
         for target, change in changes.items():
@@ -219,9 +232,21 @@ class Pipeline:
         """Hand the answers to the projection."""
         self.projection.absorb(query, answers, view)
 
+    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+        """Return the projection's replacements."""
+        return self.projection.conclude(event, view)
+
     def metrics(self) -> dict[str, float]:
         """Return the parts' metrics, each name prefixed by its role."""
         return {f"{role}/{name}": v for role, part in self.parts.items() for name, v in part.metrics().items()}
+
+    def timings(self) -> dict[str, float]:
+        """Return the parts' timings, each name prefixed by its role."""
+        return {f"{role}/{name}": v for role, part in self.parts.items() for name, v in part.timings().items()}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return the parts' notes."""
+        return [note for part in self.parts.values() for note in part.notes()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parts' state by role."""

@@ -19,6 +19,7 @@ from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import MESSAGE_TYPE, hello_content, read_hello
 from fedcl.rules import ConfigError
 from fedcl.server.selection import client_order
+from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
 from fedcl.simulation.grid import BaseGrid, InlineGrid
 from fedcl.simulation.host import ClientHost
@@ -35,13 +36,14 @@ FlowerGrid = Grid  # for those that pass a grid through without speaking Flower
 class Backend:
     """An open grid: which node is which client, whether it takes cohort messages, and the client states it keeps.
 
-    ``states`` is None where clients keep their own, as devices do.
+    ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions.
     """
 
     grid: Grid
     nodes: Mapping[str, int]
     cohorts: bool
     states: ClientStateStore | None
+    compute: Compute = at_once
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def open_backend(
     own = _own_grid(config, dataset, partition, _state_store(config, state_folder))
     try:
         with identity(RUN_ID):
-            yield Backend(own, own.nodes, cohorts=True, states=own.states)
+            yield Backend(own, own.nodes, cohorts=True, states=own.states, compute=own.compute)
     finally:
         own.close()
 

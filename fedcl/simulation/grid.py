@@ -11,6 +11,7 @@ from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from fedcl.client.state import ClientStateStore, MemoryStateStore
+from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, message_with
 from fedcl.simulation.host import ClientHost, Failure, Outcome
 
@@ -28,6 +29,7 @@ class BaseGrid(Grid):
         self.nodes = dict(nodes)
         self.states = MemoryStateStore() if states is None else states
         self.run_id = run_id
+        self.compute: Compute = at_once
         self._run = empty_run(run_id)
         self._next = 0
         self._sent: dict[str, Message] = {}

@@ -21,6 +21,7 @@ from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import VISIT
 from fedcl.simulation.cluster import check_fits, free_places, start_ray
 from fedcl.simulation.compat import CLIENT_CRASHED, NODE_UNAVAILABLE, quiet_environment
+from fedcl.simulation.compute import on_workers
 from fedcl.simulation.grid import BaseGrid
 from fedcl.simulation.host import Failure, Outcome
 from fedcl.simulation.jobs import Job
@@ -91,6 +92,7 @@ class RayGrid(BaseGrid):
 
             self._pool = WorkerPool(classes, arguments)
             self._pool.wait()
+            self.compute = on_workers(self._pool)
         except BaseException:
             self.close()
             raise

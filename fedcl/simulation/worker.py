@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class Worker:
         content = RecordDict({name: self._record(record) for name, record in wire.items()})
         outcome = list(self._host.run(content))
         return outcome, {c: (v, pack_numpy(self._store.load(c, v))) for c, v in self._store.noted.items()}
+
+    def compute(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a pure function for the server."""
+        return fn(*args)
 
     def _record(self, record: Any) -> Any:
         if not isinstance(record, Shared):

@@ -19,7 +19,6 @@ from clients.learners.hft import HFT
 from clients.learners.l2 import L2
 from clients.learners.lines import LiNeS
 from clients.learners.mas import MAS
-from clients.learners.nmc import NearestClassMean
 from clients.learners.si import SI
 from clients.learners.uer import UER
 from fedcl.client.plugin import Plugin
@@ -45,7 +44,6 @@ OFF: dict[str, Build] = {
     "gpm": partial(GPM, epsilon=0.0),
     "lines": partial(LiNeS, shallow=1.0),
     "hft": partial(HFT, share=0.0),
-    "nmc": NearestClassMean,  # which only predicts
 }
 # what acts only once a task has ended, then what acts at once
 LATE: dict[str, Build] = {
@@ -95,11 +93,11 @@ def test_turned_on_it_is_not(blobs: Dataset, make_client: Callable[..., Any], sc
 
 
 @pytest.mark.parametrize("scenario", [ClassIncremental, TaskIncremental])
-@pytest.mark.parametrize("name", [*LATE, *EARLY, "nmc"])
+@pytest.mark.parametrize("name", [*LATE, *EARLY])
 def test_state_carried_over_continues_as_if_uninterrupted(
     blobs: Dataset, make_client: Callable[..., Any], scenario: type[Any], name: str
 ) -> None:
-    learner = {name: (LATE | EARLY | {"nmc": NearestClassMean})[name]}
+    learner = {name: (LATE | EARLY)[name]}
     straight = make_client(blobs, stream(scenario, blobs), learner)
     carried = make_client(blobs, stream(scenario, blobs), learner)
     for a, b in zip(straight.play(SCRIPT), carried.play(SCRIPT, rebuild=True), strict=True):

@@ -1,4 +1,4 @@
-"""LiNeS, HFT, GPM and the nearest class mean on numbers worked by hand."""
+"""LiNeS, HFT and GPM on numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from clients.learners.gpm import GPM, grown, input_grams, project_layer
 from clients.learners.hft import HFT, frozen_units
-from clients.learners.lines import LiNeS, layer_factors
-from clients.learners.nmc import NearestClassMean, class_sums, mean_logits
-from fedcl.client.loop import accuracy
+from clients.learners.lines import LiNeS
 from fedcl.client.plugin import Context, TaskData
 from fedcl.data.dataset import Dataset
 from fedcl.models.flat import FlatModel
@@ -33,13 +31,6 @@ def context(model: FlatModel, x: Tensor, y: Tensor | None = None, *, task: int =
 
 
 # -- LiNeS ------------------------------------------------------------------------------------------------------------
-
-
-def test_factors_rise_from_the_first_layer_to_the_heads() -> None:
-    spec = FlatModel(MLP(input_shape=(2,), heads=(1, 1), hidden=(2, 1))).spec
-    # hidden.0: 4 + 2, hidden.1: 2 + 1, heads: (1 + 1) each
-    assert layer_factors(spec, 0.2).tolist() == pytest.approx([0.2] * 6 + [0.6] * 3 + [1.0] * 4)
-    assert layer_factors(FlatModel(MLP(input_shape=(2,), heads=(1,), hidden=())).spec, 0.2).tolist() == [1.0] * 3
 
 
 def test_the_change_of_a_visit_is_scaled(device: torch.device) -> None:
@@ -147,43 +138,3 @@ def test_answers_to_the_past_stay_what_they_were(blobs: Dataset, make_client: Ca
         drift[name] = (outputs[1] - outputs[0]).abs().max().item()
     assert drift["naive"] > 0.05
     assert drift["gpm"] < 1e-4
-
-
-# -- nearest class mean -----------------------------------------------------------------------------------------------
-
-
-# Means (1, 0) and (0, 0.5); the sample (0, 1) is sqrt 2 and 0.5 away, the third column has no samples.
-def test_distances_to_the_means_worked_by_hand() -> None:
-    sums = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    logits = mean_logits(torch.tensor([[0.0, 1.0]], dtype=torch.float64), sums, torch.tensor([2.0, 2.0, 0.0]))
-    assert logits[0].tolist() == pytest.approx([-(2.0**0.5), -0.5, -1e9])
-
-
-def test_sums_over_parts_are_the_sum_over_all(device: torch.device) -> None:
-    model = FlatModel(MLP(input_shape=(2,), heads=(2,), hidden=(4,)), device=device)
-    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).to(device)
-    y = torch.arange(20, device=device) % 2
-    whole = class_sums(context(model, x, y))
-    parts = [class_sums(context(model, x[part], y[part])) for part in (slice(7), slice(7, None))]
-    for together, first, second in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(together, first + second)
-    assert whole[1].tolist() == [10.0, 10.0]
-
-
-def test_it_predicts_what_is_near_before_and_after_the_tasks_end(device: torch.device) -> None:
-    model = FlatModel(MLP(input_shape=(2,), heads=(2,), hidden=(2,)), device=device)
-    model.load(torch.tensor([1.0, 0, 0, 1.0, 0, 0, 0, 0, 0, 0, 0, 0]))  # features are the (positive) inputs
-    x = torch.tensor([[3.0, 0.1], [1.0, 0.0], [0.1, 2.0], [0.0, 5.0]], device=device)
-    ctx = context(model, x, torch.tensor([0, 0, 1, 1], device=device))
-    nmc = NearestClassMean()
-    assert accuracy(ctx, [], ctx.data.x, ctx.data.y) == 0.5
-    assert accuracy(ctx, [nmc], ctx.data.x, ctx.data.y) == 1.0
-    nmc.after_task(ctx)
-    state = nmc.state()
-    nmc.after_task(ctx)  # a task is counted once
-    assert torch.equal(nmc.state()["counts"], state["counts"])
-    later = NearestClassMean()
-    later.load(state)
-    assert accuracy(ctx, [later], ctx.data.x, ctx.data.y) == 1.0
-    swapped = context(model, x, torch.tensor([1, 1, 1, 1], device=device), task=1)
-    assert later.predict(swapped, x[:1]).argmax().item() == 0

@@ -307,7 +307,8 @@ def test_recipients_with_different_models_or_payloads_share_no_message(build: An
         Outgoing("2", "2", own, {"c": variate}),
         Outgoing("3", "*", shared, {"c": variate.clone()}),
     ]
-    replies = system.exchange.tell("evaluate", outgoing, system.server.stream.train_task(0), 0, 0)
+    task = system.server.stream.train_task(0)
+    replies = system.exchange.tell("evaluate", outgoing, lambda _: task, 0, 0)
     assert [m.content["fedcl"]["clients"] for m in sent] == [["0", "1"], ["2"], ["3"]]
     assert [m.metadata.dst_node_id for m in sent] == [100, 102, 103]
     assert list(replies) == ["0", "1", "2", "3"]

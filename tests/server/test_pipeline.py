@@ -54,6 +54,9 @@ class View:
         target = self.pipeline.target_of(client, self) if self.pipeline else GLOBAL
         return self.models.get(target, self.global_model)
 
+    def model_at(self, target: Target) -> Tensor:
+        return self.models.get(target, self.global_model)
+
     def rng(self, purpose: str) -> torch.Generator:
         return torch_generator("view", purpose)
 

@@ -1,0 +1,96 @@
+"""What closed-form heads share: features come from the model, the head from sums over all clients' samples.
+
+The contract is :meth:`fedcl.client.plugin.Plugin.solve`: clients answer with plain sums in float64, the server adds
+them up and writes the head, so that the head is the one that a single client with all the data would have.
+"""
+
+# N = samples, F = features, C = logit columns
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.models.flat import FlatModel
+
+Train = Literal["first_task", "none", "all"]
+TRAIN: tuple[Train, ...] = ("first_task", "none", "all")
+
+
+class ClosedForm(Plugin):
+    """Train the network by the usual loop as long as ``train`` says; a subclass solves for the head.
+
+    With ``first_task`` a client trains in the first task it meets and never again, so that sums over tasks are of one
+    feature map; with ``all`` the features of earlier tasks drift away from their sums.
+
+    Raises
+    ------
+    ValueError
+        If ``train`` is unknown.
+    """
+
+    phase: ClassVar[Phase] = Phase.BOOKKEEPING
+    key: ClassVar[str]  # its name in the configuration, for messages
+
+    def __init__(self, *, train: Train = "first_task") -> None:
+        if train not in TRAIN:
+            raise ValueError(f"learner.{self.key}.train={train}: must be one of {', '.join(TRAIN)}")
+        self.train = train
+
+    def indices(self, ctx: Context, order: Tensor) -> Tensor:
+        """Return the epoch's samples, or none where nothing is to be trained."""
+        trains = self.train == "all" or (self.train == "first_task" and len(ctx.task_columns) == 1)
+        return order if trains else order[:0]
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse heads that are not linear with a bias: there is nowhere to write the solution."""
+        if not all(isinstance(head, nn.Linear) and head.bias is not None for head in heads(model)):
+            raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear or random")
+
+
+def heads(model: FlatModel) -> list[nn.Module]:
+    """Return the model's heads, in the order of their columns."""
+    if "head" in model.module._modules:
+        return [model.module.get_submodule("head")]
+    return list(model.module.get_submodule("heads").children())
+
+
+@torch.no_grad()
+def write_heads(model: FlatModel, weight_CF: Tensor, bias_C: Tensor, known_C: Tensor) -> None:
+    """Write the rows of columns that are ``known_C`` (bool) into the heads; the others stay as they are."""
+    start = 0
+    for head in heads(model):
+        assert isinstance(head, nn.Linear)
+        rows = slice(start, start + head.out_features)
+        known = known_C[rows].to(head.weight.device)
+        fresh = weight_CF[rows].to(head.weight), bias_C[rows].to(head.bias)
+        head.weight.copy_(torch.where(known[:, None], fresh[0], head.weight))
+        head.bias.copy_(torch.where(known, fresh[1], head.bias))
+        start = rows.stop
+
+
+@torch.no_grad()
+def features(ctx: Context, batch_size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features (N, F), float64, and columns (N,) of the client's samples, batch by batch, in eval mode."""
+    ctx.model.eval()
+    for x, y in zip(torch.split(ctx.data.x, batch_size), torch.split(ctx.data.y, batch_size), strict=True):
+        yield ctx.model(x).features.double(), y
+
+
+def class_sums(ctx: Context, *, unit: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the sums of the features of each column's samples (C, F) and their counts (C,), float64.
+
+    With ``unit`` features are scaled to length 1 before. The client must hold samples of the task.
+    """
+    total: Tensor | None = None
+    for rows, y in features(ctx):
+        if total is None:
+            total, counts = rows.new_zeros(ctx.num_columns, rows.shape[1]), rows.new_zeros(ctx.num_columns)
+        total.index_add_(0, y, F.normalize(rows, dim=1) if unit else rows)
+        counts += torch.bincount(y, minlength=ctx.num_columns)
+    assert total is not None
+    return total, counts

@@ -1,0 +1,70 @@
+"""RanPAC: a ridge classifier on random features, in closed form.
+
+McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023: with
+features h = relu(z M) of a fixed random M, G = sum h h^T and C = sum h y^T give the head (G + lambda I)^-1 C.
+The random features are the model's own, ``model.head=random``; with ``model.head=linear`` it is ridge regression on the
+features themselves.
+"""
+
+# C = logit columns, F = features that the heads read
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clients.learners.closed_form import ClosedForm, Train, features, write_heads
+from fedcl.client.plugin import Context
+from fedcl.models.flat import FlatModel
+
+
+class RanPAC(ClosedForm):
+    """Solve the ridge regression from features to one-hot targets over all clients' samples.
+
+    Parameters
+    ----------
+    ridge
+        lambda, relative to the mean of G's diagonal, so that it means the same for any number of samples and scale.
+    train
+        When the network itself is trained: see `ClosedForm`.
+
+    Raises
+    ------
+    ValueError
+        If ``ridge`` is not positive or ``train`` unknown.
+    """
+
+    queries: ClassVar[tuple[str, ...]] = ("gram",)
+    sums: ClassVar[tuple[str, ...]] = ("gram",)
+    key: ClassVar[str] = "ranpac"
+
+    def __init__(self, *, ridge: float = 1e-3, train: Train = "first_task") -> None:
+        if not ridge > 0:
+            raise ValueError(f"learner.ranpac.ridge={ridge}: must be > 0")
+        super().__init__(train=train)
+        self.ridge = ridge
+
+    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return G (F, F), the sums of features by column (F, C), and the columns' counts (C,), float64."""
+        gram: Tensor | None = None
+        for rows, y in features(ctx):
+            if gram is None:
+                gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+                cross = rows.new_zeros(rows.shape[1], ctx.num_columns)
+                counts = rows.new_zeros(ctx.num_columns)
+            gram += rows.T @ rows
+            one_hot = F.one_hot(y, ctx.num_columns).double()
+            cross += rows.T @ one_hot
+            counts += one_hot.sum(0)
+        assert gram is not None  # a client without samples is not asked to answer
+        return {"gram": gram.cpu(), "cross": cross.cpu(), "counts": counts.cpu()}
+
+    def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
+        """Write the ridge solution into the heads."""
+        gram = sums["gram"]
+        scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+        regular = gram + self.ridge * scale * torch.eye(len(gram), dtype=gram.dtype)
+        weight_FC = torch.linalg.solve(regular, sums["cross"])
+        write_heads(model, weight_FC.T, torch.zeros(weight_FC.shape[1]), sums["counts"] > 0)

@@ -1,0 +1,121 @@
+"""Learners whose head is solved from sums: worked by hand, and the same however samples are dealt out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clients.learners.closed_form import write_heads
+from clients.learners.nmc import NearestClassMean
+from clients.learners.protocl import ProtoCL, log_joint
+from clients.learners.ranpac import RanPAC
+from fedcl.client.plugin import Context, TaskData
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import MLP
+from fedcl.scenario.task import Task
+from tests.toy import configure, play, write_files
+
+
+def linear(columns: int = 2) -> FlatModel:
+    """Return a model whose features are its inputs, with a head of zeros."""
+    model = FlatModel(MLP(input_shape=(2,), heads=(columns,), hidden=()))
+    model.flat.zero_()
+    return model
+
+
+def context(model: FlatModel, x: Tensor, y: Tensor, *, met: int = 1) -> Context:
+    columns = dict.fromkeys(range(met), (0, 1))
+    return Context(
+        model=model, task=Task(met - 1, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
+        batch_size=2, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns=columns,
+        num_columns=model.spec.size // 3,
+    )  # fmt: skip
+
+
+X = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+Y = torch.tensor([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("distance", "weight", "bias"),
+    [("cosine", [[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0]), ("euclidean", [[2.0, 0.0], [0.0, 2.0]], [-2.0, -2.0])],
+)
+def test_means_by_hand(distance: Any, weight: list[list[float]], bias: list[float]) -> None:
+    model, nmc = linear(), NearestClassMean(distance=distance)
+    sums = nmc.answer(context(model, X, Y), "class_sums", {})
+    assert sums["counts"].tolist() == [2.0, 1.0]
+    nmc.solve(model, sums)
+    assert model.spec.view(model.flat, "head.weight").tolist() == weight
+    assert model.spec.view(model.flat, "head.bias").tolist() == bias
+
+
+def test_a_class_without_samples_keeps_its_row() -> None:
+    model = linear(3)
+    model.spec.view(model.flat, "head.bias").fill_(7.0)
+    NearestClassMean().solve(model, NearestClassMean().answer(context(model, X, Y), "class_sums", {}))
+    assert model.spec.view(model.flat, "head.bias").tolist() == [0.0, 0.0, 7.0]
+
+
+def test_several_heads_take_their_own_rows() -> None:
+    model = FlatModel(MLP(input_shape=(2,), heads=(1, 2), hidden=()))
+    weight = torch.arange(6.0).reshape(3, 2)
+    write_heads(model, weight, torch.tensor([7.0, 8.0, 9.0]), torch.ones(3, dtype=torch.bool))
+    assert model.spec.view(model.flat, "heads.0.weight").tolist() == [[0.0, 1.0]]
+    assert model.spec.view(model.flat, "heads.1.weight").tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    assert model.spec.view(model.flat, "heads.1.bias").tolist() == [8.0, 9.0]
+
+
+def test_ridge_by_hand() -> None:
+    model, ranpac = linear(), RanPAC(ridge=0.5)
+    sums = ranpac.answer(context(model, X, Y), "gram", {})
+    assert sums["gram"].tolist() == [[10.0, 0.0], [0.0, 4.0]]
+    assert sums["cross"].tolist() == [[4.0, 0.0], [0.0, 2.0]]
+    ranpac.solve(model, sums)  # lambda = 0.5 mean(10, 4) = 3.5
+    torch.testing.assert_close(
+        model.spec.view(model.flat, "head.weight"), torch.tensor([[4 / 13.5, 0.0], [0.0, 2 / 7.5]])
+    )
+
+
+def test_posterior_by_hand() -> None:
+    # one class, one feature: samples 3 and 1, noise 2, prior 1: precision 1 + 2/2 = 2, mean (4/2)/2 = 1, variance 2.5
+    found = log_joint(torch.tensor([[2.0]]), torch.tensor([[4.0]]), torch.tensor([2.0]), noise=2.0, prior=1.0)
+    assert float(found) == pytest.approx(-0.5 * (1.0 / 2.5 + math.log(2.5)) + math.log(3.0))
+
+
+def test_the_linear_head_is_the_posterior_where_counts_are_equal() -> None:
+    model, protocl = linear(), ProtoCL(noise=0.5, prior=2.0)
+    x, y = torch.tensor([[1.0, 0.5], [0.8, 0.1], [-0.5, 1.0], [0.0, 1.2]]), torch.tensor([0, 0, 1, 1])
+    sums = protocl.answer(context(model, x, y), "prototypes", {})
+    protocl.solve(model, sums)
+    z = torch.tensor([[0.3, 0.4], [-1.0, 2.0]])
+    exact = log_joint(z.double(), sums["features"], sums["counts"], noise=0.5, prior=2.0)
+    torch.testing.assert_close(
+        torch.log_softmax(model(z).logits, 1).detach(), torch.log_softmax(exact, 1).float(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("train", "epochs"), [("none", [0, 0]), ("first_task", [3, 0]), ("all", [3, 3])])
+def test_the_network_is_trained_as_long_as_asked(train: Any, epochs: list[int]) -> None:
+    plugin, order = NearestClassMean(train=train), torch.arange(3)
+    assert [len(plugin.indices(context(linear(), X, Y, met=met), order)) for met in (1, 2)] == epochs
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
+@pytest.mark.parametrize("learner", ["nmc", "ranpac", "protocl"])
+def test_any_clients_are_as_good_as_one(learner: str, partition: str, tmp_path: Path, device: torch.device) -> None:
+    """The same samples at one client, or at four of which two a round are chosen: the same head after every task."""
+    files = write_files(tmp_path)
+    models = []
+    for split in (["num_clients=1"], ["num_clients=4", "clients_per_round=2"]):
+        choices = {"learner": learner, "data/partition": partition, "scenario": "class_incremental"}
+        diary = play(configure(choices, files, device, f"learner.{learner}.train=none", *split))
+        assert not diary.faults
+        models.append([state["server"]["models"]["*"] for state in diary.saved])
+    for together, apart in zip(*models, strict=True):
+        torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)  # one sum in another order, rounded once
+    assert not torch.equal(models[0][0], models[0][-1])
