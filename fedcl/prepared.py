@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedcl.client.plugin import overrides as defines
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.evaluation.evaluator import Evaluator
+from fedcl.models.flat import FlatModel
+from fedcl.models.flops import flops
 from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.measurement import Known
 from fedcl.server.rounds import RoundOptions
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
     bind_strategy,
+    client_ids,
     device_of,
     learner_factories,
     load_dataset,
@@ -95,14 +100,31 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
         evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
         options=_loop_options(cfg),
         statistics=make_statistics(cfg, model),
+        known=_known(cfg, prepared, model),
         compute=backend.compute,
     )
 
 
+def _known(cfg: Config, prepared: Prepared, model: FlatModel) -> Known:
+    """Return what training costs, counted once, and where updates may be late which classes each client holds."""
+    forward = flops(model.module, prepared.dataset.input_shape)
+    # forward, and backward to inputs and to weights: three matrix products of one size
+    costs = {"parameters": float(model.num_parameters), "flops_per_sample": 3.0 * forward}
+    counts = {}
+    if _is_late(cfg):
+        for client, held in zip(client_ids(cfg), prepared.partition.train, strict=True):
+            labels, sizes = np.unique(prepared.dataset.train.y[held], return_counts=True)
+            counts[client] = {int(label): int(size) for label, size in zip(labels, sizes, strict=True)}
+    return Known(costs, counts)
+
+
+def _is_late(cfg: Config) -> bool:
+    return cfg["async"]["buffer"] is not None or cfg["async"]["deadline"] is not None
+
+
 def _clock(cfg: Config, backend: Backend) -> Clock:
     """Return the clock of the run: the wall's only where real devices are late, so that synchronous runs agree."""
-    late = cfg["async"]["buffer"] is not None or cfg["async"]["deadline"] is not None
-    return WallClock() if late and backend.states is None else VirtualClock()
+    return WallClock() if _is_late(cfg) and backend.states is None else VirtualClock()
 
 
 def _loop_options(cfg: Config) -> LoopOptions:

@@ -58,6 +58,11 @@ def unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
     return node
 
 
+def num_bytes(tree: Any) -> int:
+    """Return how many bytes the tensors of a tree hold."""
+    return sum(tensor.nbytes for tensor in pack(tree)[1].values())
+
+
 def clone(tree: Any, device: torch.device | None = None) -> Any:
     """Return a deep copy of ``tree``, moved to ``device`` if one is given: no tensor is shared with the original."""
     if isinstance(tree, Tensor):

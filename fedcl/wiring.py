@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Plugin
 from fedcl.client.plugin import overrides as defines
+from fedcl.client.probe import Probe
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.data.dataset import Dataset, Indices, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
 from fedcl.rules import ConfigError
+from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.materialise import materialise
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
@@ -195,6 +197,13 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
     """Build what runs clients' visits, in this process."""
     device = device_of(cfg)
     stream = make_stream(cfg, dataset)
+    curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), cfg["evaluation"]["iterations"]
+
+    def probe(client: str, server_round: int, plugins: Sequence[Plugin]) -> Probe:
+        met = curriculum.schedule.met(client, server_round)
+        tasks = [stream.test_task(task_id, after=met) for task_id in met]
+        return Probe(every=every, tasks=tasks, data=data, plugins=plugins)
+
     return ClientRuntime(
         model=make_model(cfg, dataset, stream, device),
         plugins=learner_factories(cfg),
@@ -203,6 +212,7 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         seed=cfg["seed"],
         num_columns=sum(stream.heads),
         personal_evaluation=cfg["evaluation"]["personal"],
+        probe=probe if every else None,
     )
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
 from fedcl.client.plugin import Context, Plugin, State, TaskData
+from fedcl.client.probe import ProbeOf
 from fedcl.client.state import ClientStateStore
 from fedcl.messages import Reply, Request
 from fedcl.models.flat import FlatModel
 from fedcl.scenario.task import Task
-from fedcl.tree import clone
+from fedcl.tree import clone, num_bytes
 
 PluginFactories = Mapping[str, Callable[[], Plugin]]
 
@@ -34,6 +35,7 @@ class ClientRuntime:
     seed: int
     num_columns: int
     personal_evaluation: bool = False
+    probe: ProbeOf | None = None
     _spare: FlatModel | None = field(default=None, init=False, repr=False)
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
@@ -64,17 +66,24 @@ class ClientRuntime:
         test = self._own_test(request)
         if test is not None:
             metrics["accuracy_received"] = accuracy(ctx, plugins, test.x, test.y)
+        probe = None if self.probe is None else self.probe(request.client, request.server_round, plugins)
+        if probe is not None:
+            probe.before_round(ctx)
         for plugin in plugins:
             if ctx.is_new_task:
                 plugin.before_task(ctx)
             plugin.before_round(ctx)
-        metrics.update(fit(ctx, plugins, self.training))
+        metrics.update(fit(ctx, plugins if probe is None else [*plugins, probe], self.training))
+        if probe is not None:
+            probe.after_round(ctx)
+            metrics.update(probe.metrics)
         if test is not None:
             metrics["accuracy_trained"] = accuracy(ctx, plugins, test.x, test.y)
         payload: dict[str, Tensor] = {}
         for plugin in plugins:
             payload.update(plugin.after_round(ctx))
-        self._stage(request, store, learner, ctx)
+        if learner:
+            metrics["state_bytes"] = float(self._stage(request, store, learner, ctx))
         return Reply(len(ctx.data), metrics, self.model.vector(), payload)
 
     def _task_end(self, request: Request, store: ClientStateStore) -> Reply:
@@ -155,12 +164,15 @@ class ClientRuntime:
         test = self.data.test(request.client, request.task, self.model.device)
         return test if len(test) else None
 
-    def _stage(self, request: Request, store: ClientStateStore, learner: dict[str, Plugin], ctx: Context) -> None:
+    def _stage(self, request: Request, store: ClientStateStore, learner: dict[str, Plugin], ctx: Context) -> int:
+        """Stage what must survive and return its size in bytes."""
         if not learner:
-            return  # a learner without plugins has nothing to remember
+            return 0  # a learner without plugins has nothing to remember
         tasks = {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
         state = {"tasks": tasks, "plugins": {name: plugin.state() for name, plugin in learner.items()}}
-        store.stage(request.client, request.visit, clone(state, torch.device("cpu")))
+        kept = clone(state, torch.device("cpu"))
+        store.stage(request.client, request.visit, kept)
+        return num_bytes(kept)
 
 
 def check_learner(plugins: PluginFactories) -> None:

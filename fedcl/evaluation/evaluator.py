@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 import torch
@@ -41,8 +42,25 @@ class Evaluator:
             task = self._stream.test_task(task_id, after=after)
             x, y = self._task_samples(task)
             if len(y):
-                result[task_id] = self._correct(task, x, y) / len(y)
+                result[task_id] = int(self._hits(task, x, y).sum()) / len(y)
         return result
+
+    @torch.no_grad()
+    def accuracy_by_class(self, vector: Tensor, tasks: Collection[int]) -> dict[int, float]:
+        """Return the accuracy of ``vector`` (P,) on each class of ``tasks``, which are those that have been reached."""
+        self._model.load(vector)
+        self._model.eval()
+        right: Counter[int] = Counter()
+        total: Counter[int] = Counter()
+        for task_id in tasks:
+            task = self._stream.test_task(task_id, after=tasks)
+            x, y = self._task_samples(task)
+            hits = self._hits(task, x, y).cpu()
+            for label, column in zip(task.classes, task.columns, strict=True):
+                mine = y.cpu() == column
+                right[label] += int(hits[mine].sum())
+                total[label] += int(mine.sum())
+        return {label: right[label] / count for label, count in total.items() if count}
 
     def num_samples(self, task_id: int) -> int:
         """Return how many test samples a task has."""
@@ -58,11 +76,13 @@ class Evaluator:
             cached = self._samples[task.id] = (x.contiguous().to(self._model.device), y.to(self._model.device))
         return cached
 
-    def _correct(self, task: Task, x: Tensor, y: Tensor) -> int:
+    def _hits(self, task: Task, x: Tensor, y: Tensor) -> Tensor:
+        """Return which samples are predicted right, bool (N,)."""
         columns = None if task.mask is None else torch.tensor(task.mask, device=x.device)
-        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        hits = torch.zeros(len(y), dtype=torch.bool, device=x.device)
         for start in range(0, len(y), self._batch_size):
-            logits = self._model(x[start : start + self._batch_size]).logits
+            rows = slice(start, start + self._batch_size)
+            logits = self._model(x[rows]).logits
             predicted = logits.argmax(1) if columns is None else columns[logits[:, columns].argmax(1)]
-            correct += (predicted == y[start : start + self._batch_size]).sum()
-        return int(correct)
+            hits[rows] = predicted == y[rows]
+        return hits

@@ -71,6 +71,7 @@ class Recorder:
         client: str = "",
         task: int = -1,
         after: int = -1,
+        step: int = -1,
         virtual_time: float = 0.0,
     ) -> None:
         """Record one value; see ``schema.Row`` for the fields. A value that is not finite is stored as missing.
@@ -84,7 +85,8 @@ class Recorder:
             raise ValueError(f"phase={phase!r}: must be one of {', '.join(schema.PHASES)}")
         if not math.isfinite(virtual_time):
             raise ValueError(f"virtual_time={virtual_time}: must be finite")
-        fields = (int(round), float(virtual_time), str(client), int(task), int(after), phase, str(name), float(value))
+        when = (int(round), float(virtual_time), str(client), int(task), int(after), int(step))
+        fields = (*when, phase, str(name), float(value))
         self._write(schema.METRICS, dict(zip(_METRIC_COLUMNS, fields, strict=True)))
 
     def rows(self, rows: Iterable[schema.Row]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _COMPONENTS = (
 )  # fmt: skip
 _SCALARS = ("seed", "num_clients", "clients_per_round", "rounds_per_task", "device", "engine")
 _PLAIN = ("staleness/mean", "staleness/max", "clients_per_second")
+_RATES = ("accuracy/", "forgetting/", "personal/", "stability/")
+_WINDOWED = re.compile(r"(reference/)?stability/\w+/\w+_\d+")
 _MAX_TASKS = 12
 
 
@@ -52,13 +55,14 @@ def write_figures(run: Run) -> list[Path]:
 def headline_rows(run: Run) -> list[tuple[str, str, str, str]]:
     """Return (key, value, reference's value, difference) as shown, in the order of the schema; empty where unknown.
 
+    Windowed forgetting and plasticity are left to ``summary.json``: too many numbers to read at a glance.
     The reference is the run beside this one, or where there is none the ``reference/`` keys of the summary.
     """
     own = run.headline()
     beside = run.reference.headline() if run.reference else {}
     rows = []
     for key in (*schema.SUMMARY_KEYS, *sorted(key for key in own if key not in schema.SUMMARY_KEYS)):
-        if key.startswith("reference/") and key.removeprefix("reference/") in own:
+        if _WINDOWED.fullmatch(key) or (key.startswith("reference/") and key.removeprefix("reference/") in own):
             continue
         value, reference = own.get(key), beside.get(key, own.get(f"reference/{key}"))
         if value is None and reference is None:
@@ -160,11 +164,11 @@ def _show(key: str, value: Any, *, signed: bool = False) -> str:
     if math.isnan(value):
         return "-"
     sign = "+" if signed else ""
-    if key.startswith("bytes/"):
+    if key.startswith("bytes/") or key == "cost/state_bytes":
         return _bytes(value, sign)
     if key in ("virtual_time", "wall_time"):
         return f"{value:{sign}.1f} s"
-    if key.startswith(("accuracy/", "forgetting/", "personal/")) or key in ("bwt", "fwt"):
+    if key.startswith(_RATES) or key in ("bwt", "fwt", "intransigence"):
         return f"{100 * value:{sign}.2f} %"
     if key in _PLAIN:
         return f"{value:{sign}.2f}"

@@ -28,6 +28,7 @@ METRIC_COLUMNS: Final[dict[str, str]] = {
     "client": "str",
     "task": "int64",
     "after": "int64",
+    "step": "int64",
     "phase": "str",
     "name": "str",
     "value": "float64",
@@ -40,14 +41,19 @@ TIMING_COLUMNS: Final[dict[str, str]] = {"round": "int64", "name": "str", "secon
 EVENT_FIELDS: Final = ("round", "virtual_time", "kind")
 """Fields that every event has; others depend on the kind."""
 
-PHASES: Final = ("train", "test", "received", "trained", "personal", "server")
+PHASES: Final = ("train", "test", "received", "trained", "personal", "iteration", "server")
 """``train``: while a client learns. ``test``: the global model on test data. ``received``: a client's model before its
-local steps, ``trained``: after them. ``personal``: the model a client would use after aggregation. ``server``: what the
-strategy reports of itself (a subspace's rank, the share of frozen parameters)."""
+local steps, ``trained``: after them. ``personal``: the model a client would use after aggregation. ``iteration``: a
+client's model after so many of its local steps. ``server``: what the strategy reports of itself (a subspace's rank, the
+share of frozen parameters)."""
 
 SUMMARY_KEYS: Final = (
     "accuracy/average",
     "accuracy/average_incremental",
+    "accuracy/average_incremental_samples",
+    "accuracy/anytime",
+    "accuracy/learning",
+    "accuracy/stale_classes",
     "forgetting/chaudhry",
     "forgetting/first",
     "forgetting/peak",
@@ -56,6 +62,10 @@ SUMMARY_KEYS: Final = (
     "personal/accuracy_mean",
     "personal/accuracy_trained",
     "personal/accuracy_worst10",
+    "personal/accuracy_std",
+    "personal/forgetting_mean",
+    "personal/minus_global",
+    "intransigence",
     "staleness/mean",
     "staleness/max",
     "bytes/up",
@@ -67,8 +77,8 @@ SUMMARY_KEYS: Final = (
 )
 """Stable keys of ``summary.json``. Rates lie in [0, 1], times are seconds, traffic is bytes."""
 
-SUMMARY_PREFIXES: Final = ("unlearning/", "reference/")
-"""Open families of keys: which of them a run has depends on its unlearner and on ``compare_with``."""
+SUMMARY_PREFIXES: Final = ("unlearning/", "reference/", "stability/", "cost/")
+"""Open families of keys: which of them a run has depends on its unlearner, ``compare_with`` and ``evaluation``."""
 
 
 class Row(NamedTuple):
@@ -83,7 +93,9 @@ class Row(NamedTuple):
     task: int
     """Task that was evaluated or trained; -1 when the value belongs to none."""
     after: int
-    """Task that the stream had reached; -1 before training."""
+    """Task, or stage, that the stream had reached; -1 before training."""
+    step: int
+    """Optimizer steps of the visit, in phase ``iteration``; -1 elsewhere."""
     phase: str
     """One of ``PHASES``."""
     name: str

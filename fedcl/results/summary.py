@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
-from fedcl.evaluation.metrics import personal, summarise
+import numpy as np
+
+from fedcl.evaluation.metrics import (
+    average_accuracy,
+    average_incremental_accuracy,
+    learning_accuracy,
+    personal,
+    summarise,
+)
 from fedcl.results import schema
+from fedcl.results.curves import anytime, client_forgetting, stability
 from fedcl.results.recorder import write_atomic
 from fedcl.results.run import Run, load
 
@@ -19,8 +29,10 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
     result: dict[str, float] = {}
     matrix = run.accuracy_matrix()
     if not matrix.empty:
-        result.update(summarise(matrix.to_numpy(), run.baseline()))
+        result.update(_continual(run))
     result.update(_personal(run))
+    result.update(stability(run))
+    result.update(_cost(run))
     trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
     ages = run.metrics.loc[run.metrics["name"] == "age", "value"]
     # a resumed run adds up the seconds of its parts
@@ -40,12 +52,53 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
     return result
 
 
+def _continual(run: Run) -> dict[str, float]:
+    """Return the numbers of the global model's accuracy matrix, and of its curve by round."""
+    matrix = run.accuracy_matrix().to_numpy()
+    result = summarise(matrix, run.baseline()) | {"accuracy/learning": learning_accuracy(matrix)}
+    samples = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["name"] == "num_examples")]
+    sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy()
+    if not np.isnan(sizes).any():
+        result["accuracy/average_incremental_samples"] = average_incremental_accuracy(matrix, sizes)
+    for key, value in (("anytime", anytime(run)), ("stale_classes", _last(run, "test", "accuracy_stale"))):
+        if not math.isnan(value):
+            result[f"accuracy/{key}"] = value
+    return result
+
+
+def _cost(run: Run) -> dict[str, float]:
+    """Return what training took: FLOPs over all visits, parameters, and the largest state a client kept, in bytes."""
+    table = run.metrics
+    per_sample = _last(run, "server", "flops_per_sample")
+    trained = table[(table["phase"] == "train") & (table["name"] == "samples_trained")]["value"]
+    states = table[(table["phase"] == "train") & (table["name"] == "state_bytes")]["value"]
+    costs = {
+        "cost/parameters": _last(run, "server", "parameters"),
+        "cost/flops": per_sample * float(trained.sum()),
+        "cost/state_bytes": float(states.max()) if len(states) else float("nan"),
+    }
+    return {key: value for key, value in costs.items() if not math.isnan(value)}
+
+
+def _last(run: Run, phase: str, name: str) -> float:
+    """Return the last value recorded under a name; NaN where there is none."""
+    values = run.metrics[(run.metrics["phase"] == phase) & (run.metrics["name"] == name)]["value"]
+    return float(values.iloc[-1]) if len(values) else float("nan")
+
+
 def _personal(run: Run) -> dict[str, float]:
     """Return what clients would get for themselves: after aggregation, and right after their own training."""
     result: dict[str, float] = {}
     after_aggregation = run.by_client("personal")
     if after_aggregation:
         result.update(personal(after_aggregation))
+        result["personal/accuracy_std"] = float(np.std(list(after_aggregation.values())))
+        lost = client_forgetting(run).dropna()
+        if len(lost):
+            result["personal/forgetting_mean"] = float(lost.mean())
+        matrix = run.reached_matrix()
+        if len(matrix):
+            result["personal/minus_global"] = result["personal/accuracy_mean"] - average_accuracy(matrix)
     after_training = run.by_client("trained")
     if after_training:
         result["personal/accuracy_trained"] = personal(after_training)["personal/accuracy_mean"]

@@ -19,7 +19,7 @@ from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
 from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.server.exchange import Exchange
-from fedcl.server.measurement import Measurement, Record
+from fedcl.server.measurement import Known, Measurement, Record
 from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
 from fedcl.server.state import Compute, ServerState, at_once
 from fedcl.server.statistics import Statistics
@@ -58,13 +58,14 @@ class Server:
         options: LoopOptions,
         evaluator: Evaluator | None = None,
         statistics: Statistics | None = None,
+        known: Known | None = None,
         compute: Compute | None = None,
     ) -> None:
         self.strategy, self.exchange, self.arrivals = strategy, exchange, arrivals
         self.schedule, self.stream, self.record, self.options = schedule, stream, record, options
         self.curriculum = Curriculum(stream, schedule)
         self.statistics = statistics or Statistics()
-        self.measurement = Measurement(record, stream, evaluator)
+        self.measurement = Measurement(record, stream, evaluator, known)
         self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum)
         self._compute = compute or at_once
         self.state = ServerState({GLOBAL: initial.detach().cpu().clone()})
@@ -151,6 +152,7 @@ class Server:
         self._settle([one.flight.client for one in arrived], server_round)
         counted = updates(arrived)
         self.state.visited |= {update.client for update in counted}
+        self.state.late |= {update.client for update in counted if update.age}
         options = self.options.rounds
         ages = options.buffer is not None or options.deadline is not None
         self.measurement.training(counted, server_round, self.now, ages=ages)
@@ -184,6 +186,9 @@ class Server:
         if stage.ends or (every and (server_round + 1) % every == 0):
             met = self.curriculum.met(self._clients, server_round)
             self.measurement.test(self.global_model, server_round, self.now, stage, met)
+            if self.state.late:
+                late = self.state.late
+                self.measurement.stale_classes(self.global_model, server_round, self.now, stage, met, late)
         if stage.ends and (self.strategy.personal or self.options.personal_evaluation):
             everybody = self._outgoing(self._clients)
             tasks = {client: self.schedule.met(client, server_round) for client in self._clients}
@@ -279,6 +284,7 @@ class Server:
             "next_round": state.next_round,
             "visited": sorted(state.visited),
             "owed": dict(state.owed),
+            "late": sorted(state.late),
             "visits": dict(self.exchange.visits),
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
@@ -296,6 +302,7 @@ class Server:
             next_round=state["next_round"],
             visited=set(state["visited"]),
             owed=dict(state["owed"]),
+            late=set(state["late"]),
         )
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])

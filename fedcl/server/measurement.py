@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fedcl.client.probe import iteration
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.scenario.task import Stage, Stream
 from fedcl.server.contracts import Update
@@ -29,6 +32,7 @@ class Record(Protocol):
         client: str = "",
         task: int = -1,
         after: int = -1,
+        step: int = -1,
         virtual_time: float = 0.0,
     ) -> None:
         """Record one value."""
@@ -43,20 +47,32 @@ class Record(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a run knows of itself beforehand: costs by name, and in a simulation each client's samples by class."""
+
+    costs: Mapping[str, float] = field(default_factory=dict)
+    class_counts: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+
+
 class Measurement:
     """Turns what happened into rows of the metrics table. ``headline`` is the last accuracy, in words."""
 
-    def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None) -> None:
-        self.record, self.stream, self.evaluator = record, stream, evaluator
+    def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None, known: Known | None = None) -> None:
+        self.record, self.stream, self.evaluator, self.known = record, stream, evaluator, known or Known()
         self.headline = ""
 
     def initial(self, model: Tensor) -> None:
         """Test the model on every task before it has learned anything: the baseline of forward transfer."""
+        for name, value in self.known.costs.items():
+            self.record.row(round=-1, phase="server", name=name, value=value)
         if self.evaluator is None:
             return
         tasks = list(range(self.stream.num_tasks))
         for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
             self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
+            samples = float(self.evaluator.num_samples(task))
+            self.record.row(round=-1, phase="test", name="num_examples", value=samples, task=task)
 
     def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
         """Test the global model on the tasks ``met`` by then, at the end of a stage on all."""
@@ -73,6 +89,26 @@ class Measurement:
                 name="accuracy",
                 value=value,
                 task=task,
+                after=stage.index,
+                virtual_time=now,
+            )
+
+    def stale_classes(
+        self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int], late: Collection[str]
+    ) -> None:
+        """Test the global model on the classes that ``late`` clients hold, each class weighted by their samples."""
+        held = sum((Counter(self.known.class_counts.get(client, {})) for client in late), Counter[int]())
+        if self.evaluator is None or not held:
+            return
+        accuracy = {c: a for c, a in self.evaluator.accuracy_by_class(model, met).items() if held[c]}
+        weight = sum(held[label] for label in accuracy)
+        if weight:
+            value = sum(held[label] * accuracy[label] for label in accuracy) / weight
+            self.record.row(
+                round=server_round,
+                phase="test",
+                name="accuracy_stale",
+                value=value,
                 after=stage.index,
                 virtual_time=now,
             )
@@ -112,15 +148,17 @@ class Measurement:
             if ages:
                 values["age"] = float(update.age)
             for key, value in values.items():
-                phase, name = _PHASES.get(key, ("train", key))
+                at = iteration(key)
+                phase, name = _PHASES.get(key, ("train", key)) if at is None else ("iteration", "accuracy")
                 self.record.row(
                     round=server_round,
                     phase=phase,
                     name=name,
                     value=value,
                     client=update.client,
-                    task=update.task,
+                    task=update.task if at is None else at[0],
                     after=update.task,
+                    step=-1 if at is None else at[1],
                     virtual_time=now,
                 )
 

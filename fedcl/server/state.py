@@ -20,7 +20,8 @@ class ServerState:
 
     ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
     are the clients that learned something of their present task; ``owed`` maps clients that were in flight when their
-    task ended to the round that ended it, which they conclude when they are back.
+    task ended to the round that ended it, which they conclude when they are back; ``late`` are the clients that an old
+    update of counted.
     """
 
     models: dict[Target, Tensor]
@@ -29,6 +30,7 @@ class ServerState:
     next_round: int = 0
     visited: set[str] = field(default_factory=set)
     owed: dict[str, int] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
 
 
 def at_once(fn: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -34,12 +34,13 @@ def test_row_and_schema_have_the_same_columns() -> None:
 def test_parquet_has_the_documented_columns_types_and_exact_values(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e22, 3.0]
     with Recorder(tmp_path) as recorder:
-        recorder.rows(Row(i, i / 7, f"c{i}", i, i - 1, "received", "accuracy", v) for i, v in enumerate(values))
+        recorder.rows(Row(i, i / 7, f"c{i}", i, i - 1, 2, "received", "accuracy", v) for i, v in enumerate(values))
     frame = pd.read_parquet(tmp_path / "metrics.parquet")
-    assert list(frame.columns) == ["round", "virtual_time", "client", "task", "after", "phase", "name", "value"]
+    assert list(frame.columns) == ["round", "virtual_time", "client", "task", "after", "step", "phase", "name", "value"]
     assert [str(t) for t in frame.dtypes.drop(["client", "phase", "name"])] == [
         "int64",
         "float64",
+        "int64",
         "int64",
         "int64",
         "float64",
@@ -54,7 +55,7 @@ def test_row_defaults_are_the_global_model_and_no_task(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         recorder.row(round=-1, phase="server", name="rank", value=np.float32(0.5))
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert list(line.values()) == [-1, 0.0, "", -1, -1, "server", "rank", 0.5]
+    assert list(line.values()) == [-1, 0.0, "", -1, -1, -1, "server", "rank", 0.5]
 
 
 def test_values_that_are_not_finite_become_missing(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_closing_twice_is_harmless_and_an_empty_run_has_empty_tables(tmp_path: P
     recorder = Recorder(tmp_path)
     recorder.close()
     recorder.close()
-    assert pd.read_parquet(tmp_path / "metrics.parquet").shape == (0, 8)
+    assert pd.read_parquet(tmp_path / "metrics.parquet").shape == (0, 9)
     assert list(pd.read_parquet(tmp_path / "timings.parquet").columns) == ["round", "name", "seconds"]
 
 
