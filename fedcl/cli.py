@@ -91,10 +91,10 @@ def _run(args: argparse.Namespace) -> None:
     from fedcl.config import compose
 
     cfg = compose(args.overrides, args.config_dir)
-    from fedcl import experiment
+    from fedcl import experiment, protocol
 
-    folder = experiment.run(cfg, args.overrides, args.config_dir, args.quiet)
-    print(folder, flush=True)
+    play = experiment.run if cfg["protocol"]["name"] == "none" else protocol.two_phase
+    print(play(cfg, args.overrides, args.config_dir, args.quiet), flush=True)
 
 
 def _resume(args: argparse.Namespace) -> None:
