@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,8 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
             num_clients=cfg["num_clients"],
             num_classes=dataset.num_classes,
             rng=numpy_generator(cfg["seed"], "partition"),
+            train_meta=dataset.train.meta,
+            test_meta=dataset.test.meta,
         )
     )
     gone = _excluded(cfg, dataset)
@@ -89,7 +92,7 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
     def keep(part: Indices) -> Indices:
         return part[~gone[part]]
 
-    return Partition(tuple(keep(part) for part in partition.train), partition.test)
+    return replace(partition, train=tuple(keep(part) for part in partition.train))
 
 
 def _excluded(cfg: Config, dataset: Dataset) -> NDArray[np.bool_]:

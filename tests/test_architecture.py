@@ -29,7 +29,7 @@ OUTER = (
     "fedcl.__main__",
 )
 # Leaves at the top of fedcl without a package of their own: every layer may use them, they use no layer.
-SOURCE_LIBRARIES = {"sklearn", "scipy", "pandas", "pyarrow", "PIL"}
+SOURCE_LIBRARIES = {"sklearn", "scipy", "pandas", "pyarrow", "PIL", "datasets", "flwr_datasets", "safetensors"}
 
 
 def within(module: str, places: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ classes come two by two) and client 2 holds a single sample, of class 0.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections import defaultdict
@@ -28,6 +29,7 @@ from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.tree import equal, pack, unpack
 from fedcl.wiring import learner_factories
+from tests.toy_files import write_sources
 
 Choices = dict[str, str]  # group -> choice
 CLASSES, TRAIN, TEST = 6, 16, 6  # train and test samples of each class
@@ -36,7 +38,8 @@ DEFAULTS: Choices = {
     "backend": "inline", "data": "npz", "data/partition": "iid", "scenario": "class_incremental", "model": "mlp",
     "learner": "finetune", "strategy": "pipeline", "strategy/projection": "none",
 }  # fmt: skip
-NUM_TASKS = {"npz": 3, "idx": 3, "cifar100_subset": 4}  # of the data; 5 where there are ten classes
+# of the data; 5 where there are ten classes
+NUM_TASKS = dict.fromkeys(("npz", "idx", "cifar10", "cifar100", "folder", "hf", "text"), 3) | {"cifar100_subset": 4}
 # Settings that make a choice small enough; {npz}, {idx} and {trace} are the toy's own files.
 FITS: dict[str, list[str]] = {
     "data=npz": ["data.root={npz}"],
@@ -44,17 +47,34 @@ FITS: dict[str, list[str]] = {
     "data=mnist": ["data.source.train_limit=200", "data.source.test_limit=50"],
     "data=fashion_mnist": ["data.source.train_limit=200", "data.source.test_limit=50"],
     "data=cifar100_subset": ["data.source.train_limit=800", "data.source.test_limit=50", "client.optimizer.lr=0.02"],
+    "data=cifar10": ["data.root={cifar10}", "client.optimizer.lr=0.02"],
+    "data=cifar100": ["data.root={cifar100}", "client.optimizer.lr=0.02"],
+    "data=folder": ["data.root={folder}"],
+    "data=hf": ["data.root={hf}"],
+    "data=text": ["data.root={text}", "data.source.window=8", "data.source.test_fraction=0.3"],
     "data=digits": ["data.source.test_fraction=0.9"],
+    "data/partition=k_classes": ["data.partition.k=5"],  # fewer, and a client lacks all classes of some task
     "data/partition=dirichlet_client": ["data.partition.train_size=20", "data.partition.test_size=4"],
     "model=mlp": ["model.hidden=[8]"],
     "model=fot_mlp": ["model.hidden=[16,16,16]", "model.dropout=[0.1,0.1,0.1]", "client.epochs=8"],
     "model=lenet": ["client.epochs=8"],
+    "model=vit": ["model.dim=8", "model.depth=1", "model.attention_heads=2", "client.epochs=6"],
+    "model=char_transformer": ["model.dim=8", "model.depth=1", "model.attention_heads=2"],
+    "model=resnet8": ["model.width=4"],
+    "model=resnet10": ["model.width=4"],
+    "model=resnet18": ["model.width=4", "model.groups=2"],
     "devices=trace": ["devices.path={trace}"],
+    "scenario=domain_corrupted": ["scenario.corruption=noise"],
+    "scenario/schedule=growing": ["scenario.schedule.start=0.5"],
+    "scenario/schedule=shifted": ["scenario.schedule.max_lag=1"],
+    # its first and last round belong to other clients than each other's, with other tasks between them
+    "scenario/schedule=shuffled": ["client.epochs=6"],
     "learner=er": ["learner.er.budget=8"],
     # their loss has no replay in it at the first step
     "learner=derpp": ["client.epochs=4"],
     "learner=er_ace": ["client.epochs=6", "learner.er_ace.replay_size=2"],
     "learner=uer": ["client.epochs=6"],
+    "learner=view_batch": ["client.epochs=8", "learner.view_batch.repeats=2", "learner.view_batch.shift=0"],
     "strategy=flower_fedadam": ["strategy.stock.eta=0.01"],
     "strategy/projection=fot_official": ["strategy.projection.server.epsilon_increment=0.01"],
     "strategy/projection=fot": [
@@ -62,8 +82,15 @@ FITS: dict[str, list[str]] = {
         "strategy.projection.server.epsilon_increment=0.01",
     ],
 }
+# Choices that go along with one, unless chosen otherwise.
+ALONG: dict[str, Choices] = {
+    "strategy/collaboration=fedbn": {"model": "resnet8"},
+    "model=char_transformer": {"data": "text"},
+}
 # Files that come with no installation: below the folder that FEDCL_DATA names.
 NEEDS = {"data=mnist": "mnist", "data=fashion_mnist": "fashion_mnist", "data=cifar100_subset": "cifar100_subset.npz"}
+# ... and libraries that are no part of an installation for tests.
+LIBRARIES = {"data=hf": "datasets", "data/partition=flwr": "flwr_datasets"}
 ELSEWHERE = {"backend=ray": "tests/simulation starts Ray", "backend=flower": "tests/simulation starts Flower"}
 FAULTS = {"client_failed", "reply_rejected", "round_skipped"}
 
@@ -77,6 +104,8 @@ def missing(choice: str) -> str | None:
     """Say why ``group=choice`` cannot run here, or return None."""
     if choice in ELSEWHERE:
         return ELSEWHERE[choice]
+    if choice in LIBRARIES and importlib.util.find_spec(LIBRARIES[choice]) is None:
+        return f"{choice} needs the package {LIBRARIES[choice]}"
     root = os.environ.get("FEDCL_DATA", "")
     if choice in NEEDS and not (Path(root) / NEEDS[choice]).exists():
         return f"{choice} needs {NEEDS[choice]} in the folder that FEDCL_DATA={root or '(unset)'} names"
@@ -95,9 +124,11 @@ def write_files(folder: Path) -> dict[str, str]:
         for name, array in ((f"{prefix}-images-idx3-ubyte", x), (f"{prefix}-labels-idx1-ubyte", y)):
             head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (folder / name).write_bytes(head + array.tobytes())
-    np.savez(folder / "toy.npz", **halves)
+    speakers = {f"speaker_{half}": np.arange(len(halves[f"y_{half}"])) % 5 for half in ("train", "test")}
+    np.savez(folder / "toy.npz", **halves, **speakers)
     (folder / "devices.csv").write_text("client,speed\n0,1.0\n1,0.5\n2,2.0\n3,1.0\n")
-    return {"npz": str(folder / "toy.npz"), "idx": str(folder), "trace": str(folder / "devices.csv")}
+    others = write_sources(folder, halves)
+    return {"npz": str(folder / "toy.npz"), "idx": str(folder), "trace": str(folder / "devices.csv"), **others}
 
 
 def configure(
@@ -105,6 +136,8 @@ def configure(
 ) -> dict[str, Any]:
     """Compose the toy's configuration with some groups chosen otherwise."""
     stock = choices.get("strategy", "pipeline") != "pipeline"
+    for group, choice in list(choices.items()):
+        choices = ALONG.get(f"{group}={choice}", {}) | choices
     chosen = {group: choice for group, choice in (DEFAULTS | choices).items() if not (stock and group in PARTS)}
     overrides = [f"device={device.type}", "compare_with=null", "num_clients=4"]
     overrides += ["rounds_per_task=2", "client.epochs=2", "client.batch_size=5", "client.optimizer.lr=0.1"]
@@ -130,7 +163,7 @@ class Diary:
     """A run written down in memory; ``traffic`` holds payloads by (direction, name), or by the query's name.
 
     ``hashes`` are of the global model after each round, ``saved`` snapshots before the first and after each, and
-    ``payloads`` what strategy and learner declare.
+    ``payloads`` what strategy and learner declare; ``rounds`` is how many the schedule has.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -139,6 +172,7 @@ class Diary:
     saved: list[dict[str, Any]] = field(default_factory=list)
     traffic: dict[tuple[str, str], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     payloads: list[Payload] = field(default_factory=list)
+    rounds: int = 0
 
     def row(self, **row: Any) -> None:
         """Record one value."""
@@ -205,8 +239,8 @@ class Enough(Exception):
 
 def play(cfg: dict[str, Any], *, edges: bool = False, until: int = -1, start: dict[str, Any] | None = None) -> Diary:
     """Play a run, going on from a snapshot if ``start`` is one, and stop after round ``until``."""
-    diary = Diary()
     prepared = Prepared.of(cfg)
+    diary = Diary(rounds=prepared.schedule.num_rounds)
     prepared = replace(prepared, partition=awkward(prepared.dataset)) if edges else prepared
     with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
         watched: Any = Watched(backend, diary)

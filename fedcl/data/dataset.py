@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 # N = samples, C = channels, H, W = height, width
 Indices = NDArray[np.int64]
+Meta = Mapping[str, NDArray[Any]]  # column name -> (N,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,13 @@ class ArrayDataset:
     """Samples and labels held as two arrays.
 
     ``x`` is uint8 or float32 of shape (N, C, H, W), or (N, D) for flat features; ``y`` is int64 of shape (N,) with
-    labels in ``range(num_classes)``.
+    labels in ``range(num_classes)``. Text is (N, L) character codes. ``meta`` holds further columns of shape (N,) by
+    name, of numbers or of strings: a writer, a speaker, a superclass.
     """
 
     x: NDArray[np.uint8] | NDArray[np.float32]
     y: NDArray[np.int64]
+    meta: Meta = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -68,8 +73,10 @@ class Partition:
     """Which samples each client holds: ``train[k]`` and ``test[k]`` index the two halves of a :class:`Dataset`.
 
     Train parts of different clients are disjoint unless the partitioner says otherwise in its docstring. The test part
-    of a client follows the label distribution of its train part and may overlap with that of others.
+    of a client follows the label distribution of its train part and may overlap with that of others. ``moved`` counts
+    the train samples that a repair took from one client and gave to another.
     """
 
     train: tuple[Indices, ...]
     test: tuple[Indices, ...]
+    moved: int = 0

@@ -1,35 +1,74 @@
 """How samples are spread over clients.
 
-Every partitioner is a pure function ``(y_train, y_test, *, num_clients, num_classes, rng, ...) -> Partition``; its
-hyper-parameters are the remaining keywords. Parts are sorted. Two Dirichlet conventions exist and give different
+Every partitioner is a pure function of the labels of both halves, and of their ``meta`` columns where it needs them;
+its hyper-parameters are the remaining keywords. Parts are sorted. Two Dirichlet conventions exist and give different
 federations: :func:`dirichlet` divides each class over the clients, :func:`dirichlet_client` draws a mixture for each
-client.
+client. Partitioners by meta column and Flower's are in modules of their own.
 """
 
 # N = train samples, K = clients, C = classes
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedcl.data.dataset import Indices, Partition
+from fedcl.data.dataset import Indices, Meta, Partition
+from fedcl.data.parts import (
+    Labels,
+    apportion,
+    coverage,
+    draw,
+    matching_test,
+    repair,
+    report,
+    require_positive,
+    require_samples,
+    with_matching_test,
+)
 
-Labels = NDArray[np.int64]
+__all__ = [
+    "Partitioner",
+    "apportion",
+    "coverage",
+    "dirichlet",
+    "dirichlet_client",
+    "iid",
+    "k_classes",
+    "matching_test",
+    "report",
+    "shards",
+]
 
 
 class Partitioner(Protocol):
     """A partitioner whose hyper-parameters are already bound."""
 
     def __call__(
-        self, y_train: Labels, y_test: Labels, *, num_clients: int, num_classes: int, rng: np.random.Generator
+        self,
+        y_train: Labels,
+        y_test: Labels,
+        *,
+        num_clients: int,
+        num_classes: int,
+        rng: np.random.Generator,
+        train_meta: Meta | None = None,
+        test_meta: Meta | None = None,
     ) -> Partition:
-        """Spread both halves over ``num_clients`` clients."""
+        """Spread both halves over ``num_clients`` clients; ``*_meta`` are columns beside the labels."""
         ...
 
 
-def iid(y_train: Labels, y_test: Labels, *, num_clients: int, num_classes: int, rng: np.random.Generator) -> Partition:
+def iid(
+    y_train: Labels,
+    y_test: Labels,
+    *,
+    num_clients: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
+) -> Partition:
     """Deal the shuffled samples out in parts whose sizes differ by at most one.
 
     Raises
@@ -37,9 +76,9 @@ def iid(y_train: Labels, y_test: Labels, *, num_clients: int, num_classes: int, 
     ValueError
         There are more clients than samples.
     """
-    _require_samples(y_train, num_clients, 1)
+    require_samples(y_train, num_clients, 1)
     parts = np.array_split(rng.permutation(len(y_train)), num_clients)
-    return _with_matching_test(parts, y_train, y_test, num_classes, rng)
+    return with_matching_test(parts, y_train, y_test, num_classes, rng)
 
 
 def dirichlet(
@@ -49,6 +88,8 @@ def dirichlet(
     num_clients: int,
     num_classes: int,
     rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
     alpha: float = 0.5,
     min_samples: int = 1,
 ) -> Partition:
@@ -62,10 +103,10 @@ def dirichlet(
     ValueError
         ``alpha`` is not positive, or there are fewer than ``num_clients * min_samples`` samples.
     """
-    _require_positive("alpha", alpha)
+    require_positive("alpha", alpha)
     if min_samples < 0:
         raise ValueError(f"data.partition.min_samples={min_samples}: must be >= 0")
-    _require_samples(y_train, num_clients, min_samples)
+    require_samples(y_train, num_clients, min_samples)
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     for label in range(num_classes):
         members = rng.permutation(np.flatnonzero(y_train == label))
@@ -73,19 +114,9 @@ def dirichlet(
         cuts = np.floor(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.extend(piece.tolist())
-    _repair(parts, min_samples, rng)
-    return _with_matching_test([np.asarray(part, np.int64) for part in parts], y_train, y_test, num_classes, rng)
-
-
-def _repair(parts: list[list[int]], min_samples: int, rng: np.random.Generator) -> None:
-    """Move samples from the largest parts until every part has ``min_samples``; at most K * min_samples moves."""
-    sizes = np.array([len(part) for part in parts])
-    for client in np.flatnonzero(sizes < min_samples):
-        while sizes[client] < min_samples:
-            donor = int(np.argmax(sizes))
-            parts[client].append(parts[donor].pop(int(rng.integers(sizes[donor]))))
-            sizes[donor] -= 1
-            sizes[client] += 1
+    moved = repair(parts, min_samples, rng)
+    drawn = [np.asarray(part, np.int64) for part in parts]
+    return with_matching_test(drawn, y_train, y_test, num_classes, rng, moved=moved)
 
 
 def dirichlet_client(
@@ -95,6 +126,8 @@ def dirichlet_client(
     num_clients: int,
     num_classes: int,
     rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
     alpha: float = 0.1,
     train_size: int = 500,
     test_size: int = 100,
@@ -111,7 +144,7 @@ def dirichlet_client(
     ValueError
         ``alpha`` or a size is not positive, or a size exceeds the samples there are.
     """
-    _require_positive("alpha", alpha)
+    require_positive("alpha", alpha)
     for key, size, available in (("train_size", train_size, len(y_train)), ("test_size", test_size, len(y_test))):
         if not 1 <= size <= available:
             raise ValueError(f"data.partition.{key}={size}: must be in [1, {available}], the samples there are")
@@ -128,7 +161,7 @@ def dirichlet_client(
         for label, count in enumerate(apportion(mixture, train_size, train_caps)):
             hand.append(_deal(decks, dealt, label, int(count), rng))
         train.append(np.sort(np.concatenate(hand)))
-        test.append(_draw(y_test, apportion(mixture, test_size, test_caps), rng))
+        test.append(draw(y_test, apportion(mixture, test_size, test_caps), rng))
     return Partition(tuple(train), tuple(test))
 
 
@@ -153,108 +186,81 @@ def shards(
     num_clients: int,
     num_classes: int,
     rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
     shards_per_client: int = 2,
+    per_classes: int | None = None,
 ) -> Partition:
     """Sort by label, cut into ``num_clients * shards_per_client`` shards, and deal them out at random.
 
-    McMahan et al. 2017, section 3, and FOT's non-IID setting. Shard sizes differ by at most one, so that all samples
-    are used, each by one client.
+    McMahan et al. 2017, section 3. Shard sizes differ by at most one, so that all samples are used, each by one client.
+    With ``per_classes``, that is done for each group of so many consecutive classes by itself: where tasks are these
+    groups, every client has its shards of every task, as in FOT's non-IID setting (Bakman et al. 2024, official code).
 
     Raises
     ------
     ValueError
-        There are more shards than samples.
+        There are more shards than samples, in a group or overall.
     """
     if shards_per_client < 1:
         raise ValueError(f"data.partition.shards_per_client={shards_per_client}: must be >= 1")
-    _require_samples(y_train, num_clients, shards_per_client)
+    if per_classes is not None and per_classes < 1:
+        raise ValueError(f"data.partition.per_classes={per_classes}: must be null or >= 1")
     shuffled = rng.permutation(len(y_train))
     by_label = shuffled[np.argsort(y_train[shuffled], kind="stable")]
-    pieces = np.array_split(by_label, num_clients * shards_per_client)
-    hands = rng.permutation(len(pieces)).reshape(num_clients, shards_per_client)
-    parts = [np.concatenate([pieces[shard] for shard in hand]) for hand in hands]
-    return _with_matching_test(parts, y_train, y_test, num_classes, rng)
+    groups = y_train[by_label] // (per_classes or num_classes)
+    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    for group in np.unique(groups):
+        members = by_label[groups == group]
+        require_samples(members, num_clients, shards_per_client)
+        pieces = np.array_split(members, num_clients * shards_per_client)
+        hands = rng.permutation(len(pieces)).reshape(num_clients, shards_per_client)
+        for part, hand in zip(parts, hands, strict=True):
+            part.extend(pieces[shard] for shard in hand)
+    return with_matching_test([np.concatenate(part) for part in parts], y_train, y_test, num_classes, rng)
 
 
-def matching_test(
-    y_train: Labels, y_test: Labels, train: tuple[Indices, ...], *, num_classes: int, rng: np.random.Generator
-) -> tuple[Indices, ...]:
-    """Draw for each client test samples with the label distribution of its train part.
-
-    A client's share of the test half is its share of the train half, at least one sample where it has train samples;
-    classes get their counts by largest remainder, and never more than the test half holds. Drawn without replacement
-    within a client, independently between clients.
-    """
-    caps = np.bincount(y_test, minlength=num_classes)
-    parts = []
-    for part in train:
-        shares = np.bincount(y_train[part], minlength=num_classes)
-        size = max(1, round(len(part) * len(y_test) / len(y_train))) if len(part) else 0
-        parts.append(_draw(y_test, apportion(shares, size, caps), rng))
-    return tuple(parts)
-
-
-def apportion(shares: NDArray[Any], total: int, caps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Split ``total`` into counts (C,) in proportion to ``shares`` by largest remainder, none above its cap.
-
-    What a cap cuts off goes to the other classes with a share; the sum is ``total`` unless all of these are full.
-    """
-    counts = np.zeros(len(shares), np.int64)
-    while True:
-        weights = np.where(counts < caps, shares, 0).astype(np.float64)
-        left = total - int(counts.sum())
-        if left == 0 or not weights.any():
-            return counts
-        ideal = left * (weights / weights.sum())
-        step = np.floor(ideal).astype(np.int64)
-        order = np.argsort(step - ideal, kind="stable")
-        step[order[: left - int(step.sum())]] += 1
-        counts = np.minimum(counts + step, caps)
-
-
-def coverage(partition: Partition, num_samples: int) -> float:
-    """Return the share of ``num_samples`` train samples that at least one client holds."""
-    return len(np.unique(np.concatenate(partition.train))) / num_samples
-
-
-def report(partition: Partition, y: Labels) -> dict[str, Any]:
-    """Return what a partition of train labels ``y`` (N,) leaves out.
-
-    Keys: ``coverage`` (share of samples held by some client), ``samples_unused``, ``samples_shared`` (held by several
-    clients), ``clients_empty`` (positions), ``classes_never_seen`` (labels of ``y`` that no client holds).
-    """
-    held = np.bincount(np.concatenate(partition.train), minlength=len(y))
-    return {
-        "coverage": coverage(partition, len(y)),
-        "samples_unused": int((held == 0).sum()),
-        "samples_shared": int((held > 1).sum()),
-        "clients_empty": [client for client, part in enumerate(partition.train) if len(part) == 0],
-        "classes_never_seen": np.setdiff1d(y, y[held > 0]).tolist(),
-    }
-
-
-def _with_matching_test(
-    parts: list[Indices], y_train: Labels, y_test: Labels, num_classes: int, rng: np.random.Generator
+def k_classes(
+    y_train: Labels,
+    y_test: Labels,
+    *,
+    num_clients: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
+    k: int = 2,
 ) -> Partition:
-    train = tuple(np.sort(part).astype(np.int64) for part in parts)
-    return Partition(train, matching_test(y_train, y_test, train, num_classes=num_classes, rng=rng))
+    """Give each client ``k`` classes, and divide each class evenly over its holders ("pathological" heterogeneity).
 
+    Classes get holders as evenly as it goes, never more than they have samples, so that no class is left out, all
+    samples are used, each by one client, and every client has some. Where clients are too few to hold all classes, they
+    hold more than ``k``; where samples are too few for so many holders, clients hold fewer.
 
-def _draw(y: Labels, counts: NDArray[np.int64], rng: np.random.Generator) -> Indices:
-    """Draw ``counts[c]`` samples of each class c without replacement; sorted."""
-    drawn = [
-        rng.choice(np.flatnonzero(y == label), int(count), replace=False) for label, count in enumerate(counts) if count
-    ]
-    return np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
-
-
-def _require_positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"data.partition.{key}={value}: must be > 0")
-
-
-def _require_samples(y: Labels, num_clients: int, each: int) -> None:
-    if num_clients < 1 or num_clients * each > len(y):
-        raise ValueError(
-            f"num_clients={num_clients}: must be >= 1, and {len(y)} train samples must give each client at least {each}"
-        )
+    Raises
+    ------
+    ValueError
+        ``k`` exceeds the classes there are, or there are more clients than samples.
+    """
+    require_samples(y_train, num_clients, 1)
+    sizes = np.bincount(y_train, minlength=num_classes)
+    present = int((sizes > 0).sum())
+    if not 1 <= k <= present:
+        raise ValueError(f"data.partition.k={k}: must be in [1, {present}], the classes there are")
+    places = max(num_clients * k, present)
+    order = rng.permutation(num_classes)  # which classes get a holder more than the others
+    left = np.zeros(num_classes, np.int64)
+    left[order] = apportion((sizes[order] > 0).astype(np.int64), places, np.minimum(sizes[order], num_clients))
+    holders: list[list[int]] = [[] for _ in range(num_classes)]
+    for turn, client in enumerate(rng.permutation(num_clients)):
+        hand = -(-int(left.sum()) // (num_clients - turn))
+        # The classes with most places left: taking others could leave places that no client may take.
+        for label in np.lexsort((rng.random(num_classes), -left))[:hand]:
+            holders[label].append(int(client))
+            left[label] -= 1
+    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    for label, owners in enumerate(holders):
+        members = rng.permutation(np.flatnonzero(y_train == label))
+        for client, piece in zip(owners, np.array_split(members, max(len(owners), 1)), strict=False):
+            parts[client].append(piece)
+    return with_matching_test([np.concatenate(part) for part in parts], y_train, y_test, num_classes, rng)

@@ -1,17 +1,18 @@
 """Where samples come from: the built-in digits, idx files (MNIST and its kin), and npz archives.
 
-Every source is a function of keyword-only parameters that returns a :class:`Dataset` held in memory. A relative
-``root`` that does not exist here is looked for in the folder that the environment variable ``FEDCL_DATA`` names.
+Other kinds of files have modules of their own beside this one. Every source is a function of keyword-only parameters
+that returns a :class:`Dataset` held in memory. A relative ``root`` that does not exist here is looked for in the folder
+that the environment variable ``FEDCL_DATA`` names.
 """
 
 # N = samples, C = channels, H, W = height, width
 from __future__ import annotations
 
 import gzip
-import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcl.data.assembly import assemble, checked_limit, resolve
 from fedcl.data.dataset import ArrayDataset, Dataset
 
 _UINT8_CODE = 0x08
@@ -99,7 +101,7 @@ def idx(
     ValueError
         The folder or a file is missing, is no idx file of bytes, is cut short, or the halves do not fit together.
     """
-    folder = _resolve(root)
+    folder = resolve(root)
     if not folder.is_dir():
         raise ValueError(f"data.root={root}: must be a folder with idx files")
     halves = []
@@ -107,7 +109,7 @@ def idx(
         x = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3, limit=limit)
         y = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1, limit=limit)
         halves.append((x[:, None], y.astype(np.int64)))
-    return _assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes)
+    return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes)
 
 
 def _read_idx(folder: Path, name: str, *, ndim: int, limit: int | None) -> NDArray[np.uint8]:
@@ -123,7 +125,7 @@ def _read_idx(folder: Path, name: str, *, ndim: int, limit: int | None) -> NDArr
                 raise ValueError(f"data.root={folder}: {path.name} starts with {head[:4].hex()}, must be {expected}")
             shape = [int(n) for n in np.frombuffer(head[4 : 4 + (len(head) - 4) // 4 * 4], ">u4")]
             if len(shape) == ndim:
-                shape[0] = shape[0] if limit is None else min(shape[0], _checked_limit(limit))
+                shape[0] = shape[0] if limit is None else min(shape[0], checked_limit(limit))
                 body = stream.read(prod(shape))
                 if len(body) == prod(shape):
                     return np.frombuffer(body, np.uint8).reshape(shape)
@@ -140,19 +142,30 @@ def npz(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     classes: Sequence[str] | None = None,
+    superclasses: Mapping[str, Sequence[str]] | None = None,
 ) -> Dataset:
     """Load an npz archive with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` and, optionally, ``classes``.
 
     Images are (N, H, W, C) or (N, H, W) and become (N, C, H, W); flat features (N, D) stay as they are. uint8 stays
-    uint8 and is scaled by 1/255, other numbers become float32 and are not scaled. Pickled arrays are refused. The other
-    parameters are those of :func:`idx`, with ``root`` the archive itself.
+    uint8 and is scaled by 1/255, other numbers become float32 and are not scaled. A further pair of arrays (N,) called
+    ``NAME_train`` and ``NAME_test`` is the meta column NAME. Pickled arrays are refused.
+
+    Parameters
+    ----------
+    root
+        The archive.
+    train_limit, test_limit, mean, std, classes
+        As in :func:`idx`.
+    superclasses
+        Names of classes by superclass, each class once: gives the meta column ``superclass``.
 
     Raises
     ------
     ValueError
-        The file or an array in it is missing, is no plain array, or the arrays do not fit together.
+        The file or an array in it is missing, is no plain array, the arrays do not fit together, or the superclasses do
+        not name the classes.
     """
-    path = _resolve(root)
+    path = resolve(root)
     if not path.is_file():
         raise ValueError(f"data.root={root}: must be an .npz file")
     try:
@@ -164,14 +177,30 @@ def npz(
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
     if missing:
         raise ValueError(f"data.root={root}: the archive lacks {', '.join(missing)}")
-    halves = []
+    halves, meta = [], []
+    columns = [name[:-6] for name in arrays if name.endswith("_train") and f"{name[:-6]}_test" in arrays]
     for half, limit in (("train", train_limit), ("test", test_limit)):
-        taken = None if limit is None else _checked_limit(limit)
+        taken = None if limit is None else checked_limit(limit)
         halves.append((_channels_first(root, arrays[f"x_{half}"][:taken]), arrays[f"y_{half}"][:taken]))
+        meta.append({name: arrays[f"{name}_{half}"][:taken] for name in columns if name not in ("x", "y")})
     if classes is None and "classes" in arrays:
         classes = [str(name) for name in arrays["classes"]]
     scale = 1 / 255 if halves[0][0].dtype == np.uint8 else 1.0
-    return _assemble(root, halves, scale=scale, mean=mean, std=std, classes=classes)
+    dataset = assemble(root, halves, scale=scale, mean=mean, std=std, classes=classes, meta=meta)
+    return dataset if superclasses is None else _with_superclasses(dataset, superclasses)
+
+
+def _with_superclasses(dataset: Dataset, superclasses: Mapping[str, Sequence[str]]) -> Dataset:
+    names = [name for members in superclasses.values() for name in members]
+    if sorted(names) != sorted(dataset.classes):
+        wrong = sorted(set(names) ^ set(dataset.classes)) or "some twice"
+        raise ValueError(f"data.source.superclasses: must name each class once; wrong: {wrong}")
+    of_class = {name: group for group, members in superclasses.items() for name in members}
+    column = np.array([of_class[name] for name in dataset.classes])
+    train, test = (
+        replace(half, meta={**half.meta, "superclass": column[half.y]}) for half in (dataset.train, dataset.test)
+    )
+    return replace(dataset, train=train, test=test)
 
 
 def _channels_first(root: str, x: NDArray[Any]) -> NDArray[Any]:
@@ -183,59 +212,3 @@ def _channels_first(root: str, x: NDArray[Any]) -> NDArray[Any]:
     if x.ndim == 3:
         x = x[..., None]
     return np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim == 4 else x
-
-
-def _resolve(root: str | None) -> Path:
-    """Return the path that ``data.root`` means; ValueError where it does not exist."""
-    if root is None:
-        raise ValueError("data.root=null: must name the folder or file that holds the data")
-    path = Path(root).expanduser()
-    shared = os.environ.get("FEDCL_DATA")
-    if not path.exists() and shared and not path.is_absolute():
-        path = Path(shared).expanduser() / path
-    if not path.exists():
-        tried = f"neither here nor in FEDCL_DATA={shared}" if shared else "and FEDCL_DATA is not set"
-        raise ValueError(f"data.root={root}: does not exist, {tried}")
-    return path
-
-
-def _checked_limit(limit: int) -> int:
-    if limit < 1:
-        raise ValueError(f"data.source: a limit of {limit} samples must be null or >= 1")
-    return limit
-
-
-def _assemble(
-    root: str,
-    halves: list[tuple[NDArray[Any], NDArray[Any]]],
-    *,
-    scale: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    classes: Sequence[str] | None,
-) -> Dataset:
-    """Check that samples, labels, class names and normalisation fit together, and build the data set."""
-    for x, y in halves:
-        if y.ndim != 1 or y.dtype.kind not in "ui" or len(x) != len(y):
-            raise ValueError(f"data.root={root}: {len(x)} samples with labels of shape {y.shape} and {y.dtype}")
-    (x_train, y_train), (x_test, y_test) = halves
-    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
-        raise ValueError(f"data.root={root}: train and test samples differ in shape or type")
-    labels = np.concatenate([y_train, y_test]).astype(np.int64)
-    names = [str(k) for k in range(int(labels.max(initial=-1)) + 1)] if classes is None else classes
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(
-            f"data.root={root}: labels {labels.min()}..{labels.max()} do not fit the {len(names)} data.source.classes"
-        )
-    channels = x_train.shape[1]
-    for key, value in (("mean", mean), ("std", std)):
-        if len(value) not in (1, channels) or (key == "std" and min(value) <= 0):
-            raise ValueError(f"data.source.{key}={list(value)}: must have 1 or {channels} entries, and std be > 0")
-    return Dataset(
-        train=ArrayDataset(x_train, y_train.astype(np.int64)),
-        test=ArrayDataset(x_test, y_test.astype(np.int64)),
-        classes=tuple(str(name) for name in names),
-        scale=scale,
-        mean=tuple(float(value) for value in mean),
-        std=tuple(float(value) for value in std),
-    )

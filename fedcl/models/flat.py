@@ -15,10 +15,12 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fedcl.models.networks import Output, RandomLayer
 
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
 
 
@@ -27,6 +29,8 @@ class TensorSpec:
     """One tensor of a model: its name, its shape, and its slice ``start:stop`` of the flat vector.
 
     ``task`` is the index of the task head that owns the tensor (named ``heads.<task>.*``), None for shared tensors.
+    ``norm`` says that a normalisation layer (batch, instance, group, layer or RMS norm) owns it, be it a parameter or a
+    running statistic.
     """
 
     name: str
@@ -35,6 +39,7 @@ class TensorSpec:
     stop: int
     kind: Literal["parameter", "buffer"]
     task: int | None
+    norm: bool = False
 
     @property
     def size(self) -> int:
@@ -84,7 +89,8 @@ class Spec:
             owner = _HEAD_OF_TASK.search(name)
             stop = start + tensor.numel()
             task = int(owner[1]) if owner else None
-            tensors.append(TensorSpec(name, tuple(tensor.shape), start, stop, kind, task))
+            norm = isinstance(module.get_submodule(name.rpartition(".")[0]), _NORMS)
+            tensors.append(TensorSpec(name, tuple(tensor.shape), start, stop, kind, task, norm))
             start = stop
         return cls(tensors)
 
@@ -136,16 +142,16 @@ class Spec:
 
     def to_json(self) -> str:
         """Return the layout as text."""
-        rows = [[tensor.name, list(tensor.shape), tensor.kind, tensor.task] for tensor in self._tensors]
+        rows = [[t.name, list(t.shape), t.kind, t.task, t.norm] for t in self._tensors]
         return json.dumps(rows, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
-        """Read what :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote; rows of older versions, which lack ``norm``, are read as not of a norm."""
         tensors, start = [], 0
-        for name, shape, kind, task in json.loads(text):
+        for name, shape, kind, task, *norm in json.loads(text):
             stop = start + prod(shape)
-            tensors.append(TensorSpec(name, tuple(shape), start, stop, kind, task))
+            tensors.append(TensorSpec(name, tuple(shape), start, stop, kind, task, *norm))
             start = stop
         return cls(tensors)
 

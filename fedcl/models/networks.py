@@ -3,14 +3,19 @@
 # B = batch, F = features, L = logit columns over all heads, C = channels, H, W = height, width
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+from fedcl.models.heads import RandomFeatures, make_heads, simplex_features
+from fedcl.models.pretrained import load_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,27 +75,108 @@ class Dropout(RandomLayer):
 class Network(nn.Module):
     """Base of all networks: owns the heads.
 
-    One head is an ``nn.Linear`` named ``head``; several are an ``nn.ModuleList`` named ``heads``, so that the tensors
-    of head k are called ``heads.<k>.weight`` and ``heads.<k>.bias``.
+    One head is a module named ``head``; several are an ``nn.ModuleList`` named ``heads``, so that the tensors of head k
+    are called ``heads.<k>.weight`` and so on. Every head has its columns' weights (columns, F) as ``weight``.
     """
 
-    def attach_heads(self, num_features: int, heads: Sequence[int]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._still: list[str] = []  # normalisation layers that are frozen, and so keep their statistics too
+
+    def attach_heads(
+        self,
+        num_features: int,
+        heads: Sequence[int],
+        *,
+        kind: str = "linear",
+        scale: float | None = None,
+        width: int | None = None,
+    ) -> None:
         """Create the heads: ``heads[k]`` logit columns for head k, each reading ``num_features`` features.
+
+        Parameters
+        ----------
+        num_features
+            Width of what the body computes. With ``kind="simplex"`` a linear layer ``embed`` follows, with ``"random"``
+            fixed random features; what comes out of them are then the features.
+        heads
+            Logit columns of each head.
+        kind
+            linear, cosine, simplex or random: see `fedcl.models.heads`.
+        scale
+            What cosines and simplex logits are multiplied by; None is a learned scale for cosine, 1 for simplex.
+        width
+            How many random features; ``kind="random"`` needs it.
 
         Raises
         ------
         ValueError
-            There is no head, or one without columns.
+            There is no head, or one without columns, no such kind, or a scale or width that is not positive, or given
+            where it is not used.
         """
         if not heads or min(heads) < 1:
             raise ValueError(f"heads={tuple(heads)}: must be at least one head, each with at least one column")
+        if kind == "simplex":
+            self.embed = nn.Linear(num_features, simplex_features(sum(heads)))
+        if (kind == "random") != (width is not None):
+            raise ValueError(f"model.head_width={width}: must be >= 1 with model.head=random, null with others")
+        if width is not None:
+            self.expand = RandomFeatures(num_features, width)
+        made = make_heads(width or num_features, heads, kind=kind, scale=scale)
         if len(heads) == 1:
-            self.head = nn.Linear(num_features, heads[0])
+            self.head = made[0]
         else:
-            self.heads = nn.ModuleList([nn.Linear(num_features, columns) for columns in heads])
+            self.heads = nn.ModuleList(made)
+
+    def prepare(self, *, pretrained: str | None, freeze: str | None) -> None:
+        """Load weights from a file and freeze parameters; the last step of every constructor.
+
+        Parameters
+        ----------
+        pretrained
+            A file for `fedcl.models.pretrained.load_weights`, or None.
+        freeze
+            Regular expression searched for in the parameters' names; those that match are not trained. A normalisation
+            layer whose parameters are all frozen keeps its running statistics as well. None freezes nothing.
+
+        Raises
+        ------
+        ValueError
+            The file does not fit, or the expression is none, matches nothing, or leaves nothing to train.
+        """
+        if pretrained is not None:
+            load_weights(self, pretrained)
+        if freeze is not None:
+            self._freeze(freeze)
+
+    def _freeze(self, pattern: str) -> None:
+        try:
+            chosen = {name for name, _ in self.named_parameters() if re.search(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"model.freeze={pattern!r}: must be a regular expression ({error})") from error
+        if not chosen or len(chosen) == len(list(self.parameters())):
+            raise ValueError(f"model.freeze={pattern!r}: must match some parameters and leave some to train")
+        for name, parameter in self.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(False)
+        for name, layer in self.named_modules():
+            own = list(layer.parameters(recurse=False))
+            if isinstance(layer, _NormBase) and own and not any(p.requires_grad for p in own):
+                self._still.append(name)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; frozen normalisation layers stay in evaluation."""
+        super().train(mode)
+        for name in self._still:
+            self.get_submodule(name).eval()
+        return self
 
     def classify(self, features: Tensor) -> Output:
-        """Apply the heads to features (B, F) and return both."""
+        """Apply the heads to the body's features (B, F) and return logits and features."""
+        for layer in ("embed", "expand"):
+            if layer in self._modules:
+                features = self.get_submodule(layer)(features)
         if "head" in self._modules:
             return Output(self.head(features), features)
         return Output(torch.cat([head(features) for head in self.heads], dim=1), features)
@@ -110,6 +196,8 @@ class MLP(Network):
     dropout
         Drop probability after each hidden layer, as long as ``hidden``; None for no dropout. FOT's network for permuted
         MNIST (Bakman et al. 2024, official code) is hidden 400-400-400 with dropout 0.2, 0.5, 0.5.
+    head, head_scale, head_width, pretrained, freeze
+        As in `Network.attach_heads` and `Network.prepare`.
     """
 
     def __init__(
@@ -119,6 +207,11 @@ class MLP(Network):
         heads: Sequence[int],
         hidden: Sequence[int] = (64,),
         dropout: Sequence[float] | None = None,
+        head: str = "linear",
+        head_scale: float | None = None,
+        head_width: int | None = None,
+        pretrained: str | None = None,
+        freeze: str | None = None,
     ) -> None:
         super().__init__()
         if any(width < 1 for width in hidden):
@@ -128,13 +221,15 @@ class MLP(Network):
         widths = [prod(input_shape), *hidden]
         self.hidden = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
         self.dropouts = nn.ModuleList([Dropout(p) for p in dropout or [0.0] * len(hidden)])
-        self.attach_heads(widths[-1], heads)
+        self.attach_heads(widths[-1], heads, kind=head, scale=head_scale, width=head_width)
+        self.prepare(pretrained=pretrained, freeze=freeze)
 
     def forward(self, x: Tensor) -> Output:
         """Map samples (B, *input_shape) to logits (B, L) and the last hidden activation (B, F)."""
         x = x.flatten(1)
         for linear, dropout in zip(self.hidden, self.dropouts, strict=True):
-            x = dropout(functional.relu(linear(x)))
+            x = functional.relu(linear(x))
+            x = x if dropout.p == 0.0 else dropout(x)
         return self.classify(x)
 
 
@@ -142,10 +237,20 @@ class LeNet(Network):
     """LeNet-5 (LeCun et al. 1998) in its usual modern form: ReLU and max pooling, no padding.
 
     Convolutions 6@5x5 and 16@5x5, each followed by 2x2 max pooling, then linear layers of 120 and 84 features. Takes
-    (C, H, W) samples of at least 16x16.
+    (C, H, W) samples of at least 16x16. The last five parameters are those of `MLP`.
     """
 
-    def __init__(self, *, input_shape: Sequence[int], heads: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        heads: Sequence[int],
+        head: str = "linear",
+        head_scale: float | None = None,
+        head_width: int | None = None,
+        pretrained: str | None = None,
+        freeze: str | None = None,
+    ) -> None:
         super().__init__()
         if len(input_shape) != 3 or min(input_shape[1:]) < _LENET_MIN:
             raise ValueError(
@@ -157,7 +262,8 @@ class LeNet(Network):
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * self._pooled(height) * self._pooled(width), 120)
         self.fc2 = nn.Linear(120, 84)
-        self.attach_heads(84, heads)
+        self.attach_heads(84, heads, kind=head, scale=head_scale, width=head_width)
+        self.prepare(pretrained=pretrained, freeze=freeze)
 
     @staticmethod
     def _pooled(length: int) -> int:

@@ -32,7 +32,8 @@ def settings(*overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("choice", DATA)
 def test_every_choice_takes_the_documented_overrides(choice: str) -> None:
-    data = settings(f"+data={choice}", "data.root=somewhere", "data.partition.alpha=0.25")
+    divide = ["data/partition=dirichlet"] if choice == "text" else []
+    data = settings(f"+data={choice}", *divide, "data.root=somewhere", "data.partition.alpha=0.25")
     assert data["root"] == data["source"]["root"] == "somewhere"
     assert data["partition"] == {"_target_": "fedcl.data.partition.dirichlet", "alpha": 0.25, "min_samples": 1}
     assert callable(build(data["source"], at="data.source"))
@@ -40,10 +41,20 @@ def test_every_choice_takes_the_documented_overrides(choice: str) -> None:
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_every_partition_is_built_from_its_yaml(partition: str) -> None:
+    if partition == "flwr":
+        pytest.importorskip("flwr_datasets")
     data = settings("+data=digits", f"data/partition={partition}")
     dataset = build(data["source"], at="data.source")()
     divide = build(data["partition"], at="data.partition")
-    made = divide(dataset.train.y, dataset.test.y, num_clients=2, num_classes=10, rng=np.random.default_rng(0))
+    made = divide(
+        dataset.train.y,
+        dataset.test.y,
+        num_clients=2,
+        num_classes=10,
+        rng=np.random.default_rng(0),
+        train_meta={"speaker": dataset.train.y % 3},
+        test_meta={"speaker": dataset.test.y % 3},
+    )
     assert len(made.train) == 2
     assert all(len(part) for part in (*made.train, *made.test))
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcl.data.dataset import Partition
+from fedcl.data.natural import natural_id
 from fedcl.data.partition import (
     apportion,
     coverage,
     dirichlet,
     dirichlet_client,
     iid,
+    k_classes,
     matching_test,
     report,
     shards,
@@ -23,7 +27,7 @@ Y_TRAIN = np.repeat(np.arange(10), 60).astype(np.int64)
 Y_TEST = np.repeat(np.arange(10), 20).astype(np.int64)
 
 
-def call(partitioner: Callable[..., Partition], seed: int = 0, num_clients: int = 12, **params: float) -> Partition:
+def call(partitioner: Callable[..., Partition], seed: int = 0, num_clients: int = 12, **params: Any) -> Partition:
     rng = np.random.default_rng(seed)
     return partitioner(Y_TRAIN, Y_TEST, num_clients=num_clients, num_classes=10, rng=rng, **params)
 
@@ -67,7 +71,7 @@ def test_apportion_never_exceeds_a_cap_and_uses_all_the_room_there_is(
     st.integers(0, 2**32),
     st.integers(1, 40),
     st.lists(st.integers(0, 5), min_size=80, max_size=150),
-    st.sampled_from([iid, dirichlet, shards]),
+    st.sampled_from([iid, dirichlet, shards, functools.partial(k_classes, k=6)]),
 )
 def test_every_sample_goes_to_exactly_one_client(
     seed: int, num_clients: int, labels: list[int], partitioner: Callable[..., Partition]
@@ -85,7 +89,7 @@ def test_every_sample_goes_to_exactly_one_client(
         assert set(y[:30][test]) <= set(y[part])
 
 
-@pytest.mark.parametrize("partitioner", [iid, dirichlet, shards])
+@pytest.mark.parametrize("partitioner", [iid, dirichlet, shards, k_classes])
 def test_same_seed_same_partition(partitioner: Callable[..., Partition]) -> None:
     first, again, other = call(partitioner, 1), call(partitioner, 1), call(partitioner, 2)
     for half in ("train", "test"):
@@ -114,6 +118,21 @@ def test_dirichlet_repairs_what_no_redraw_could_mend() -> None:
     assert min(sizes) == 5
     assert sum(sizes) == 600
     assert coverage(partition, 600) == 1.0
+    assert report(partition, Y_TRAIN)["samples_moved"] == partition.moved > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hard_draw_ends_at_once_and_the_report_says_what_it_took(seed: int) -> None:
+    # 200 clients at alpha 0.05: redrawing until each has ten samples would go on for ever.
+    y = np.repeat(np.arange(10), 600).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    partition = dirichlet(y, y[::6], num_clients=200, num_classes=10, rng=rng, alpha=0.05, min_samples=10)
+    found = report(partition, y)
+    assert min(len(part) for part in partition.train) == 10
+    assert (found["coverage"], found["samples_shared"], found["clients_empty"]) == (1.0, 0, [])
+    assert 0 < found["samples_moved"] <= 200 * 10
+    easy = dirichlet(y, y[::6], num_clients=5, num_classes=10, rng=rng, alpha=100.0, min_samples=10)
+    assert report(easy, y)["samples_moved"] == 0
 
 
 def test_dirichlet_without_minimum_is_left_as_drawn() -> None:
@@ -128,6 +147,85 @@ def test_shards_give_few_classes_to_a_client() -> None:
     # 20 shards of 30: each class is exactly two of them.
     assert [len(part) for part in partition.train] == [60] * 10
     assert max(len(np.unique(Y_TRAIN[part])) for part in partition.train) == 2
+
+
+def test_shards_within_groups_of_classes_give_every_client_its_shards_of_every_group() -> None:
+    partition = call(shards, num_clients=10, shards_per_client=2, per_classes=5)
+    # 20 shards of 15 in each half of the classes: a class is exactly four of them.
+    for part in partition.train:
+        held = Y_TRAIN[part]
+        assert [int((held < 5).sum()), int((held >= 5).sum())] == [30, 30]
+        assert len(np.unique(held[held < 5])) <= 2
+    assert coverage(partition, 600) == 1.0
+    whole, grouped = call(shards), call(shards, per_classes=10)
+    assert all(np.array_equal(a, b) for a, b in zip(whole.train, grouped.train, strict=True))
+
+
+@pytest.mark.parametrize(("num_clients", "k"), [(5, 2), (12, 2), (7, 3), (40, 1), (3, 10), (100, 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_k_classes_a_client_and_none_left_out(num_clients: int, k: int, seed: int) -> None:
+    partition = call(k_classes, seed, num_clients, k=k)
+    held = [np.unique(Y_TRAIN[part]) for part in partition.train]
+    assert [len(classes) for classes in held] == [k] * num_clients
+    found = report(partition, Y_TRAIN)
+    assert (found["coverage"], found["samples_shared"], found["classes_never_seen"]) == (1.0, 0, [])
+    holders = np.bincount(np.concatenate(held), minlength=10)
+    assert holders.max() - holders.min() <= 1
+    for label in range(10):
+        pieces = [int((Y_TRAIN[part] == label).sum()) for part in partition.train if label in Y_TRAIN[part]]
+        assert max(pieces) - min(pieces) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 6), st.lists(st.integers(0, 40), min_size=6, max_size=6)
+)
+def test_k_classes_uses_everything_whatever_the_sizes(seed: int, num_clients: int, k: int, sizes: list[int]) -> None:
+    y = np.repeat(np.arange(6), sizes).astype(np.int64)
+    present = sum(size > 0 for size in sizes)
+    if len(y) < num_clients or not 1 <= k <= present:
+        with pytest.raises(ValueError, match=r"num_clients=|data\.partition\.k="):
+            k_classes(y, y, num_clients=num_clients, num_classes=6, rng=np.random.default_rng(seed), k=k)
+        return
+    partition = k_classes(y, y, num_clients=num_clients, num_classes=6, rng=np.random.default_rng(seed), k=k)
+    assert sorted(np.concatenate(partition.train).tolist()) == list(range(len(y)))
+    most = max(k, -(-present // num_clients))
+    assert all(1 <= len(np.unique(y[part])) <= most for part in partition.train)
+
+
+def test_natural_clients_hold_all_of_their_speakers_and_nobody_elses() -> None:
+    rng = np.random.default_rng(0)
+    meta = {"speaker": np.array([f"s{i}" for i in rng.integers(0, 7, 600)])}
+    test_meta = {"speaker": np.array([f"s{i}" for i in rng.integers(0, 7, 200)])}
+    partition = call(natural_id, num_clients=3, train_meta=meta, test_meta=test_meta)
+    speakers = [set(meta["speaker"][part]) for part in partition.train]
+    assert sorted(len(own) for own in speakers) == [2, 2, 3]
+    assert len(set().union(*speakers)) == 7
+    assert coverage(partition, 600) == 1.0
+    for part, own in zip(partition.test, speakers, strict=True):
+        assert set(test_meta["speaker"][part]) == own
+    assert sum(len(part) for part in partition.test) == 200
+
+
+def test_natural_test_parts_fall_back_on_labels() -> None:
+    meta = {"writer": np.arange(600) // 60}  # one class a writer
+    for test_meta in (None, {}, {"writer": np.full(200, 99)}):
+        partition = call(natural_id, num_clients=10, train_meta=meta, test_meta=test_meta, column="writer")
+        for train, test in zip(partition.train, partition.test, strict=True):
+            assert set(Y_TEST[test]) == set(Y_TRAIN[train])
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, r"data\.partition\.column=speaker: must be a meta column of the data; there are: none"),
+        ({"train_meta": {"writer": Y_TRAIN}}, "there are: writer"),
+        ({"train_meta": {"speaker": Y_TRAIN}}, r"num_clients=12: must be in \[1, 10\], the values of speaker"),
+    ],
+)
+def test_natural_ids_that_are_not_there(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(natural_id, **params)
 
 
 def test_test_parts_follow_the_train_parts() -> None:
@@ -178,6 +276,7 @@ def test_report_counts_what_is_left_out() -> None:
         "samples_shared": 1,
         "clients_empty": [2],
         "classes_never_seen": [2],
+        "samples_moved": 0,
     }
 
 
@@ -192,6 +291,11 @@ def test_report_counts_what_is_left_out() -> None:
         (dirichlet, 5, {"min_samples": -1}, r"data\.partition\.min_samples=-1"),
         (shards, 301, {}, "num_clients=301"),
         (shards, 5, {"shards_per_client": 0}, r"data\.partition\.shards_per_client=0"),
+        (shards, 5, {"per_classes": 0}, r"data\.partition\.per_classes=0"),
+        (shards, 20, {"per_classes": 1, "shards_per_client": 4}, "num_clients=20"),
+        (k_classes, 4, {"k": 0}, r"data\.partition\.k=0"),
+        (k_classes, 4, {"k": 11}, r"data\.partition\.k=11: must be in \[1, 10\], the classes there are"),
+        (k_classes, 601, {"k": 1}, "num_clients=601"),
         (dirichlet_client, 5, {"alpha": 0}, r"data\.partition\.alpha=0"),
         (dirichlet_client, 5, {"train_size": 601}, r"data\.partition\.train_size=601: must be in \[1, 600\]"),
         (dirichlet_client, 5, {"test_size": 0}, r"data\.partition\.test_size=0"),

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedcl.config import compose
 from fedcl.data.sources import digits, idx, npz
+from fedcl.wiring import load_dataset
 
 NAMES = {
     "x_train": "train-images-idx3-ubyte",
@@ -220,3 +222,44 @@ def test_real_cifar_subset() -> None:
     normalised = dataset.normalise(dataset.train.x)
     np.testing.assert_allclose(normalised.mean((0, 2, 3)), 0.0, atol=0.03)
     np.testing.assert_allclose(normalised.std((0, 2, 3)), 1.0, atol=0.03)
+
+
+def write_npz(folder: Path, **more: Any) -> str:
+    np.savez(folder / "own.npz", **ARRAYS, classes=np.array(["ant", "bee", "cow"]), **more)
+    return str(folder / "own.npz")
+
+
+def test_npz_pairs_of_further_arrays_are_columns(tmp_path: Path) -> None:
+    root = write_npz(
+        tmp_path, writer_train=np.arange(5), writer_test=np.array([7, 8]), odd_train=np.zeros(5), note=np.zeros(1)
+    )
+    dataset = npz(root=root, train_limit=3)
+    assert dataset.train.meta["writer"].tolist() == [0, 1, 2]
+    assert dataset.test.meta["writer"].tolist() == [7, 8]
+    assert set(dataset.train.meta) == {"writer"}
+    with pytest.raises(ValueError, match=r"5 samples with a column writer of shape \(4,\)"):
+        npz(root=write_npz(tmp_path, writer_train=np.arange(4), writer_test=np.arange(2)))
+
+
+def test_npz_superclasses_follow_the_class_names(tmp_path: Path) -> None:
+    root = write_npz(tmp_path)
+    dataset = npz(root=root, superclasses={"insect": ["bee", "ant"], "mammal": ["cow"]})
+    assert dataset.train.meta["superclass"].tolist() == ["insect", "mammal", "insect", "insect", "insect"]
+    assert dataset.test.meta["superclass"].tolist() == ["insect", "insect"]
+    for wrong in (
+        {"insect": ["ant", "bee"]},
+        {"all": ["ant", "bee", "cow", "dog"]},
+        {"twice": ["ant", "bee", "cow", "cow"]},
+    ):
+        with pytest.raises(ValueError, match=r"data\.source\.superclasses: must name each class once"):
+            npz(root=root, superclasses=wrong)
+
+
+@needs_data
+def test_cifar100s_superclasses_have_five_classes_each() -> None:
+    dataset = load_dataset(compose(["data=cifar100_subset"]))
+    names, counts = np.unique(dataset.train.meta["superclass"], return_counts=True)
+    assert len(names) == 20
+    assert set(counts.tolist()) == {500}
+    of = dict(zip((dataset.classes[label] for label in dataset.test.y), dataset.test.meta["superclass"], strict=True))
+    assert (of["oak_tree"], of["shark"], of["rocket"]) == ("trees", "fish", "vehicles_2")

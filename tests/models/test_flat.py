@@ -55,14 +55,14 @@ def test_layout_has_parameters_first_then_float_buffers_without_integers() -> No
     assert list(spec) == [
         TensorSpec("body.weight", (4, 3), 0, 12, "parameter", None),
         TensorSpec("body.bias", (4,), 12, 16, "parameter", None),
-        TensorSpec("norm.weight", (4,), 16, 20, "parameter", None),
-        TensorSpec("norm.bias", (4,), 20, 24, "parameter", None),
+        TensorSpec("norm.weight", (4,), 16, 20, "parameter", None, norm=True),
+        TensorSpec("norm.bias", (4,), 20, 24, "parameter", None, norm=True),
         TensorSpec("heads.0.weight", (2, 4), 24, 32, "parameter", 0),
         TensorSpec("heads.0.bias", (2,), 32, 34, "parameter", 0),
         TensorSpec("heads.1.weight", (3, 4), 34, 46, "parameter", 1),
         TensorSpec("heads.1.bias", (3,), 46, 49, "parameter", 1),
-        TensorSpec("norm.running_mean", (4,), 49, 53, "buffer", None),
-        TensorSpec("norm.running_var", (4,), 53, 57, "buffer", None),
+        TensorSpec("norm.running_mean", (4,), 49, 53, "buffer", None, norm=True),
+        TensorSpec("norm.running_var", (4,), 53, 57, "buffer", None, norm=True),
     ]
     assert spec.size == 57
     assert len(spec) == 10
@@ -118,6 +118,24 @@ def test_spec_survives_json_and_its_digest_tells_layouts_apart() -> None:
     assert Spec.of(MLP(input_shape=(2,), heads=(3,), hidden=())).digest() != Spec.of(tiny().module).digest()
     # Written down once: a digest that moves would make old checkpoints look foreign.
     assert Spec.of(tiny().module).digest() == "1811581926b8a00e"
+
+
+def test_specs_written_before_norms_were_marked_are_read() -> None:
+    old = Spec.from_json('[["body.weight",[2],"parameter",null],["heads.1.bias",[1],"parameter",1]]')
+    assert [(t.task, t.norm) for t in old] == [(None, False), (1, False)]
+
+
+def test_what_belongs_to_a_normalisation_layer_is_marked_by_the_layer_and_not_by_its_name() -> None:
+    layers = {
+        "a": nn.GroupNorm(1, 2),
+        "b": nn.LayerNorm(2),
+        "c": nn.InstanceNorm1d(2, affine=True),
+        "norm": nn.Linear(2, 2),
+    }
+    marked = {tensor.name for tensor in Spec.of(nn.ModuleDict(layers)) if tensor.norm}
+    assert marked == {f"{name}.{kind}" for name in "abc" for kind in ("weight", "bias")}
+    assert Spec.of(nn.BatchNorm2d(3))["running_var"].norm
+    assert not Spec.of(nn.Linear(2, 2))["weight"].norm
 
 
 def test_spec_refuses_gaps() -> None:
