@@ -3,7 +3,7 @@
 # P = length of the flat vector
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,12 +58,19 @@ def train_epochs(
 
     Neither momentum nor weight decay of the configuration is used, and no other plugin takes part.
     """
+    for _ in range(epochs):
+        descend(ctx, batches(ctx, purpose), lr=lr, parameters=parameters)
+
+
+def descend(
+    ctx: Context, stream: Iterable[Batch], *, lr: float, parameters: Sequence[nn.Parameter] | None = None
+) -> None:
+    """Move ``parameters``, or all trainable ones, by a step of plain SGD on the cross-entropy of each batch."""
     chosen = list(ctx.model.trainable if parameters is None else parameters)
     weights: list[Tensor] = list(chosen)
     ctx.model.train()
     with torch.enable_grad():  # predictions are asked for where gradients are off
-        for _ in range(epochs):
-            for batch in batches(ctx, purpose):
-                found = gradients(ctx, batch, chosen)
-                with torch.no_grad():
-                    torch._foreach_add_(weights, found, alpha=-lr)
+        for batch in stream:
+            found = gradients(ctx, batch, chosen)
+            with torch.no_grad():
+                torch._foreach_add_(weights, found, alpha=-lr)

@@ -78,7 +78,8 @@ class Request:
     """One client's instruction, unpacked.
 
     ``committed`` is the client's last visit that the server accepted (-1: none); ``model`` the weights to start from,
-    float32 (P,), to be read only; ``name`` the question of a query.
+    float32 (P,), to be read only; ``name`` the question of a query. ``turn`` counts the client's trainings (-1: as
+    ``visit``): random draws are keyed by it, so that they do not depend on what else a client was told in between.
     """
 
     kind: Kind
@@ -91,6 +92,7 @@ class Request:
     name: str = ""
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
+    turn: int = -1
 
 
 @dataclass(slots=True)
@@ -159,6 +161,7 @@ def visit_record(requests: Sequence[Request]) -> ConfigRecord:
             "clients": [r.client for r in requests],
             "visits": [r.visit for r in requests],
             "committed": [r.committed for r in requests],
+            "turns": [r.turn for r in requests],
             "round": first.server_round,
             "version": first.version,
             "task": first.task.to_json() if first.task is not None else "",
@@ -193,8 +196,9 @@ def requests(content: RecordDict) -> Iterator[Request]:
         model=_tensor(arrays[FLAT]) if arrays is not None else None,
         payload=record_tensors(payload) if payload is not None else {},
     )
-    for client, number, last in zip(clients, visits, committed, strict=True):
-        yield replace(shared, client=client, visit=number, committed=last)
+    turns = cast(list[int], visit["turns"])
+    for client, number, last, turn in zip(clients, visits, committed, turns, strict=True):
+        yield replace(shared, client=client, visit=number, committed=last, turn=turn)
 
 
 def _named(content: RecordDict, name: str, kind: type[R]) -> R | None:

@@ -16,6 +16,7 @@ from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.policies import Policy
 
 # R = replayed samples, C = logit columns, T = tasks
 
@@ -23,16 +24,20 @@ from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 class AGEM(Plugin):
     """Take from every gradient what would raise the loss on samples of past tasks.
 
-    Memory is a reservoir of ``budget`` samples over all finished tasks; ``replay_size`` of them make the reference
-    gradient of a step (null: as many as ``client.batch_size``). With a budget of 0 nothing is computed.
+    Memory is of all finished tasks (``budget`` and ``policy`` as for :class:`~fedcl.client.buffer.ReplayBuffer`);
+    ``replay_size`` of its samples make the reference gradient of a step (null: as many as ``client.batch_size``). With
+    a budget of 0 nothing is computed.
     """
 
     phase = Phase.GRADIENT
 
-    def __init__(self, *, budget: int = 200, replay_size: int | None = None) -> None:
+    def __init__(
+        self, *, budget: int | str = 200, replay_size: int | None = None, policy: Policy = "reservoir"
+    ) -> None:
         self.budget = budget
         self.replay_size = replay_size
-        self._buffer = ReplayBuffer(budget)
+        self.policy = policy
+        self._buffer = ReplayBuffer(budget, policy, at="learner.agem")
         self._mask_TC: Tensor | None = None
 
     def before_round(self, ctx: Context) -> None:
@@ -43,14 +48,15 @@ class AGEM(Plugin):
         """Project the gradient where it points against the past."""
         if not len(self._buffer):
             return
-        past = self._buffer.sample(self.replay_size or ctx.batch_size, ctx.rng("replay"))
+        past = self._buffer.draw(ctx, self.replay_size)
         mask = ctx.mask if self._mask_TC is None else self._mask_TC[past.task]
         loss = masked_cross_entropy(ctx.model(past.x), Batch(past.x, past.y, mask))
         project(grads, torch.autograd.grad(loss, list(ctx.model.trainable), materialize_grads=True))
 
     def after_task(self, ctx: Context) -> None:
-        """Show the finished task's samples to the reservoir."""
-        self._buffer.add(ctx.data.x, ctx.data.y, ctx.task.id, ctx.rng("reservoir"))
+        """Show the finished task's samples to memory."""
+        self._buffer.offer_task(ctx)
+        self._buffer.conclude(ctx)
 
     def state(self) -> State:
         """Return the buffer."""

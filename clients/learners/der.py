@@ -16,6 +16,7 @@ from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer, Replayed
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.policies import Policy
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
@@ -26,8 +27,8 @@ class DER(Plugin):
 
     Parameters
     ----------
-    budget
-        Samples a client keeps; 0 turns the method off.
+    budget, policy
+        Those of :class:`~fedcl.client.buffer.ReplayBuffer`; a budget of 0 turns the method off.
     alpha, beta
         Weights of the distance of logits, and of the cross-entropy on replayed labels (0: DER, above 0: DER++).
     replay_size
@@ -44,18 +45,22 @@ class DER(Plugin):
     def __init__(
         self,
         *,
-        budget: int = 200,
+        budget: int | str = 200,
         alpha: float = 0.5,
         beta: float = 0.0,
         replay_size: int | None = None,
         refresh: bool = True,
+        policy: Policy = "reservoir",
     ) -> None:
+        if policy == "herding" and not refresh:
+            raise ValueError("policy=herding: needs refresh=true, as it chooses when the stream's logits are gone")
         self.budget = budget
         self.alpha = alpha
         self.beta = beta
         self.replay_size = replay_size
         self.refresh = refresh
-        self._buffer = ReplayBuffer(budget)
+        self.policy = policy
+        self._buffer = ReplayBuffer(budget, policy, at="learner.derpp" if beta else "learner.der")
         self._mask_TC: Tensor | None = None
         self._known_TC: Tensor | None = None
 
@@ -67,23 +72,22 @@ class DER(Plugin):
             self._known_TC[ctx.task.id] = False
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the replay terms, and let the reservoir see the incoming samples with their logits."""
+        """Return the replay terms, and let the buffer see the incoming samples with their logits."""
         total = self._replay(ctx) if len(self._buffer) else None
         if ctx.is_new_task and ctx.epoch == 0:
-            self._buffer.add(batch.x, batch.y, ctx.task.id, ctx.rng("reservoir"), out.logits.detach())
+            self._buffer.offer(ctx, batch, out.logits.detach())
         return total
 
     def _replay(self, ctx: Context) -> Tensor | None:
-        count, draws = self.replay_size or ctx.batch_size, ctx.rng("replay")
         terms = []
         if self.alpha:
-            past = self._buffer.sample(count, draws)
+            past = self._buffer.draw(ctx, self.replay_size)
             assert self._known_TC is not None
             assert past.logits is not None
             distance = logit_distance(ctx.model(past.x).logits, past.logits, self._known_TC[past.task])
             terms.append(self.alpha * distance)
         if self.beta:
-            past = self._buffer.sample(count, draws)
+            past = self._buffer.draw(ctx, self.replay_size)
             labelled = Batch(past.x, past.y, self._masks(ctx, past))
             terms.append(self.beta * masked_cross_entropy(ctx.model(past.x), labelled))
         return sum(terms[1:], terms[0]) if terms else None
@@ -96,7 +100,8 @@ class DER(Plugin):
         """Ask the global model that the task ended with for the logits of the task's samples in memory."""
         if self.refresh:
             ctx.model.eval()
-            self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits)
+            self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits, ctx.data.restore)
+        self._buffer.conclude(ctx, logits=True)
 
     def state(self) -> State:
         """Return the buffer."""

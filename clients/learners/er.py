@@ -1,4 +1,4 @@
-"""ER: experience replay from a reservoir.
+"""ER: experience replay.
 
 Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019, Algorithm 1 with reservoir sampling: every
 step trains on the incoming batch joined with a batch drawn from memory; then the incoming batch is offered to memory.
@@ -6,27 +6,35 @@ step trains on the incoming batch joined with a batch drawn from memory; then th
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.policies import Policy
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 
 
 class ER(Plugin):
-    """Replay a buffer of ``budget`` samples, ``replay_size`` of them a step (null: as many as ``client.batch_size``).
+    """Replay a buffer, ``replay_size`` samples of it a step (null: as many as ``client.batch_size``).
 
-    The stream that fills the buffer counts each sample once: in the first epoch of the client's first visit to a task.
+    ``budget`` and ``policy`` are those of :class:`~fedcl.client.buffer.ReplayBuffer`. The stream that fills it counts
+    each sample once: in the first epoch of the client's first visit to a task.
     """
 
     phase = Phase.DATA
+    name: ClassVar[str] = "er"
 
-    def __init__(self, *, budget: int = 200, replay_size: int | None = None) -> None:
+    def __init__(
+        self, *, budget: int | str = 200, replay_size: int | None = None, policy: Policy = "reservoir"
+    ) -> None:
         self.budget = budget
         self.replay_size = replay_size
-        self._buffer = ReplayBuffer(budget)
+        self.policy = policy
+        self._buffer = ReplayBuffer(budget, policy, at=f"learner.{self.name}")
         self._mask_TC: Tensor | None = None
 
     def before_round(self, ctx: Context) -> None:
@@ -34,18 +42,23 @@ class ER(Plugin):
         self._mask_TC = masks_by_task(ctx)
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Join replayed samples to the batch, and let the reservoir see the new ones."""
+        """Join replayed samples to the batch, and let the buffer see the new ones."""
         joined = self._join(ctx, batch) if len(self._buffer) else batch
         if ctx.is_new_task and ctx.epoch == 0:
-            self._buffer.add(batch.x, batch.y, ctx.task.id, ctx.rng("reservoir"))
+            self._buffer.offer(ctx, batch)
         return joined
 
     def _join(self, ctx: Context, batch: Batch) -> Batch:
-        replayed = self._buffer.sample(self.replay_size or ctx.batch_size, ctx.rng("replay"))
+        replayed = self._buffer.draw(ctx, self.replay_size)
         mask = batch.mask
         if mask is not None and self._mask_TC is not None:
             mask = torch.cat([mask.expand(len(batch.y), -1), self._mask_TC[replayed.task]])
-        return Batch(torch.cat([batch.x, replayed.x]), torch.cat([batch.y, replayed.y]), mask)
+        fresh = len(batch.y) if batch.fresh is None else batch.fresh
+        return Batch(torch.cat([batch.x, replayed.x]), torch.cat([batch.y, replayed.y]), mask, fresh)
+
+    def after_task(self, ctx: Context) -> None:
+        """Choose what to keep of the task, where that is done at its end."""
+        self._buffer.conclude(ctx)
 
     def state(self) -> State:
         """Return the buffer."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from clients.learners.er import ER
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context
+from fedcl.client.policies import Policy
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns
@@ -25,8 +26,12 @@ class ERACE(ER):
     With a budget of 0 the loss is plain cross-entropy.
     """
 
-    def __init__(self, *, budget: int = 200, replay_size: int | None = None) -> None:
-        super().__init__(budget=budget, replay_size=replay_size)
+    name = "er_ace"
+
+    def __init__(
+        self, *, budget: int | str = 200, replay_size: int | None = None, policy: Policy = "reservoir"
+    ) -> None:
+        super().__init__(budget=budget, replay_size=replay_size, policy=policy)
         self._incoming = 0
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
@@ -37,7 +42,7 @@ class ERACE(ER):
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
         """Return the mean over all samples of both cross-entropies."""
         new, past = halves(batch, out, self._incoming)
-        if self.budget and len(ctx.task_columns) > 1:
+        if self._buffer.enabled and len(ctx.task_columns) > 1:
             new = (Batch(new[0].x, new[0].y, present_columns(new[0], ctx.num_columns)), new[1])
         return joint_cross_entropy(new, past)
 

@@ -22,6 +22,7 @@ class FeatureDistillation(Plugin):
     """
 
     phase = Phase.REGULARISER
+    stackable = True
 
     def __init__(self, *, weight: float = 0.1) -> None:
         self.weight = weight

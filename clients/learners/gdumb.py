@@ -11,38 +11,36 @@ import torch
 from torch import Tensor
 
 from clients.learners.er import masks_by_task
-from fedcl.client.buffer import Replayed
+from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 
 # M = samples in memory, C = logit columns, T = tasks
 
 
 class GDumb(Plugin):
-    """Train every step on a batch from a class-balanced memory of ``budget`` samples, in place of the incoming one.
+    """Train every step on a batch from a class-balanced memory, in place of the incoming one.
 
-    The stream that fills memory counts each sample once, when the client first visits a task. With a budget of 0 the
-    incoming batches stay.
+    ``budget`` is that of :class:`~fedcl.client.buffer.ReplayBuffer`. The stream that fills memory counts each sample
+    once, when the client first visits a task. With a budget of 0 the incoming batches stay.
     """
 
     phase = Phase.DATA
 
-    def __init__(self, *, budget: int = 200) -> None:
+    def __init__(self, *, budget: int | str = 200) -> None:
         self.budget = budget
-        self._rows: Replayed | None = None
+        self._buffer = ReplayBuffer(budget, at="learner.gdumb")
         self._mask_TC: Tensor | None = None
 
     def before_task(self, ctx: Context) -> None:
         """Offer the new task's samples to memory, in random order."""
-        if not self.budget or not len(ctx.data):
+        if not self._buffer.enabled or not len(ctx.data):
             return
         order = torch.randperm(len(ctx.data), generator=ctx.rng("arrival")).to(ctx.device)
-        x, y = ctx.data.x[order], ctx.data.y[order]
-        new = Replayed(x, y, torch.full_like(y, ctx.task.id))
-        held = new.map(lambda tensor: tensor[:0]) if self._rows is None else self._rows
-        chosen = balanced(held.y.tolist(), y.tolist(), self.budget, ctx.rng("balance"))
-        index = torch.tensor(chosen, device=ctx.device)
-        both = [torch.cat(pair) for pair in zip(held.tensors, new.tensors, strict=True)]
-        self._rows = Replayed(*(tensor[index] for tensor in both))
+        rows = {name: tensor[order] for name, tensor in self._buffer.rows_of(ctx).items()}
+        held = self._buffer.held["y"].tolist() if len(self._buffer) else []
+        chosen = balanced(held, rows["y"].tolist(), self._buffer.capacity(rows), ctx.rng("balance"))
+        self._buffer.keep(torch.tensor(chosen, device=ctx.device), rows)
+        self._buffer.seen += len(ctx.data)
 
     def before_round(self, ctx: Context) -> None:
         """Work out which columns a sample of each task may predict."""
@@ -50,19 +48,18 @@ class GDumb(Plugin):
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
         """Return as many samples of memory as came in, or all it has."""
-        if self._rows is None:
+        if not len(self._buffer):
             return batch
-        drawn = torch.randperm(len(self._rows.y), generator=ctx.rng("replay"))[: len(batch.y)].to(ctx.device)
-        rows = self._rows.map(lambda tensor: tensor[drawn])
-        return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task])
+        rows = self._buffer.draw(ctx, len(batch.y))
+        return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task], fresh=0)
 
     def state(self) -> State:
         """Return the memory."""
-        return {} if self._rows is None else {"x": self._rows.x, "y": self._rows.y, "task": self._rows.task}
+        return self._buffer.state()
 
     def load(self, state: State) -> None:
         """Restore it."""
-        self._rows = Replayed(state["x"], state["y"], state["task"]) if state else None
+        self._buffer.load(state)
 
 
 def balanced(held: list[int], arriving: list[int], budget: int, generator: torch.Generator) -> list[int]:

@@ -12,8 +12,10 @@ import re
 import torch
 from torch import Tensor
 
-from clients.learners.ewc import penalty
+from clients.learners.quadratic import penalty
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.scope import check_scope, in_scope
+from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 
 # P = parameter elements
@@ -28,26 +30,28 @@ class L2(Plugin):
     weight
         lambda; 0 turns the term off.
     scope
-        Regular expression searched for in the tensors' names; ``^(?!heads?\.)`` is everything but the heads.
+        Regular expression searched for in the tensors' names, null for all; ``^(?!head)`` is all but the heads.
 
     Raises
     ------
     ValueError
-        If ``scope`` is no regular expression, or (in a visit) matches no tensor of the model.
+        If ``scope`` is no regular expression, or (in :meth:`check`) matches no tensor of the model.
     """
 
     phase = Phase.REGULARISER
+    stackable = True
 
-    def __init__(self, *, weight: float = 0.1, scope: str = ".*") -> None:
-        try:
-            re.compile(scope)
-        except re.error as error:
-            raise ValueError(f"learner.l2.scope={scope!r}: must be a regular expression ({error})") from error
+    def __init__(self, *, weight: float = 0.1, scope: str | None = None) -> None:
+        check_scope(scope, "learner.l2.scope")
         self.weight = weight
         self.scope = scope
         self._anchor_P: Tensor | None = None
         self._columns: list[int] = []
         self._held_P: Tensor | None = None
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a scope that matches no tensor."""
+        in_scope(model, self.scope, "learner.l2.scope")
 
     def setup(self, ctx: Context) -> None:
         """Work out which elements are held."""
@@ -75,7 +79,7 @@ class L2(Plugin):
         self._anchor_P, self._columns = state.get("anchor"), state.get("columns", [])
 
 
-def held_elements(ctx: Context, scope: str, columns: list[int]) -> Tensor:
+def held_elements(ctx: Context, scope: str | None, columns: list[int]) -> Tensor:
     """Return 1 for the parameters in ``scope``, 0 for others and for head rows of no column in ``columns``: (P,).
 
     Raises
@@ -84,19 +88,15 @@ def held_elements(ctx: Context, scope: str, columns: list[int]) -> Tensor:
         If no tensor's name matches.
     """
     model = ctx.model
-    held = torch.zeros(model.num_parameters, device=ctx.device)
+    held = torch.ones(model.num_parameters, device=ctx.device)
     met = torch.zeros(ctx.num_columns, device=ctx.device)
     met[columns] = 1.0
-    start, matched = 0, False
-    for spec in model.parameter_specs:
-        rows = torch.ones(spec.shape[0] if spec.shape else 1, device=ctx.device)
-        if _HEAD.match(spec.name):
+    start, rows = 0, met[:0]
+    for spec in (spec for spec in model.parameter_specs if _HEAD.match(spec.name)):
+        if spec.name.endswith(".weight"):  # the first of a head's tensors, a row for each column
             rows = met[start : start + spec.shape[0]]
-            start += spec.shape[0] if spec.name.endswith(".bias") else 0  # a head's last tensor
-        if re.search(scope, spec.name):
-            matched = True
+            start += len(rows)
+        if spec.shape[:1] == rows.shape:  # a learned scale has no rows
             held[spec.start : spec.stop] = rows.repeat_interleave(spec.size // len(rows))
-    if not matched:
-        names = ", ".join(spec.name for spec in model.parameter_specs)
-        raise ValueError(f"learner.l2.scope={scope!r}: matches no tensor of the model; there are {names}")
-    return held
+    chosen = in_scope(model, scope, "learner.l2.scope")
+    return held if chosen is None else held * chosen

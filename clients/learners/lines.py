@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Context, Phase, Plugin
-from fedcl.models.flat import Spec
-
-# P = length of the flat vector, L = layers
+from fedcl.models.merge import layer_factors, scaled_change
 
 
 class LiNeS(Plugin):
@@ -23,6 +21,7 @@ class LiNeS(Plugin):
     """
 
     phase = Phase.WEIGHT
+    stackable = True
 
     def __init__(self, *, shallow: float = 0.5) -> None:
         self.shallow = shallow
@@ -32,22 +31,5 @@ class LiNeS(Plugin):
         """Put the model back along the way it came, shallow layers further."""
         if self.shallow != 1.0:
             factors = layer_factors(ctx.model.spec, self.shallow).to(ctx.device)
-            ctx.model.flat.copy_(ctx.received + factors * (ctx.model.flat - ctx.received))
+            ctx.model.flat.copy_(scaled_change(ctx.received, ctx.model.flat, factors))
         return {}
-
-
-def layer_factors(spec: Spec, shallow: float) -> Tensor:
-    """Return each element's factor (P,). A layer is the tensors of one module, layers in the order of their tensors.
-
-    A network of one layer keeps its whole change.
-    """
-    layers: dict[str, int] = {}
-    numbers = []
-    for tensor in spec:
-        module = "head" if tensor.task is not None else tensor.name.rpartition(".")[0]
-        numbers.append(layers.setdefault(module, len(layers)))
-    last = max(len(layers) - 1, 1)
-    factors = torch.ones(spec.size)
-    for tensor, number in zip(spec, numbers, strict=True):
-        factors[tensor.start : tensor.stop] = shallow + (1.0 - shallow) * number / last if len(layers) > 1 else 1.0
-    return factors

@@ -32,6 +32,7 @@ class LwF(Plugin):
     """
 
     phase = Phase.REGULARISER
+    stackable = True
 
     def __init__(self, *, weight: float = 1.0, temperature: float = 2.0, t_squared: bool = True) -> None:
         self.weight = weight
@@ -83,9 +84,9 @@ def column_groups(ctx: Context) -> list[list[int]]:
 
 def distillation(student_BC: Tensor, teacher_BC: Tensor, groups: Sequence[Sequence[int]], temperature: float) -> Tensor:
     """Return the sum over ``groups`` of KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch."""
-    total = student_BC.new_zeros(())
+    terms = []
     for columns in groups:
         student_BK = F.log_softmax(student_BC[:, columns] / temperature, dim=1)
         teacher_BK = F.log_softmax(teacher_BC[:, columns] / temperature, dim=1)
-        total = total + F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True)
-    return total
+        terms.append(F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True))
+    return sum(terms[1:], terms[0]) if terms else student_BC.new_zeros(())

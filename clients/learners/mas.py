@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from clients.learners.ewc import penalty
+from clients.learners.quadratic import payloads_of, penalty, summands, summed
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.scope import check_scope, in_scope
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 
 # P = parameter elements, N = samples, B = batch
+SENSITIVITY = "sensitivity"  # the question whose answers the server adds up
 _CHUNK_ELEMENTS = 1 << 24  # of gradients held at once, 64 MiB
 
 
@@ -30,15 +32,51 @@ class MAS(Plugin):
         lambda; 0 turns the term off and computes nothing.
     decay
         What is left of the old importances at each new task; 1 forgets none.
+    scope
+        Regular expression searched for in tensor names: only those are held; null: all.
+    aggregate
+        Importances from the samples of all clients, around every finished task's model, instead of one's own. Needs
+        ``decay=1``: sums over tasks forget none.
+
+    Raises
+    ------
+    ValueError
+        If ``scope`` is no regular expression or (in :meth:`check`) matches no tensor, or
+        ``aggregate`` goes with a decay.
     """
 
     phase = Phase.REGULARISER
+    stackable = True
 
-    def __init__(self, *, weight: float = 0.1, decay: float = 1.0) -> None:
+    def __init__(
+        self, *, weight: float = 0.1, decay: float = 1.0, scope: str | None = None, aggregate: bool = False
+    ) -> None:
+        check_scope(scope, "learner.mas.scope")
+        if aggregate and decay != 1:
+            raise ValueError(
+                f"learner.mas.decay={decay}: must be 1 with learner.mas.aggregate=true, whose sums keep all"
+            )
         self.weight = weight
         self.decay = decay
+        self.scope = scope
+        self.aggregate = aggregate
+        if aggregate:
+            self.queries = self.sums = (SENSITIVITY,)  # type: ignore[misc]
+            self.payloads = payloads_of(SENSITIVITY)  # type: ignore[misc]
+        self._scope_P: Tensor | None = None
         self._importance_P: Tensor | None = None
         self._anchor_P: Tensor | None = None
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a scope that matches no tensor."""
+        in_scope(model, self.scope, "learner.mas.scope")
+
+    def setup(self, ctx: Context) -> None:
+        """Find the tensors in scope, and take the sums over clients where they have come."""
+        self._scope_P = in_scope(ctx.model, self.scope, "learner.mas.scope")
+        sums = summed(ctx.payload, SENSITIVITY, ctx.device) if self.aggregate else None
+        if sums is not None:
+            self._importance_P, self._anchor_P = sums
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
         """Return the penalty; nothing before a task has ended."""
@@ -48,16 +86,28 @@ class MAS(Plugin):
 
     def after_task(self, ctx: Context) -> None:
         """Take the importances on the client's own samples, at the global weights the task ended with."""
-        if not self.weight:
+        if not self.weight or self.aggregate:
             return
-        importance = sensitivity(ctx.model, ctx.data.x, ctx.task.columns)
+        importance = self._importance(ctx)
         if self._importance_P is not None:
             importance = self.decay * self._importance_P + importance
         self._importance_P, self._anchor_P = importance, ctx.model.vector()[: ctx.model.num_parameters]
 
+    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this client's share of the sums: nothing where there is no term to use them."""
+        if not self.weight:
+            return {}
+        return summands(self._importance(ctx), ctx.model.flat[: ctx.model.num_parameters], len(ctx.data))
+
+    def _importance(self, ctx: Context) -> Tensor:
+        importance = sensitivity(ctx.model, ctx.data.x, ctx.task.columns)
+        return importance if self._scope_P is None else importance * self._scope_P
+
     def state(self) -> State:
-        """Return importances and anchor, (P,) each."""
-        return {} if self._anchor_P is None else {"importance": self._importance_P, "anchor": self._anchor_P}
+        """Return importances and anchor, (P,) each; nothing of one's own where they are the server's."""
+        if self._anchor_P is None or self.aggregate:
+            return {}
+        return {"importance": self._importance_P, "anchor": self._anchor_P}
 
     def load(self, state: State) -> None:
         """Restore them."""

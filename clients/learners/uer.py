@@ -17,6 +17,7 @@ from clients.learners.er import ER
 from clients.learners.er_ace import halves, joint_cross_entropy
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context
+from fedcl.client.policies import Policy
 from fedcl.models.networks import Output
 
 # B = batch, C = logit columns, F = features
@@ -28,8 +29,17 @@ class UER(ER):
     ``scale`` is gamma. With a budget of 0 the loss is plain cross-entropy.
     """
 
-    def __init__(self, *, budget: int = 200, replay_size: int | None = None, scale: float = 10.0) -> None:
-        super().__init__(budget=budget, replay_size=replay_size)
+    name = "uer"
+
+    def __init__(
+        self,
+        *,
+        budget: int | str = 200,
+        replay_size: int | None = None,
+        policy: Policy = "reservoir",
+        scale: float = 10.0,
+    ) -> None:
+        super().__init__(budget=budget, replay_size=replay_size, policy=policy)
         self.scale = scale
         self._incoming = 0
 
@@ -40,7 +50,7 @@ class UER(ER):
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
         """Return the mean over all samples of both cross-entropies."""
-        if not self.budget:
+        if not self._buffer.enabled:
             return masked_cross_entropy(out, batch)
         (new, new_out), (past, past_out) = halves(batch, out, self._incoming)
         angles_BC = cosines(new_out.features, head_weights(ctx.model.module))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fedcl.bench.learners import learners
 from fedcl.bench.repro import repro
 from fedcl.bench.result import Result
+from fedcl.bench.server import server
 from fedcl.files import write_atomic
 from fedcl.rules import ConfigError
 
-BENCHES: dict[str, Callable[[], Result]] = {"repro": repro}
+BENCHES: dict[str, Callable[[], Result]] = {"repro": repro, "server": server, "learners": learners}
 
 
 def bench(name: str, json_file: Path | None) -> Result:

@@ -1,16 +1,20 @@
-"""A replay buffer: contiguous tensors, filled by reservoir sampling."""
+"""A replay buffer: contiguous tensors, samples in the form they are stored in, filled by a policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import State
+from fedcl.client.plugin import Batch, Context, Restore, State
+from fedcl.client.policies import Budget, ClassTally, Policy, check_policy, exemplars, uniform_slots
+from fedcl.client.rows import Rows, grown, shown
 
-# M = budget in samples, B = batch, C = logit columns
+# M = samples held, B = batch, C = logit columns, F = features
+# columns: x as it is held, y, task; logits if they are given; shown, x as the model sees it, once it is known
+_BATCH = 256
 
 
 class Replayed(NamedTuple):
@@ -24,108 +28,271 @@ class Replayed(NamedTuple):
     task: Tensor
     logits: Tensor | None = None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Replayed:
-        """Return the samples with ``fn`` done to each tensor there is."""
-        return Replayed(fn(self.x), fn(self.y), fn(self.task), None if self.logits is None else fn(self.logits))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors there are."""
-        return [tensor for tensor in self if tensor is not None]
-
 
 class ReplayBuffer:
-    """At most ``budget`` samples, a uniform random subset of all that were ever added.
+    """At most ``budget`` samples: ``200`` of them, or as many as fit into ``"64KB"``.
 
-    Reservoir sampling (Vitter 1985, algorithm R): the k-th sample (from 0) is kept as long as there is room; after that
-    it draws a slot j uniformly from 0..k and replaces the sample there if j < budget. Samples live on the device of the
-    first that is added; memory grows with what is kept, not with the budget.
+    Samples that are given with their ``raw`` uint8 form are held as that, a quarter of the memory; what the model sees
+    is made from it again, bit for bit, once a visit and only if the visit replays. Others are held as they are given.
+    Memory grows with what is kept, not with the budget, and is on the device of the first sample.
+
+    Parameters
+    ----------
+    budget
+        Samples, or bytes of samples as they are held, with label, task and logits (:meth:`Budget.of`).
+    policy
+        ``reservoir``: a uniform random subset of all that were ever added (Vitter 1985, algorithm R). The k-th sample
+        (from 0) is kept as long as there is room; then it draws a slot j from 0..k and replaces the sample there if
+        j < budget. ``class_balanced``: every class an equal share (:class:`ClassTally`). ``herding``: at a task's end,
+        of every class the samples that keep its mean in the model's features (:func:`herd`), every class of every task
+        an equal share; nothing is kept before.
+    at
+        Whose settings these are, for messages: ``learner.er``.
 
     Raises
     ------
     ValueError
-        If the budget is negative.
+        For a budget or a policy that there is not.
     """
 
-    def __init__(self, budget: int) -> None:
-        if budget < 0:
-            raise ValueError(f"budget={budget}: must be >= 0")
-        self.budget = budget
+    def __init__(self, budget: int | str, policy: Policy = "reservoir", *, at: str = "") -> None:
+        self.budget = Budget.of(budget, f"{at}.budget" if at else "budget")
+        self.policy = policy
+        check_policy(policy)
         self.seen = 0
-        self._rows: Replayed | None = None
+        self._rows: Rows | None = None
+        self._held = 0
+        self._capacity: int | None = None  # in samples, known with the first
+        self._transforms: dict[str, dict[str, Any]] = {}  # by task id, of samples held raw
+        self._tally = ClassTally()
 
     def __len__(self) -> int:
-        return min(self.seen, self.budget)
+        return self._held
 
-    def add(self, x: Tensor, y: Tensor, task: int, generator: torch.Generator, logits: Tensor | None = None) -> None:
-        """Show a batch x (B, ...), y (B,), logits (B, C) of ``task`` to the reservoir; ``generator`` is on the CPU."""
-        if not self.budget or not len(y):
+    @property
+    def enabled(self) -> bool:
+        """Whether there is any room at all."""
+        return self.budget.amount > 0
+
+    @property
+    def held(self) -> Rows:
+        """The samples as they are held: views of length M, by name; none while the buffer is empty."""
+        return {} if self._rows is None else {name: tensor[: self._held] for name, tensor in self._rows.items()}
+
+    def offer(self, ctx: Context, batch: Batch, logits: Tensor | None = None) -> None:
+        """Show the samples that the present step came with; ``logits`` (B, C) are the model's on ``batch``."""
+        if self.policy == "herding" or not self.enabled:
             return
-        rows = Replayed(x, y, torch.full_like(y, task), logits)
-        room = min(len(y), self.budget - len(self))
-        if room:
-            self._append(rows.map(lambda tensor: tensor[:room]))
-        late = len(y) - room
-        if late:
-            arrival = torch.arange(self.seen + room, self.seen + len(y), dtype=torch.float64)
-            slots = (torch.rand(late, generator=generator, dtype=torch.float64) * (arrival + 1)).long()
-            self._replace(slots, rows.map(lambda tensor: tensor[room:]))
-        self.seen += len(y)
+        positions, data, task = ctx.rows, ctx.data, ctx.task
+        fresh = len(batch.y) if batch.fresh is None else batch.fresh
+        fresh = fresh if positions is None else min(fresh, len(positions))
 
-    def sample(self, count: int, generator: torch.Generator) -> Replayed:
+        def pick(part: slice | Tensor) -> Rows:
+            kept = None if logits is None else logits[part]
+            if data.raw is None or positions is None:
+                return self._arriving(batch.x[part], batch.y[part], task.id, kept, None, None)
+            rows = positions[part]  # of the samples themselves, whatever has been done to them in this step
+            return self._arriving(data.x[rows], data.y[rows], task.id, kept, data.raw[rows], task.transform)
+
+        self._admit(batch.y[:fresh], ctx.rng("reservoir"), pick)
+
+    def offer_task(self, ctx: Context) -> None:
+        """Show all samples of a finished task."""
+        if self.policy != "herding" and self.enabled:
+            rows = self.rows_of(ctx)
+            self._admit(rows["y"], ctx.rng("reservoir"), lambda part: {name: rows[name][part] for name in rows})
+
+    def conclude(self, ctx: Context, *, logits: bool = False) -> None:
+        """Choose among a finished task's samples by herding, if that is the policy; with their logits if asked."""
+        if self.policy != "herding" or not self.enabled:
+            return
+        ctx.model.eval()
+        with torch.no_grad():
+            outs = [ctx.model(x) for x in torch.split(ctx.data.x, _BATCH)]
+        features = torch.cat([out.features for out in outs])
+        rows = self.rows_of(ctx, torch.cat([out.logits for out in outs]) if logits else None)
+        self.seen += len(ctx.data)
+        held = self.held or {name: tensor[:0] for name, tensor in rows.items()}
+        self.keep(exemplars((held["task"], held["y"]), rows["y"], features, self.capacity(rows)), rows)
+
+    def add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        task: int,
+        generator: torch.Generator,
+        logits: Tensor | None = None,
+        raw: Tensor | None = None,
+        transform: dict[str, Any] | None = None,
+    ) -> None:
+        """Show samples x (B, ...), y (B,) of ``task`` to the policy; ``generator`` is on the CPU.
+
+        ``logits`` (B, C) and ``raw`` (B, ...) are given with every sample or with none; ``transform`` is what the task
+        does to ``raw``.
+
+        Raises
+        ------
+        ValueError
+            If the policy is ``herding``, which chooses among whole tasks, or no sample fits into a budget in bytes.
+        """
+        if self.policy == "herding":
+            raise ValueError("policy=herding: chooses among all samples of a task at its end")
+        if self.enabled:
+            rows = self._arriving(x, y, task, logits, raw, transform)
+            self._admit(y, generator, lambda part: {name: rows[name][part] for name in rows})
+
+    def _admit(self, y: Tensor, generator: torch.Generator, pick: Callable[[slice | Tensor], Rows]) -> None:
+        """Show samples to the policy; only those that it keeps are picked."""
+        if not (count := len(y)):
+            return
+        if self._capacity is None:
+            self._capacity = self.capacity(pick(slice(0, 1)))
+        room = min(count, self._capacity - self._held)
+        if room:
+            self._append(pick(slice(0, room)))
+        if self.policy == "class_balanced":
+            self._tally.count(y[:room].tolist())
+        if count > room:
+            slots = self._slots(y[room:], generator, room)
+            # where several samples drew one slot the last stays, as it does when they come one at a time
+            taken = {slot: room + i for i, slot in enumerate(slots) if 0 <= slot < self._held}
+            if taken:
+                assert self._rows is not None
+                target = torch.tensor(list(taken), device=y.device)
+                for name, tensor in pick(torch.tensor(list(taken.values()), device=y.device)).items():
+                    self._rows[name][target] = tensor
+        self.seen += count
+
+    def sample(self, count: int, generator: torch.Generator, restore: Restore | None = None) -> Replayed:
         """Return ``count`` different samples, or all if there are fewer.
 
         Raises
         ------
         ValueError
-            If the buffer is empty.
+            If the buffer is empty, or samples are held raw and ``restore`` is not given.
         """
         if self._rows is None:
             raise ValueError("an empty buffer has no samples to give")
-        chosen = torch.randperm(len(self), generator=generator)[:count].to(self._rows.y.device)
-        return self._rows.map(lambda tensor: tensor.index_select(0, chosen))
+        inputs, rows = self._inputs(restore), self._rows
+        chosen = torch.randperm(self._held, generator=generator)[:count].to(inputs.device)
+        logits = rows["logits"].index_select(0, chosen) if "logits" in rows else None
+        y, task = rows["y"].index_select(0, chosen), rows["task"].index_select(0, chosen)
+        return Replayed(inputs.index_select(0, chosen), y, task, logits)
 
-    def rewrite_logits(self, task: int, answer: Callable[[Tensor], Tensor]) -> None:
-        """Replace the logits of the samples of ``task`` with ``answer(x)`` (B, C); nothing where none are held."""
-        if self._rows is None or self._rows.logits is None:
-            return
-        chosen = torch.nonzero(self._rows.task[: len(self)] == task).squeeze(1)
-        if len(chosen):
-            self._rows.logits[chosen] = answer(self._rows.x[chosen])
+    def draw(self, ctx: Context, count: int | None) -> Replayed:
+        """Return ``count`` different samples (None: as many as a batch has) for a step of the visit."""
+        return self.sample(count or ctx.batch_size, ctx.rng("replay"), ctx.data.restore)
+
+    def rewrite_logits(self, task: int, answer: Callable[[Tensor], Tensor], restore: Restore | None = None) -> None:
+        """Replace the logits of the samples of ``task`` with ``answer(x)`` (B, C), where any are held."""
+        held = self.held
+        if "logits" in held and (held["task"] == task).any():
+            chosen = torch.nonzero(held["task"] == task).squeeze(1)
+            held["logits"][chosen] = answer(self._inputs(restore)[chosen])
+
+    def keep(self, chosen: Tensor, arriving: Rows | None = None) -> None:
+        """Hold the samples at the positions ``chosen`` (K,) of those held, followed by ``arriving``, in that order."""
+        both = held = self.held
+        if arriving is not None:
+            both = {name: torch.cat([held[name], rows]) if held else rows for name, rows in arriving.items()}
+        self._held = len(chosen)
+        self._rows = {name: tensor[chosen] for name, tensor in both.items()} if self._held else None
+
+    def drop(self, mask: Tensor) -> int:
+        """Erase the samples where ``mask`` (M,) is true and return how many they were.
+
+        The memory they took is given back; the room is filled by what comes next. The count of the stream shrinks in
+        proportion, as if it had never held them.
+        """
+        gone = int(mask.sum())
+        if gone:
+            left = self._held - gone
+            labels = set(self.held["y"].tolist())
+            self.seen = max(left, round(self.seen * left / self._held))
+            self.keep(torch.nonzero(~mask).squeeze(1))
+            self._tally.forget(labels - set(self.held.get("y", mask[:0]).tolist()))
+        return gone
+
+    def drop_where(self, name: Literal["y", "task"], values: Sequence[int]) -> int:
+        """Erase every sample with one of these targets, or of one of these tasks; return how many they were."""
+        if self._rows is None:
+            return 0
+        return self.drop(torch.isin(self.held[name], torch.tensor(list(values), device=self._rows["y"].device)))
+
+    def drop_samples(self, x: Tensor) -> int:
+        """Erase every sample that equals a row of ``x`` (K, ...), given in the form samples are held in."""
+        if self._rows is None:
+            return 0
+        held = self.held["x"].flatten(1)
+        given = x.to(held.device, held.dtype).flatten(1)
+        return self.drop(torch.stack([(held == row).all(1) for row in given]).any(0))
 
     def state(self) -> State:
-        """Return the samples and the count of the stream."""
+        """Return the samples as they are held, the count of the stream, and what the policy remembers of it."""
         if self._rows is None:
             return {}
-        rows = self._rows.map(lambda tensor: tensor[: len(self)])
-        state: State = {"x": rows.x, "y": rows.y, "task": rows.task, "seen": self.seen}
-        return state if rows.logits is None else {**state, "logits": rows.logits}
+        state: State = {name: tensor for name, tensor in self.held.items() if name != "shown"}
+        state |= {"transforms": self._transforms} if self._transforms else {}
+        return {**state, "seen": self.seen, **self._tally.state()}
 
     def load(self, state: State) -> None:
         """Restore what :meth:`state` returned; the tensors become the buffer's own and will be written to."""
         self.seen = state.get("seen", 0)
-        self._rows = Replayed(state["x"], state["y"], state["task"], state.get("logits")) if state else None
+        self._rows = {name: state[name] for name in ("x", "y", "task", "logits") if name in state} or None
+        self._held = 0 if self._rows is None else len(self._rows["y"])
+        self._capacity = None if self._rows is None else self.capacity(self._rows)
+        self._transforms = dict(state.get("transforms", {}))
+        self._tally = ClassTally.of(state)
 
-    def _append(self, rows: Replayed) -> None:
-        start, stop = len(self), len(self) + len(rows.y)
-        if self._rows is None or len(self._rows.y) < stop:
-            held = 0 if self._rows is None else len(self._rows.y)
-            length = min(self.budget, max(stop, 2 * held))
-            grown = rows.map(lambda tensor: tensor.new_empty((length, *tensor.shape[1:])))
-            if self._rows is not None:
-                for new, old in zip(grown.tensors, self._rows.tensors, strict=True):
-                    new[:start] = old[:start]
-            self._rows = grown
-        for kept, tensor in zip(self._rows.tensors, rows.tensors, strict=True):
-            kept[start:stop] = tensor
+    def rows_of(self, ctx: Context, logits: Tensor | None = None) -> Rows:
+        """Return all samples of the present task in the buffer's form, for :meth:`keep`."""
+        return self._arriving(ctx.data.x, ctx.data.y, ctx.task.id, logits, ctx.data.raw, ctx.task.transform)
 
-    def _replace(self, slots: Tensor, rows: Replayed) -> None:
-        """Write row i to ``slots[i]``; where several rows drew one slot the last stays, as it does one at a time."""
+    def _arriving(
+        self,
+        x: Tensor,
+        y: Tensor,
+        task: int,
+        logits: Tensor | None,
+        raw: Tensor | None,
+        transform: dict[str, Any] | None,
+    ) -> Rows:
+        rows = {"x": x if raw is None else raw, "y": y, "task": torch.full_like(y, task)}
+        if logits is not None:
+            rows["logits"] = logits
+        if raw is not None:
+            self._transforms |= {} if transform is None else {str(task): transform}
+            if self._rows is None or "shown" in self._rows:
+                rows["shown"] = x
+        return rows
+
+    def capacity(self, rows: Rows) -> int:
+        """Return how many samples like ``rows`` the budget has room for."""
+        return self.budget.samples(sum(t[:1].nbytes for name, t in rows.items() if name != "shown"))
+
+    def _inputs(self, restore: Restore | None) -> Tensor:
+        """Return what the model sees (M or more, ...)."""
         assert self._rows is not None
-        inside = torch.nonzero(slots < self.budget).squeeze(1)
-        winner = torch.full((self.budget,), -1).scatter_reduce_(0, slots[inside], inside, "amax")
-        taken = torch.nonzero(winner >= 0).squeeze(1)
-        device = rows.y.device
-        target, source = taken.to(device), winner[taken].to(device)
-        for kept, tensor in zip(self._rows.tensors, rows.tensors, strict=True):
-            kept[target] = tensor[source]
+        raw = self._rows["x"]
+        if raw.dtype != torch.uint8:
+            return raw
+        if "shown" not in self._rows:
+            if restore is None:
+                raise ValueError("samples are held raw: give `restore` to see them")
+            held = self.held
+            self._rows["shown"] = shown(held["x"], held["task"], self._transforms, restore)
+        return self._rows["shown"]
+
+    def _slots(self, late_y: Tensor, generator: torch.Generator, room: int) -> list[int]:
+        if self.policy == "reservoir":
+            return uniform_slots(self.seen + room, len(late_y), generator)
+        return self._tally.slots(self.held["y"].tolist(), late_y.tolist(), generator)
+
+    def _append(self, rows: Rows) -> None:
+        start, stop = self._held, self._held + len(rows["y"])
+        if self._rows is None or len(self._rows["y"]) < stop:
+            assert self._capacity is not None
+            self._rows = grown(self.held, rows, min(self._capacity, max(stop, 2 * start)))
+        for name, tensor in rows.items():
+            self._rows[name][start:stop] = tensor
+        self._held = stop

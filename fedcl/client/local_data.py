@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedcl.client.plugin import TaskData
+from fedcl.client.restore import restore
 from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
 from fedcl.scenario.materialise import materialise, targets
 from fedcl.scenario.task import Task
-from fedcl.scenario.transforms import apply_transform
 
 
 class LocalData(Protocol):
@@ -35,9 +37,11 @@ def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task
     """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
     y = half.y[held]
     chosen = materialise(task, y)
-    x = torch.from_numpy(dataset.normalise(half.x[held[chosen]]))
+    raw = torch.from_numpy(half.x[held[chosen]])
+    x = restore(dataset, raw, task.transform).to(device)
     columns = torch.from_numpy(np.ascontiguousarray(targets(task, y[chosen])))
-    return TaskData(apply_transform(x, task.transform).contiguous().to(device), columns.to(device))
+    stored = raw.to(device) if raw.dtype == torch.uint8 else None
+    return TaskData(x, columns.to(device), stored, functools.partial(restore, dataset))
 
 
 class PartitionedData:
@@ -66,7 +70,7 @@ class PartitionedData:
         return len(self._train[client])
 
     def _get(self, half: str, client: str, task: Task, device: torch.device) -> TaskData:
-        key = (half, client, f"{task.classes}{task.columns}{task.transform}{device}")
+        key = (half, client, f"{task.classes}{task.portions}{task.columns}{task.transform}{device}")
         data = self._cache.get(key)
         if data is not None:
             self._cache.move_to_end(key)
@@ -74,7 +78,8 @@ class PartitionedData:
         if half == "train":
             data = task_samples(self.dataset, self.dataset.train, self._train[client], task, device)
         else:
-            data = task_samples(self.dataset, self.dataset.test, self._test[client], task, device)
+            whole = replace(task, portions=None)
+            data = task_samples(self.dataset, self.dataset.test, self._test[client], whole, device)
         self._cache[key] = data
         self._free -= _bytes(data)
         while self._free < 0 and len(self._cache) > 1:
@@ -83,4 +88,4 @@ class PartitionedData:
 
 
 def _bytes(data: TaskData) -> int:
-    return data.x.nbytes + data.y.nbytes
+    return data.x.nbytes + data.y.nbytes + (0 if data.raw is None else data.raw.nbytes)

@@ -61,24 +61,27 @@ def masked_cross_entropy(out: Output, batch: Batch) -> Tensor:
 
 
 def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dict[str, float]:
-    """Train ``ctx.model`` on ``ctx.data`` and return ``loss`` (mean over steps), ``loss_first`` and ``steps``."""
+    """Train ``ctx.model`` on ``ctx.data``; return mean ``loss``, ``loss_first``, ``steps`` and ``samples_trained``."""
     before_step = [p for p in plugins if overrides(p, "before_step")]
     losses = [p for p in plugins if overrides(p, "loss")]
     after_backward = [p for p in plugins if overrides(p, "after_backward")]
     after_step = [p for p in plugins if overrides(p, "after_step")]
-    objective = owner(plugins, "objective")
+    sampler, objective = owner(plugins, "indices"), owner(plugins, "objective")
     model, data = ctx.model, ctx.data
     params: list[Tensor] = list(model.trainable)
     velocity: list[Tensor] | None = None
     first: Tensor | None = None
+    samples = 0
     total = torch.zeros((), device=ctx.device)
     batches = ctx.rng("batches")
     model.train()
     for ctx.epoch in range(training.epochs):
-        order = torch.randperm(len(data), generator=batches).to(ctx.device)
-        x, y = data.x[order], data.y[order]
-        for start in range(0, len(data), training.batch_size):
-            batch = Batch(x[start : start + training.batch_size], y[start : start + training.batch_size], ctx.mask)
+        order = torch.randperm(len(data), generator=batches)
+        order = (order if sampler is None else sampler.indices(ctx, order)).to(ctx.device)
+        x, y, ctx.order = data.x[order], data.y[order], order
+        parts = zip(torch.split(x, training.batch_size), torch.split(y, training.batch_size), strict=True)
+        for ctx.start, part in zip(range(0, len(order), training.batch_size), parts, strict=False):  # none is one part
+            batch = Batch(*part, ctx.mask)
             for plugin in before_step:
                 batch = plugin.before_step(ctx, batch)
             out = model(batch.x)
@@ -87,11 +90,13 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dic
                 term = plugin.loss(ctx, batch, out)
                 if term is not None:
                     loss = loss + term
-            grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
+            found = torch.autograd.grad(loss, params, allow_unused=True)
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
             for plugin in after_backward:
                 plugin.after_backward(ctx, grads)
             velocity = sgd_step(params, grads, velocity, training)
             ctx.step += 1
+            samples += len(batch.y)
             detached = loss.detach()
             first = detached if first is None else first
             total += detached
@@ -102,6 +107,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dic
         "loss": float(total) / steps,
         "loss_first": float(first) if first is not None else 0.0,
         "steps": float(ctx.step),
+        "samples_trained": float(samples),
     }
 
 

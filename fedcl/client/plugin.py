@@ -52,19 +52,33 @@ class Payload:
 
 
 class Batch(NamedTuple):
-    """One step's samples: inputs (B, ...), target columns (B,), and the columns allowed: None (all), (C,) or (B, C)."""
+    """One step's samples: inputs (B, ...), target columns (B,), and the columns allowed: None (all), (C,) or (B, C).
+
+    Its first ``fresh`` samples (None: all) are those of ``ctx.rows``, as they came; the others a plugin put there.
+    """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None
+    fresh: int | None = None
+
+
+Restore = Callable[[Tensor, dict[str, Any] | None], Tensor]
 
 
 @dataclass(slots=True)
 class TaskData:
-    """A client's samples of its present task, on the device: inputs (N, ...) and target columns (N,)."""
+    """A client's samples of its present task, on the device: inputs (N, ...) and target columns (N,).
+
+    ``raw`` (N, ...) holds the same inputs as the data set stores them, where that is as uint8. ``restore(raw,
+    transform)``, on the CPU, does to such rows what was done to these: with the task's transform it gives their ``x``
+    bit for bit.
+    """
 
     x: Tensor
     y: Tensor
+    raw: Tensor | None = None
+    restore: Restore | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -74,8 +88,10 @@ class TaskData:
 class Context:
     """Everything a plugin may use during one visit.
 
-    ``received`` is the model vector (P,) that came with the message; ``task_columns`` maps every task this client has
-    met to its logit columns; ``payload`` is what the server sent along; ``step`` counts optimizer steps of this visit.
+    ``visit`` counts the client's trainings; ``received`` is the model vector (P,) that came with the message;
+    ``task_columns`` maps every task this client has met to its logit columns; ``payload`` is what the server sent
+    along; ``step`` counts optimizer steps of this visit.
+    ``order`` and ``start`` are where the loop is: the epoch's order of the samples, and the place of the present batch.
     ``twin`` gives a second model to hold a teacher; without it one is made at need.
     """
 
@@ -96,6 +112,8 @@ class Context:
     twin: Callable[[], FlatModel] | None = None
     step: int = 0
     epoch: int = 0
+    order: Tensor | None = None
+    start: int = 0
     _mask: Tensor | None = None
     _generators: dict[str, torch.Generator] = field(default_factory=dict)
     _teacher: tuple[Tensor, Output] | None = None
@@ -113,6 +131,11 @@ class Context:
     def mask(self) -> Tensor | None:
         """Columns the present task may predict, as bool (C,); None when all are allowed."""
         return self._mask
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Positions in ``data`` of the samples that the present step came with, (B,); None outside the loop."""
+        return None if self.order is None else self.order[self.start : self.start + self.batch_size]
 
     def columns_mask(self, columns: Iterable[int] | None) -> Tensor | None:
         """Return a bool mask (C,) of ``columns``, or None when they are all the columns."""
@@ -155,12 +178,27 @@ class Plugin:
     """One behaviour of a local learner. Constructors take keyword-only hyper-parameters and store them, no more.
 
     State that must survive the visit goes through :meth:`state` and :meth:`load`: clients are rebuilt between messages.
+
+    ``payloads``, ``queries`` and ``sums`` are read from the instance, so a constructor may make them depend on its
+    parameters. ``stackable`` says that what the plugin does within a step is tensor operations alone, the same whatever
+    the values (no branch on a number in a tensor, no ``item()``, no random draw, no loop over samples), so that an
+    engine may do it for many clients at once; hooks around the steps are always called client by client.
     """
 
     phase: ClassVar[Phase] = Phase.REGULARISER
     payloads: ClassVar[tuple[Payload, ...]] = ()
     queries: ClassVar[tuple[str, ...]] = ()
+    sums: ClassVar[tuple[str, ...]] = ()  # those of the queries that the core itself asks and adds up: see `solve`
     stackable: ClassVar[bool] = False
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a model that this plugin cannot work with; called once, before a run begins.
+
+        Raises
+        ------
+        ValueError
+            Naming the configuration key and what is allowed.
+        """
 
     def setup(self, ctx: Context) -> None:
         """Prepare for a visit; state has been loaded, the received weights are in the model."""
@@ -177,6 +215,14 @@ class Plugin:
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
         """After the last step of a visit; returns the declared upload payloads."""
         return {}
+
+    def indices(self, ctx: Context, order: Tensor) -> Tensor:
+        """Return the positions in ``ctx.data`` of the epoch's samples, in the order of training: (M,), perhaps none.
+
+        ``order`` (N,), on the CPU, is the random permutation of all of them that is used otherwise. At most one plugin
+        of a learner may own it.
+        """
+        raise TypeError(f"{type(self).__name__} does not choose samples")
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
         """Return the batch to train on: replay, mixing, views."""
@@ -204,6 +250,17 @@ class Plugin:
         """Answer the server's question ``name`` (one of :attr:`queries`) with tensors."""
         raise TypeError(f"{type(self).__name__} does not answer {name!r}")
 
+    def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
+        """Write into ``model`` what the sums over all clients and tasks so far determine; called at the server.
+
+        For each name in :attr:`sums`, every client that learned a task is asked when the task ends, with the model the
+        task ended with; equally named tensors of the answers are added up in float64, over clients in canonical order
+        and then over tasks, and ``sums`` holds them by tensor name. So a learner whose answers are plain sums over
+        samples is solved exactly as if one client held all the data. A name that is also declared as a ``down``
+        payload of ``every_train`` rides along with every later train message, as float32, under
+        ``<query>/<tensor>`` in ``ctx.payload``.
+        """
+
     def state(self) -> State:
         """Return everything that must survive: nested dicts of tensors, numbers, strings, lists of numbers."""
         return {}
@@ -213,6 +270,9 @@ class Plugin:
 
         The tensors are on the model's device and a copy: the plugin's to keep and to write to.
         """
+
+
+EXCLUSIVE = ("indices", "objective", "predict")  # hooks that at most one plugin of a learner may own
 
 
 def overrides(plugin: Plugin, hook: str) -> bool:

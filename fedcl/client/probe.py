@@ -26,8 +26,8 @@ def iteration(metric: str) -> tuple[int, int] | None:
 class Probe(Plugin):
     """Test the client's model on its own test samples of every task it has met, each ``every`` steps.
 
-    Step 0 is the received model, the last one what is sent back. Training is what it would be without: nothing is drawn,
-    and no weight or statistic is touched.
+    Step 0 is the received model, the last one what is sent back. Training is what it would be without: nothing is
+    drawn, and no weight or statistic is touched.
 
     Parameters
     ----------

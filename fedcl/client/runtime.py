@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
-from fedcl.client.plugin import Context, Plugin, State, TaskData
+from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
 from fedcl.client.probe import ProbeOf
 from fedcl.client.state import ClientStateStore
 from fedcl.messages import Reply, Request
@@ -138,7 +138,7 @@ class ClientRuntime:
             lr=self.training.lr,
             seed=self.seed,
             client=request.client,
-            visit=request.visit,
+            visit=request.visit if request.turn < 0 else request.turn,
             is_new_task=is_new,
             task_columns=met,
             num_columns=self.num_columns,
@@ -184,7 +184,7 @@ def check_learner(plugins: PluginFactories) -> None:
         Naming the plugins and what they both claim.
     """
     instances = [build() for build in plugins.values()]
-    for hook in ("objective", "predict"):
+    for hook in EXCLUSIVE:
         owner(instances, hook)
     asked: dict[str, str] = {}
     for plugin in instances:

@@ -158,7 +158,7 @@ class Arrivals:
         size = out.model.numel() * 4
         down = size + sum(tensor.nbytes for tensor in out.payload.values())
         seconds = device.duration(self.steps(out.client, request.task), down, size)
-        lost = device.drops(self.seed, out.client, request.visit)
+        lost = device.drops(self.seed, out.client, request.turn)
         return Flight(out, request, now, now + seconds, lost, model_epoch)
 
     def _push(self, flights: Sequence[Flight]) -> None:
@@ -246,6 +246,7 @@ def _flight_state(flight: Flight, model: int) -> dict[str, Any]:
         "model": model,
         "payload": dict(flight.out.payload),
         "visit": request.visit,
+        "turn": request.turn,
         "committed": request.committed,
         "round": request.server_round,
         "version": request.version,
@@ -264,6 +265,7 @@ def _flight_from(row: dict[str, Any], models: Sequence[Tensor]) -> Flight:
         kind="train",
         client=row["client"],
         visit=row["visit"],
+        turn=row["turn"],
         committed=row["committed"],
         server_round=row["round"],
         version=row["version"],

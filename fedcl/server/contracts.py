@@ -254,6 +254,10 @@ class Collaboration(Part):
         """Whether ``tensor`` is the server's to change; one that is not stays as initialised in every target."""
         return True
 
+    def initial(self, view: ServerView) -> dict[Target, Tensor]:
+        """Return the targets besides the global model that exist from the start, and their models (P,)."""
+        return {}
+
     def term(self, update: Update) -> tuple[Tensor, float]:
         """Return (vector (P,) float64, weight): pure, may run where the update was made."""
         return update.delta, update.weight

@@ -61,7 +61,8 @@ class Fault:
 class Exchange:
     """Sends requests to clients and returns what they answered.
 
-    ``visits`` counts how often each client was dispatched, ``committed`` is its last accepted visit. ``cohorts`` says
+    ``visits`` counts how often each client was dispatched, ``turns`` how often to train; ``committed`` is its last
+    accepted visit. ``cohorts`` says
     that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
     visit counts. ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
     """
@@ -76,6 +77,7 @@ class Exchange:
     timeout: float | None = None
     max_update_norm: float | None = None
     visits: dict[str, int] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -87,11 +89,14 @@ class Exchange:
         self, kind: Kind, out: Outgoing, task: Task, server_round: int, version: int, name: str = ""
     ) -> Request:
         """Return the request for one client; a ``train`` or ``task_end`` takes the client's next visit number."""
-        visit = self.visits.get(out.client, 0)
+        client = out.client
+        visit, turn = self.visits.get(client, 0), self.turns.get(client, 0)
         if kind in CHANGES_STATE:
-            self.visits[out.client] = visit + 1
-        committed = self.committed.get(out.client, NEVER)
-        return Request(kind, out.client, visit, committed, server_round, version, task, name, out.model, out.payload)
+            self.visits[client] = visit + 1
+        if kind == "train":
+            self.turns[client] = turn + 1
+        committed = self.committed.get(client, NEVER)
+        return Request(kind, client, visit, committed, server_round, version, task, name, out.model, out.payload, turn)
 
     def push(self, recipients: Recipients) -> list[str]:
         """Send messages and return, for each recipient, the id of the message that carries its request."""

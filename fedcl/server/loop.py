@@ -137,6 +137,7 @@ class Server:
             If a round cannot be filled.
         """
         if self.state.next_round == 0:
+            self.state.models.update(self.strategy.initial(self))
             self.measurement.initial(self.global_model)
         while self.state.next_round < self.schedule.num_rounds:
             server_round = self.state.next_round
@@ -286,6 +287,7 @@ class Server:
             "owed": dict(state.owed),
             "late": sorted(state.late),
             "visits": dict(self.exchange.visits),
+            "turns": dict(self.exchange.turns),
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
@@ -307,6 +309,7 @@ class Server:
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])
         self.exchange.visits = dict(state["visits"])
+        self.exchange.turns = dict(state["turns"])
         self.exchange.committed = dict(state["committed"])
         self.arrivals.load_state_dict(state["arrivals"])
         self.exchange.bytes_up, self.exchange.bytes_down = state["bytes"]

@@ -94,6 +94,10 @@ class Stock:
     def setup(self, spec: Spec) -> None:
         """Nothing to learn: Flower strategies work on whatever arrays they get."""
 
+    def initial(self, view: ServerView) -> dict[Target, Tensor]:
+        """Everybody uses the global model."""
+        return {}
+
     def _check_selection(self, selected: int) -> None:
         # Flower would wait, for ever, until enough nodes are there
         for name in ("min_available_nodes", "min_train_nodes"):

@@ -48,6 +48,10 @@ class Strategy(Protocol):
     personal: bool
     keeps_updates: bool
 
+    def initial(self, view: ServerView) -> dict[Target, Tensor]:
+        """Return the targets besides the global model that exist from the start."""
+        ...
+
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Return what to send to each selected client."""
         ...
@@ -187,6 +191,10 @@ class Pipeline:
         """Tell every part how clients train."""
         for part in self.parts.values():
             part.bind(work)
+
+    def initial(self, view: ServerView) -> dict[Target, Tensor]:
+        """Return the collaboration's targets."""
+        return self.collaboration.initial(view)
 
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Return each client's target model, as the staleness part would send it, and its payload."""

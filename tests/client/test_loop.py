@@ -200,3 +200,46 @@ def test_a_teacher_is_asked_once_a_step_and_stays_what_it_was(make_context: Make
     assert not again.logits.requires_grad
     ctx.set_teacher(ctx.model.vector())
     assert not torch.equal(ctx.teacher(ctx.data.x).logits, first.logits)
+
+
+class Sampler(Plugin):
+    """The first half of each epoch's samples, twice."""
+
+    def indices(self, ctx: Context, order: Tensor) -> Tensor:
+        return order[: len(order) // 2].repeat(2)
+
+
+class Same(Plugin):
+    def indices(self, ctx: Context, order: Tensor) -> Tensor:
+        return order
+
+
+class Watch(Plugin):
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        assert ctx.rows is not None
+        assert torch.equal(batch.x, ctx.data.x[ctx.rows])
+        self.seen.append(ctx.rows.cpu())
+        return batch
+
+
+def test_a_sampler_says_what_an_epoch_sees(make_context: Make) -> None:
+    ctx, watch = make_context(), Watch()
+    metrics = fit(ctx, [Sampler(), watch], LocalTraining(epochs=2, batch_size=4))
+    order = torch.randperm(23, generator=torch_generator(ctx.seed, ctx.client, ctx.visit, "batches"))
+    assert torch.cat(watch.seen[:6]).tolist() == order[:11].tolist() * 2
+    assert metrics["steps"] == 2 * 6
+
+
+def test_a_sampler_that_changes_nothing_changes_no_bit(make_context: Make) -> None:
+    plain, same = make_context(), make_context()
+    fit(plain, [], LocalTraining(epochs=2, batch_size=4))
+    fit(same, [Same()], LocalTraining(epochs=2, batch_size=4))
+    assert torch.equal(plain.model.flat, same.model.flat)
+
+
+def test_two_samplers_are_refused(make_context: Make) -> None:
+    with pytest.raises(ValueError, match="Sampler and Same both own 'indices'"):
+        fit(make_context(), [Sampler(), Same()], LocalTraining())

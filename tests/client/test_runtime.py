@@ -188,9 +188,9 @@ def test_no_samples_no_training(make_runtime: Make) -> None:
 
 def test_personal_accuracy_before_and_after_training(make_runtime: Make) -> None:
     plain = ask(make_runtime(), MemoryStateStore(), "train").metrics
-    assert set(plain) == {"loss", "loss_first", "steps"}
+    assert set(plain) == {"loss", "loss_first", "steps", "samples_trained"}
     metrics = ask(make_runtime(personal=True), MemoryStateStore(), "train").metrics
-    assert set(metrics) == {"loss", "loss_first", "steps", "accuracy_received", "accuracy_trained"}
+    assert set(metrics) == {"loss", "loss_first", "steps", "samples_trained", "accuracy_received", "accuracy_trained"}
     assert metrics["accuracy_trained"] >= metrics["accuracy_received"]
     assert metrics["loss_first"] == plain["loss_first"]
     reply = ask(make_runtime(), MemoryStateStore(), "evaluate")

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from clients.learners.agem import AGEM
+from clients.learners.der import DER
 from clients.learners.er import ER, masks_by_task
-from fedcl.client.plugin import Batch, Context, TaskData
+from clients.learners.er_ace import ERACE
+from clients.learners.gdumb import GDumb
+from clients.learners.uer import UER
+from fedcl.client.plugin import Batch, Context, Plugin, TaskData
+from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP
-from fedcl.scenario.task import Task
+from fedcl.scenario.streams import ClassIncremental, DomainPermuted, DomainRotated, TaskIncremental
+from fedcl.scenario.task import Stream, Task
+from fedcl.tree import equal
 
 
 def context(
@@ -115,3 +128,75 @@ def test_the_draws_belong_to_the_visit(device: torch.device) -> None:
 
     assert replayed(0) == replayed(0)
     assert replayed(0) != replayed(1)
+
+
+# -- with the whole client --------------------------------------------------------------------------------------------
+
+SCRIPT = [(kind, task) for task in range(3) for kind in ("train", "train", "task_end")]
+REPLAY: dict[str, Callable[..., Plugin]] = {
+    "er": ER, "er_ace": ERACE, "uer": UER, "agem": AGEM, "der": partial(DER, beta=0.5),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures() -> Dataset:
+    """Six classes of 4x4 images, stored as uint8."""
+    rng = np.random.default_rng(3)
+    patterns, halves = rng.random((6, 1, 4, 4)), []
+    for each in (14, 10):
+        y = np.repeat(np.arange(6), each)
+        x = 255 * np.clip(patterns[y] + 0.15 * rng.normal(size=(len(y), 1, 4, 4)), 0, 1)
+        halves.append(ArrayDataset(x.astype(np.uint8), y.astype(np.int64)))
+    return Dataset(halves[0], halves[1], tuple("abcdef"), scale=1 / 255, mean=(0.5,), std=(0.3,))
+
+
+def stream(kind: type[Any]) -> Stream:
+    made: Stream = kind(num_classes=6, input_shape=(1, 4, 4), seed=0, num_tasks=3)
+    return made
+
+
+def as_the_model_sees_them(dataset: Dataset) -> Dataset:
+    """The same inputs, of which no stored form is left."""
+    train, test = (ArrayDataset(dataset.normalise(half.x), half.y) for half in (dataset.train, dataset.test))
+    return Dataset(train, test, dataset.classes)
+
+
+@pytest.mark.parametrize("kind", [ClassIncremental, TaskIncremental, DomainPermuted, DomainRotated])
+@pytest.mark.parametrize("name", [*REPLAY, "gdumb"])
+def test_from_bytes_or_from_floats_the_model_is_the_same_bit_for_bit(
+    pictures: Dataset, make_client: Callable[..., Any], name: str, kind: type[Any]
+) -> None:
+    build = partial((REPLAY | {"gdumb": GDumb})[name], budget=9)
+    stored = make_client(pictures, stream(kind), {name: build})
+    seen = make_client(as_the_model_sees_them(pictures), stream(kind), {name: build})
+    for a, b in zip(stored.play(SCRIPT, rebuild=True), seen.play(SCRIPT), strict=True):
+        assert torch.equal(a, b)
+    small, large = stored.state[name]["x"], seen.state[name]["x"]
+    assert (small.dtype, large.dtype) == (torch.uint8, torch.float32)
+    assert small.shape == large.shape
+
+
+@pytest.mark.parametrize("kind", [ClassIncremental, TaskIncremental, DomainPermuted])
+@pytest.mark.parametrize("policy", ["class_balanced", "herding"])
+@pytest.mark.parametrize("name", REPLAY)
+def test_every_policy_carries_its_state(
+    pictures: Dataset, make_client: Callable[..., Any], name: str, policy: str, kind: type[Any]
+) -> None:
+    build = {name: partial(REPLAY[name], budget="300B", policy=policy)}
+    straight, carried = (make_client(pictures, stream(kind), build) for _ in range(2))
+    for a, b in zip(straight.play(SCRIPT), carried.play(SCRIPT, rebuild=True), strict=True):
+        assert torch.equal(a, b)
+    assert equal(straight.state, carried.state)
+    state = straight.state[name]
+    assert len(state["y"]) == 300 // (16 + 16 + (24 if name == "der" else 0))
+    counts = torch.bincount(state["y"])
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_bad_budget_or_policy_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"learner\.er_ace\.budget=-1: must be >= 0 samples"):
+        ERACE(budget=-1)
+    with pytest.raises(ValueError, match=r"learner\.derpp\.budget=many"):
+        DER(budget="many", beta=0.5)
+    with pytest.raises(ValueError, match="policy=herding: needs refresh=true"):
+        DER(policy="herding", refresh=False)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.learners.ewc import EWC, FisherKind, fisher_diagonal, penalty
+from clients.learners.ewc import EWC, FisherKind, fisher_diagonal
+from clients.learners.quadratic import penalty
 from fedcl.client.plugin import Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output

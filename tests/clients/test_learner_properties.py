@@ -11,16 +11,21 @@ import torch
 
 from clients.learners.agem import AGEM
 from clients.learners.der import DER
+from clients.learners.ema import EMA
 from clients.learners.er_ace import ERACE
+from clients.learners.ewc import EWC
 from clients.learners.feature_distillation import FeatureDistillation
+from clients.learners.fpf import FPF, KFPF
 from clients.learners.gdumb import GDumb
 from clients.learners.gpm import GPM
 from clients.learners.hft import HFT
 from clients.learners.l2 import L2
 from clients.learners.lines import LiNeS
 from clients.learners.mas import MAS
+from clients.learners.refresh import Refresh
 from clients.learners.si import SI
 from clients.learners.uer import UER
+from clients.learners.view_batch import ViewBatch
 from fedcl.client.plugin import Plugin
 from fedcl.data.dataset import Dataset
 from fedcl.scenario.streams import ClassIncremental, DomainPermuted, TaskIncremental
@@ -44,6 +49,13 @@ OFF: dict[str, Build] = {
     "gpm": partial(GPM, epsilon=0.0),
     "lines": partial(LiNeS, shallow=1.0),
     "hft": partial(HFT, share=0.0),
+    "fpf": partial(FPF, steps=0),
+    "fpf_without_memory": partial(FPF, budget=0),
+    "k_fpf": partial(KFPF, steps=0),
+    "refresh": partial(Refresh, delta=0.0),
+    "view_batch": partial(ViewBatch, repeats=1, weight=0.0),
+    "ema": partial(EMA, alpha=1.0),
+    "ewc": partial(EWC, weight=0.0, scope="^hidden"),
 }
 # what acts only once a task has ended, then what acts at once
 LATE: dict[str, Build] = {
@@ -54,6 +66,9 @@ LATE: dict[str, Build] = {
     "der": partial(DER, budget=9),
     "agem": partial(AGEM, budget=9),
     "gpm": GPM,
+    "ewc_in_scope": partial(EWC, scope="^hidden"),
+    "mas_in_scope": partial(MAS, scope="weight$"),
+    "si_in_scope": partial(SI, scope="^hidden"),
 }
 EARLY: dict[str, Build] = {
     "derpp": partial(DER, budget=9, beta=0.5),
@@ -62,8 +77,13 @@ EARLY: dict[str, Build] = {
     "gdumb": partial(GDumb, budget=9),
     "lines": LiNeS,
     "hft": HFT,
+    "fpf": partial(FPF, budget=9, steps=3),
+    "k_fpf": partial(KFPF, budget=9, steps=3, times=3, visits=2),
+    "refresh": partial(Refresh, delta=1e-3),
+    "view_batch": ViewBatch,
+    "ema": EMA,
 }
-STATELESS = {"lines", "hft"}
+STATELESS = {"lines", "hft", "ema"}
 
 
 def stream(kind: type[Any], dataset: Dataset) -> Stream:

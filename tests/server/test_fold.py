@@ -7,7 +7,7 @@ from torch import Tensor
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.randomness import torch_generator
 from fedcl.server.contracts import GLOBAL, Update
-from fedcl.server.fold import BLOCK, fold
+from fedcl.server.fold import BLOCK, PIECE, fold
 
 # a body of 2 elements, two heads of 1 element each
 SPEC = Spec(
@@ -132,3 +132,48 @@ def test_equal_changes_give_that_change() -> None:
     positions = [update(i, delta, float(2 ** (i % 3))) for i in range(37)]
     mean = fold(positions, term, SPEC).mean()
     assert torch.equal(mean.float(), torch.tensor(delta))
+
+
+@pytest.mark.parametrize("size", [1, 15, 1000, PIECE - 1, PIECE, PIECE + 13, 3 * PIECE + 5])
+@pytest.mark.parametrize("shared_base", [True, False])
+def test_changes_in_pieces_are_the_whole_changes_to_the_bit(size: int, shared_base: bool) -> None:
+    generator = torch_generator(0, "pieces")
+    cuts = [0, size // 3, size // 2, size]
+    spec = Spec(
+        [TensorSpec(f"t{i}", (cuts[i + 1] - cuts[i],), cuts[i], cuts[i + 1], "parameter", (None, 0, 1)[i])
+         for i in range(3)]
+    )  # fmt: skip
+    base = torch.randn(size, generator=generator)
+    positions: list[Update | None] = []
+    for i in range(2 * BLOCK + 3):
+        sent = base if shared_base else torch.randn(size, generator=generator)
+        model = sent + torch.randn(size, generator=generator) * 10.0 ** (i % 5 - 2)
+        positions.append(Update(str(i), 0, GLOBAL, 0, sent, model, 1, 0.1 + i / 3, i % 2, i % 2))
+    positions[5] = None
+    whole = fold(positions, term, spec)
+    pieces = fold(positions, term, spec, weight=lambda update: update.weight)
+    assert torch.equal(whole.total.view(torch.int64), pieces.total.view(torch.int64))
+    assert torch.equal(whole.weight, pieces.weight)
+    assert whole.clients == pieces.clients
+    pieces.total.add_(1.0)  # an ordinary tensor, not one of inference mode
+    # The sum as it is defined, one update after the other.
+    total = torch.zeros(size, dtype=torch.float64)
+    for start in range(0, len(positions), BLOCK):
+        block_total = torch.zeros(size, dtype=torch.float64)
+        for update in positions[start : start + BLOCK]:
+            if update is not None:
+                change = update.model.double() - update.base.double()
+                foreign = spec[f"t{2 - update.head}"]
+                change[foreign.start : foreign.stop] = 0.0
+                block_total.add_(change, alpha=update.weight)
+        total += block_total
+    assert torch.equal(whole.total, total)
+
+
+def test_folding_keeps_no_change_alive() -> None:
+    updates = random_updates(3)
+    assert updates[0] is not None
+    before = updates[0].delta
+    fold(updates, term, SPEC)
+    assert ["delta" in u.__dict__ for u in updates if u is not None] == [True, False, False]
+    assert updates[0].delta is before

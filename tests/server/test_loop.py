@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.server.contracts import GLOBAL
 from fedcl.server.rounds import RoundFailed
 from fedcl.tree import equal
+from tests.toy import configure, play, write_files
 
 
 class Failing(Plugin):
@@ -133,3 +135,14 @@ def test_selected_clients_only(build: Any) -> None:
     ]
     assert all(1 <= len(clients) <= 2 for clients in by_round)
     assert sum(system.exchange.visits.values()) == 8
+
+
+def test_being_told_of_a_tasks_end_changes_no_draw(tmp_path: Path, device: torch.device) -> None:
+    """A learner that is turned off is fine-tuning, bit for bit, though its clients get messages that others do not."""
+    files = write_files(tmp_path)
+    naive, off = (
+        play(configure({"learner": learner, "model": "fot_mlp"}, files, device, *extra))
+        for learner, extra in (("finetune", []), ("ewc", ["learner.ewc.weight=0"]))
+    )
+    assert naive.hashes == off.hashes
+    assert naive.saved[-1]["server"]["visits"] != off.saved[-1]["server"]["visits"]

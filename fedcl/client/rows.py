@@ -1,0 +1,37 @@
+"""Columns of equally many samples, by name, and how they are written to and shown again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcl.client.plugin import Restore
+
+# M = samples
+Rows = dict[str, Tensor]
+
+
+def grown(held: Rows, like: Rows, length: int) -> Rows:
+    """Return columns like those of ``like`` with room for ``length`` samples, of which ``held`` are the first."""
+    made = {name: tensor.new_empty((length, *tensor.shape[1:])) for name, tensor in like.items()}
+    for name, tensor in held.items():
+        made[name][: len(tensor)] = tensor
+    return made
+
+
+def shown(raw: Tensor, task_M: Tensor, transforms: Mapping[str, dict[str, Any]], restore: Restore) -> Tensor:
+    """Return samples held raw as the model sees them, each through the transform (by task id) of its task.
+
+    It is done on the CPU, as it was to the originals: divisions and rotations may round otherwise elsewhere.
+    """
+    device, raw, task_M = raw.device, raw.cpu(), task_M.cpu()
+    if not transforms:
+        return restore(raw, None).to(device)
+    made = torch.empty(raw.shape, dtype=torch.float32)
+    for task in torch.unique(task_M).tolist():
+        chosen = torch.nonzero(task_M == task).squeeze(1)
+        made[chosen] = restore(raw[chosen], transforms.get(str(task)))
+    return made.to(device)
