@@ -4,7 +4,6 @@ Arivazhagan et al., "Federated Learning with Personalization Layers", arXiv 1912
 "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021, Algorithm 1.
 """
 
-# P = length of the flat vector
 from __future__ import annotations
 
 import re
@@ -13,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from clients.kept import Kept
 from clients.local_sgd import train_epochs
-from fedcl.client.plugin import Context, Phase, Plugin, State
-from fedcl.models.flat import FlatModel, TensorSpec
+from fedcl.client.plugin import Context
+from fedcl.models.flat import TensorSpec
 
 _HEAD = re.compile(r"(?:^|\.)heads?\.")  # as strategies.collaboration.fedper knows them
 
@@ -25,46 +25,14 @@ def is_head(tensor: TensorSpec) -> bool:
     return _HEAD.search(tensor.name) is not None
 
 
-def head_mask(model: FlatModel) -> Tensor:
-    """Return which positions of the flat vector belong to heads, bool (P,)."""
-    mask = torch.zeros(model.spec.size, dtype=torch.bool, device=model.device)
-    for tensor in model.spec:
-        if is_head(tensor):
-            mask[tensor.start : tensor.stop] = True
-    return mask
+class FedPer(Kept):
+    """Keep the heads."""
 
+    name: ClassVar[str] = "heads"
 
-class FedPer(Plugin):
-    """Put the client's own heads in place of those received, and take them out again before the reply.
-
-    The reply carries the received heads, so a client's own never travel. A client that has never trained uses the
-    initial ones.
-    """
-
-    phase: ClassVar[Phase] = Phase.DATA  # before anyone looks at the model
-
-    def __init__(self) -> None:
-        self._heads: Tensor | None = None
-
-    def state(self) -> State:
-        """Return the heads' numbers in the order of the flat vector."""
-        return {} if self._heads is None else {"heads": self._heads}
-
-    def load(self, state: State) -> None:
-        """Restore them."""
-        self._heads = state.get("heads")
-
-    def setup(self, ctx: Context) -> None:
-        """Join body and heads."""
-        if self._heads is not None:
-            ctx.model.flat[head_mask(ctx.model)] = self._heads.to(ctx.device)
-
-    def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Keep the heads and send the received ones back."""
-        mask = head_mask(ctx.model)
-        self._heads = ctx.model.flat[mask].clone()
-        ctx.model.flat[mask] = ctx.received[mask]
-        return {}
+    def keeps(self, tensor: TensorSpec) -> bool:
+        """Whether ``tensor`` belongs to a head."""
+        return is_head(tensor)
 
 
 class FedRep(FedPer):

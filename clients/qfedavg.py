@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Payload, Phase, Plugin
+from clients.loss import mean_loss
+from fedcl.client.plugin import Context, Payload, Phase, Plugin
 
 
 class QFedAvg(Plugin):
@@ -23,15 +23,9 @@ class QFedAvg(Plugin):
     def __init__(self) -> None:
         self._loss = torch.zeros(())
 
-    @torch.no_grad()
     def before_round(self, ctx: Context) -> None:
         """Measure the loss before the first step."""
-        ctx.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=ctx.device)
-        for start in range(0, len(ctx.data), 1024):
-            x, y = ctx.data.x[start : start + 1024], ctx.data.y[start : start + 1024]
-            total += len(y) * masked_cross_entropy(ctx.model(x), Batch(x, y, ctx.mask)).double()
-        self._loss = (total / len(ctx.data)).float()
+        self._loss = mean_loss(ctx)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
         """Return ``loss_received`` (1,)."""
