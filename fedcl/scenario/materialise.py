@@ -14,15 +14,15 @@ def materialise(task: Task, y: NDArray[np.int64]) -> Indices:
     """Return the ascending positions (S,) in local labels ``y`` (N,) that belong to ``task``; perhaps none.
 
     Where a task has a portion (start, stop) of a class, it owns those of the class's n local samples, in their order,
-    that lie from floor(start n) to floor(stop n): adjacent portions share no sample and leave none out.
+    that lie from start n to stop n, both rounded to the nearest: portions that meet in the very same number share no
+    sample and leave none out.
     """
     if task.portions is None:
         return np.flatnonzero(np.isin(y, task.classes)).astype(np.int64)
     chosen = [np.empty(0, np.int64)]
     for label, (start, stop) in zip(task.classes, task.portions, strict=True):
         held = np.flatnonzero(y == label)
-        # a hair more, or thirds of a third would lose samples to rounding
-        first, end = (int(share * len(held) + 1e-9) for share in (start, stop))
+        first, end = (int(share * len(held) + 0.5) for share in (start, stop))
         chosen.append(held[first:end])
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
@@ -35,7 +35,7 @@ def targets(task: Task, y: NDArray[np.int64]) -> NDArray[np.int64]:
     ValueError
         A label is not a class of ``task``.
     """
-    column_of = np.full(max(task.classes) + 1, -1, np.int64)
+    column_of = np.full(max(task.classes, default=-1) + 1, -1, np.int64)
     column_of[list(task.classes)] = task.columns
     foreign = ~np.isin(y, task.classes)
     if foreign.any():

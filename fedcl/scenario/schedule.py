@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from fedcl.scenario.task import Position, Stage
 
@@ -34,6 +34,31 @@ def nominal_rounds(num_tasks: int, rounds_per_task: int | Sequence[int]) -> list
     return rounds
 
 
+def stage_ends(itineraries: Mapping[str, Sequence[Span]], num_tasks: int) -> list[int]:
+    """Return the rounds after which a run is looked at as a whole, one for each task, where clients go different ways.
+
+    The k-th is the first round by which every client that ever finishes k tasks has done so. The last one is the run's
+    last round. Where that leaves no round between two of them, the earlier one is moved forward.
+
+    Raises
+    ------
+    ValueError
+        The run has fewer rounds than tasks.
+    """
+    finished = [sorted(span.stop - 1 for span in spans) for spans in itineraries.values()]
+    last = max((ends[-1] for ends in finished if ends), default=-1)
+    if last + 1 < num_tasks:
+        raise ValueError(
+            f"scenario.schedule: the run has {last + 1} rounds for {num_tasks} tasks, must have one each; raise "
+            f"rounds_per_task"
+        )
+    latest = [max((ends[k] for ends in finished if k < len(ends)), default=last) for k in range(num_tasks - 1)]
+    result = [*accumulate(latest, max), last]
+    for k in range(num_tasks - 2, -1, -1):
+        result[k] = min(result[k], result[k + 1] - 1)
+    return result
+
+
 class Itineraries:
     """The base of every schedule: each client has spans of rounds, and between them it takes no part.
 
@@ -41,7 +66,7 @@ class Itineraries:
     at as a whole: one round, ascending, for each task of the stream, the last round at the end.
     """
 
-    uniform: ClassVar[bool] = False
+    uniform: bool = False
 
     def __init__(self, *, stage_ends: Sequence[int]) -> None:
         self.stage_ends = list(stage_ends)
@@ -81,6 +106,29 @@ class Itineraries:
             raise IndexError(f"round {server_round} is outside [0, {self.num_rounds})")
 
 
+class Listed(Itineraries):
+    """A schedule whose itineraries are listed by client; without ``ends``, it is looked at as :func:`stage_ends` says.
+
+    ValueError where the run has fewer rounds than tasks.
+    """
+
+    def __init__(
+        self, itineraries: Mapping[str, Sequence[Span]], num_tasks: int, *, ends: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(stage_ends=stage_ends(itineraries, num_tasks) if ends is None else ends)
+        self._itineraries = dict(itineraries)
+
+    def spans(self, client: str) -> Sequence[Span]:
+        """Return where ``client`` goes; KeyError for a client that the run does not have."""
+        return self._itineraries[client]
+
+
+def chained(task_ids: Sequence[int], rounds: Sequence[int], start: int = 0) -> list[Span]:
+    """Return the spans of a client that goes through ``task_ids`` without a break, so many ``rounds`` each."""
+    stops = [start + total for total in accumulate(rounds)]
+    return [Span(task, stop - length, stop) for task, length, stop in zip(task_ids, rounds, stops, strict=True)]
+
+
 class Synchronous(Itineraries):
     """All clients go through the tasks together (FOT, GLFC, TARGET).
 
@@ -99,17 +147,14 @@ class Synchronous(Itineraries):
         A number of rounds is below 1, or the list has another length than ``num_tasks``.
     """
 
-    uniform: ClassVar[bool] = True
+    uniform: bool = True
 
     def __init__(
         self, *, num_tasks: int, rounds_per_task: int | Sequence[int], clients: Sequence[str] = (), seed: int = 0
     ) -> None:
         rounds = nominal_rounds(num_tasks, rounds_per_task)
-        ends = list(accumulate(rounds))
-        super().__init__(stage_ends=[end - 1 for end in ends])
-        self._spans = [
-            Span(task_id, end - length, end) for task_id, (end, length) in enumerate(zip(ends, rounds, strict=True))
-        ]
+        self._spans = chained(range(num_tasks), rounds)
+        super().__init__(stage_ends=[span.stop - 1 for span in self._spans])
 
     def spans(self, client: str) -> Sequence[Span]:
         """Return the one itinerary of all clients."""

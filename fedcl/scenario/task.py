@@ -29,9 +29,13 @@ class Task:
 
     def part(self, index: int, of: int) -> Task:
         """Return the ``index``-th of ``of`` equal parts of the task: what an online stream shows in one round."""
+
+        def bound(start: float, stop: float, at: int) -> float:
+            # the whole's own ends, bit for bit: parts must meet each other and the next task's without a gap
+            return stop if at == of else start + (stop - start) * at / of
+
         whole = self.portions or ((0.0, 1.0),) * len(self.classes)
-        cut = [(a + (b - a) * index / of, a + (b - a) * (index + 1) / of) for a, b in whole]
-        return replace(self, portions=tuple(cut))
+        return replace(self, portions=tuple((bound(a, b, index), bound(a, b, index + 1)) for a, b in whole))
 
     def to_json(self) -> str:
         """Return the record as it travels in a message."""

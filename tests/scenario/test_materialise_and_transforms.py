@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedcl.scenario.materialise import materialise, targets
 from fedcl.scenario.task import Task
-from fedcl.scenario.transforms import apply_transform
+from fedcl.scenario.transforms import CORRUPTIONS, SEVERITIES, apply_transform
 
 TASK = Task(1, (7, 2), (3, 4))
 Y = np.array([2, 0, 7, 7, 5, 2], np.int64)
@@ -92,6 +94,91 @@ def test_rotation_fills_with_zero_and_needs_images() -> None:
     assert apply_transform(torch.ones(0, 1, 9, 9), {"name": "rotate", "degrees": 45.0}).shape == (0, 1, 9, 9)
 
 
+EVERY: list[dict[str, Any]] = [
+    {"name": "permute", "seed": 3},
+    {"name": "rotate", "degrees": 37.0},
+    {"name": "hue", "degrees": 77.0},
+    {"name": "tone", "contrast": 0.7, "brightness": 0.3},
+    *({"name": "noise", "severity": severity, "seed": 9} for severity in SEVERITIES),
+    *({"name": name, "severity": severity} for name in CORRUPTIONS[1:] for severity in SEVERITIES),
+]
+
+
+def images(samples: int, *shape: int) -> torch.Tensor:
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("transform", EVERY, ids=str)
+def test_a_sample_becomes_the_same_in_any_company(transform: dict[str, Any]) -> None:
+    for shape in ((3, 32, 32), (3, 7, 5)):
+        x = images(40, *shape)
+        whole = apply_transform(x, transform)
+        assert whole.shape == x.shape
+        assert not torch.equal(whole, x)
+        for rows in ([0], [39], [5, 2], list(range(39, -1, -1)), list(range(0, 40, 3)), list(range(33))):
+            assert torch.equal(apply_transform(x[rows], transform), whole[rows])
+        assert apply_transform(x[:0], transform).shape == (0, *shape)
+
+
+def test_hue_turns_colours_and_leaves_grey_alone() -> None:
+    x = images(2, 3, 4, 4)
+    # a third of a turn makes red green, green blue, and blue red
+    torch.testing.assert_close(apply_transform(x, {"name": "hue", "degrees": 120.0}), x[:, [2, 0, 1]])
+    grey = images(2, 1, 4, 4).expand(2, 3, 4, 4)
+    torch.testing.assert_close(apply_transform(grey, {"name": "hue", "degrees": 50.0}), grey)
+    turned = apply_transform(x, {"name": "hue", "degrees": 50.0})
+    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
+    with pytest.raises(ValueError, match="hue needs samples with three channels"):
+        apply_transform(images(1, 1, 4, 4), {"name": "hue", "degrees": 50.0})
+
+
+def test_tone_and_contrast_by_hand() -> None:
+    x = torch.tensor([0.0, 1.0, 2.0, 4.0]).view(1, 1, 2, 2)
+    toned = apply_transform(x, {"name": "tone", "contrast": 0.5, "brightness": 1.0})
+    assert toned.flatten().tolist() == [1.0, 1.5, 2.0, 3.0]
+    drawn = apply_transform(x, {"name": "contrast", "severity": 5})  # a fifth of the distance to 2 is left
+    torch.testing.assert_close(drawn.flatten(), torch.tensor([1.6, 1.8, 2.0, 2.4]))
+
+
+def test_noise_is_noise_within_the_range_of_the_image() -> None:
+    # half way between the ends nothing is cut off at severity 1
+    x = torch.full((50, 1, 20, 20), 0.5)
+    x[:, :, 0, 0], x[:, :, 0, 1] = 0.0, 1.0
+    x[:, :, 0, 2] = torch.linspace(0.4, 0.6, 50).view(-1, 1)  # so that no two are the same
+    noise = apply_transform(x, {"name": "noise", "severity": 1, "seed": 0}) - x
+    inner = noise[:, 0, 1:]
+    assert abs(float(inner.mean())) < 0.002
+    assert float(inner.std()) == pytest.approx(0.08, rel=0.03)
+    between = torch.corrcoef(inner.flatten(1))
+    assert float((between - torch.eye(50)).abs().max()) < 0.25  # 380 pixels: independent ones stay below
+    other = apply_transform(x, {"name": "noise", "severity": 1, "seed": 1}) - x
+    assert abs(float(torch.corrcoef(torch.stack([inner.flatten(), other[:, 0, 1:].flatten()]))[0, 1])) < 0.03
+    strong = apply_transform(x, {"name": "noise", "severity": 5, "seed": 0})
+    assert float(strong.min()) >= 0.0
+    assert float(strong.max()) <= 1.0
+    assert torch.equal(strong[0], apply_transform(x[:1].clone(), {"name": "noise", "severity": 5, "seed": 0})[0])
+
+
+def test_blur_by_hand_and_pixels_grow() -> None:
+    x = torch.zeros(1, 1, 5, 5)
+    x[0, 0, 2, 2] = 16.0
+    blurred = apply_transform(x, {"name": "blur", "severity": 1})
+    assert blurred[0, 0, 1:4, 1:4].tolist() == [[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]
+    assert float(blurred.sum()) == 16.0
+    ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8)
+    coarse = apply_transform(ramp, {"name": "pixelate", "severity": 5})  # two cells of four
+    assert coarse[0, 0, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 6.0, 6.0, 6.0, 6.0]
+    kinds = [len(set(apply_transform(ramp, {"name": "pixelate", "severity": s})[0, 0, 0].tolist())) for s in SEVERITIES]
+    assert kinds == [7, 6, 5, 4, 2]
+
+
+@pytest.mark.parametrize("name", ["tone", "noise", "blur", "contrast", "pixelate"])
+def test_images_are_needed(name: str) -> None:
+    transform = next(t for t in EVERY if t["name"] == name)
+    with pytest.raises(ValueError, match=f"{name} needs samples of shape"):
+        apply_transform(torch.ones(2, 9), transform)
+
+
 def test_unknown_transforms_are_refused() -> None:
-    with pytest.raises(ValueError, match="transform blur"):
-        apply_transform(torch.ones(1, 4), {"name": "blur"})
+    with pytest.raises(ValueError, match="transform fog: must be one of"):
+        apply_transform(torch.ones(1, 4), {"name": "fog"})

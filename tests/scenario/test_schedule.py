@@ -18,14 +18,16 @@ def test_rounds_by_hand() -> None:
         Position(2, 1, 3),
         Position(2, 2, 3),
     ]
-    assert [schedule.boundary(r) for r in range(6)] == [None, 0, 1, None, None, 2]
-    assert [p.is_last for p in positions] == [schedule.boundary(r) is not None for r in range(6)]
+    stages = [schedule.stage(r) for r in range(6)]
+    assert [(s.index, s.ends) for s in stages] == [(0, False), (0, True), (1, True), (2, False), (2, False), (2, True)]
+    assert [p.is_last for p in positions] == [stage.ends for stage in stages]
+    assert [schedule.met("any", r) for r in range(6)] == [(0,), (0,), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2)]
 
 
 def test_one_number_serves_all_tasks() -> None:
     schedule = Synchronous(num_tasks=4, rounds_per_task=5)
     assert schedule.num_rounds == 20
-    assert [r for r in range(20) if schedule.boundary(r) is not None] == [4, 9, 14, 19]
+    assert [r for r in range(20) if schedule.stage(r).ends] == [4, 9, 14, 19]
 
 
 def test_bad_rounds_name_their_key() -> None:

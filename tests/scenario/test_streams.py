@@ -3,13 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcl.building import build
-from fedcl.scenario.streams import ClassIncremental, DomainPermuted, DomainRotated, Joint, TaskIncremental
+from fedcl.scenario.domains import DomainColoured, DomainCorrupted, DomainPermuted, DomainRotated
+from fedcl.scenario.materialise import materialise, targets
+from fedcl.scenario.streams import ClassIncremental, Joint, TaskIncremental
 from fedcl.scenario.task import Stream, Task
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "configs" / "scenario").glob("*.yaml"))
@@ -22,7 +25,9 @@ def trained(stream: Stream) -> list[Task]:
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_every_scenario_yaml_makes_a_stream_whose_records_survive_the_wire(path: Path) -> None:
-    node = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "_allowed_"}
+    node = {
+        key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("_allowed_", "defaults")
+    }
     stream = build(node, at="scenario", **IMAGES)
     assert stream.num_tasks == node["num_tasks"]
     for task in trained(stream):
@@ -33,6 +38,7 @@ def test_every_scenario_yaml_makes_a_stream_whose_records_survive_the_wire(path:
             assert (tested.id, tested.classes, tested.columns) == (task.id, task.classes, task.columns)
             assert tested.mask is None or set(tested.columns) <= set(tested.mask)
             assert max(tested.columns) < sum(stream.heads)
+            assert tested.portions is None
     for outside in (-1, stream.num_tasks):
         with pytest.raises(IndexError, match="outside"):
             stream.train_task(outside)
@@ -97,6 +103,58 @@ def test_every_class_is_in_exactly_one_task(
         assert set(task.columns) <= set(range(start, start + stream.heads[task.head]))
 
 
+def test_increments_share_out_the_classes_unequally() -> None:
+    stream = ClassIncremental(num_classes=6, input_shape=(4,), seed=0, num_tasks=4, increments=[0, 3, 0, 3])
+    assert trained(stream) == [
+        Task(0, (), (), mask=()),
+        Task(1, (0, 1, 2), (0, 1, 2), mask=(0, 1, 2)),
+        Task(2, (), (), mask=(0, 1, 2)),
+        Task(3, (3, 4, 5), (3, 4, 5), mask=(0, 1, 2, 3, 4, 5)),
+    ]
+    assert stream.test_task(0, after=0).mask == ()
+    heads = TaskIncremental(num_classes=6, input_shape=(4,), seed=0, num_tasks=4, increments=[0, 1, 0, 5])
+    assert heads.heads == (1, 5)
+    assert [task.head for task in trained(heads)] == [0, 0, 0, 1]
+    assert [task.columns for task in trained(heads)] == [(), (0,), (), (1, 2, 3, 4, 5)]
+
+
+def test_an_empty_task_has_no_samples_anywhere() -> None:
+    empty = Task(0, (), ())
+    y = np.array([0, 1, 1], np.int64)
+    for task in (empty, empty.part(1, 3), Task(0, (), (), portions=())):
+        chosen = materialise(task, y)
+        assert chosen.dtype == np.int64
+        assert chosen.tolist() == []
+        columns = targets(task, y[chosen])
+        assert columns.dtype == np.int64
+        assert columns.tolist() == []
+        assert Task.from_json(task.to_json()) == task
+    with pytest.raises(ValueError, match="label 0 is not a class of task 0"):
+        targets(empty, y)
+
+
+def test_classes_per_client_are_drawn_for_each_client_and_task() -> None:
+    stream = ClassIncremental(**IMAGES, num_tasks=2, classes_per_client=3)
+    own = {client: stream.client_task(1, client, {0, 1}) for client in "abcdefgh"}
+    for client, task in own.items():
+        earlier = stream.client_task(0, client, {0})
+        assert len(task.classes) == len(earlier.classes) == 3
+        assert set(task.classes) < set(stream.train_task(1).classes)
+        assert task.columns == task.classes
+        # the mask is what this client has learned, not what the others have
+        assert earlier.mask == earlier.classes
+        assert task.mask == tuple(sorted(earlier.classes + task.classes))
+    assert len({task.classes for task in own.values()}) > 3
+    assert stream.client_task(1, "a", {0, 1}) == own["a"]
+    assert stream.client_task(1, "a", {1}).mask == own["a"].classes
+    assert stream.test_task(1, after=1).classes == (5, 6, 7, 8, 9)
+    everything = ClassIncremental(**IMAGES, num_tasks=2, classes_per_client=9)
+    assert everything.client_task(1, "a", {1}) == ClassIncremental(**IMAGES, num_tasks=2).client_task(1, "a", {1})
+    assert ClassIncremental(**IMAGES, masking="all", classes_per_client=1).client_task(1, "a", {1}).mask is None
+    only = ClassIncremental(**IMAGES, masking="task", classes_per_client=1).client_task(1, "a", {0, 1})
+    assert only.mask == only.classes
+
+
 def test_shuffled_order_depends_on_the_seed() -> None:
     orders = {
         tuple(
@@ -123,6 +181,29 @@ def test_domain_streams_keep_classes_and_change_the_input() -> None:
     assert len(set(seeds)) == 8
 
 
+def test_coloured_domains_turn_hues_or_else_dim_and_brighten() -> None:
+    colour = DomainColoured(num_classes=10, input_shape=(3, 8, 8), seed=0, num_tasks=4, strength=0.5)
+    assert [t.transform for t in trained(colour)] == [
+        None,
+        *({"name": "hue", "degrees": d} for d in (30.0, 60.0, 90.0)),
+    ]
+    grey = trained(DomainColoured(**IMAGES, num_tasks=3))
+    assert grey[0].transform is None
+    assert [t.transform["contrast"] for t in grey if t.transform] == pytest.approx([0.65, 0.3])
+    assert [t.transform["brightness"] for t in grey if t.transform] == pytest.approx([0.35, 0.7])
+
+
+def test_corrupted_domains_grade_one_kind_or_take_the_kinds_in_turn() -> None:
+    graded = trained(DomainCorrupted(**IMAGES, num_tasks=6, corruption="blur", severity=5))
+    assert [t.transform for t in graded] == [None, *({"name": "blur", "severity": s} for s in (1, 2, 3, 4, 5))]
+    coarse = trained(DomainCorrupted(**IMAGES, num_tasks=3, corruption="contrast", severity=3))
+    assert [t.transform["severity"] for t in coarse if t.transform] == [2, 3]
+    mixed = [t.transform for t in trained(DomainCorrupted(**IMAGES, num_tasks=6, severity=4)) if t.transform]
+    assert [t["name"] for t in mixed] == ["noise", "blur", "contrast", "pixelate", "noise"]
+    assert {t["severity"] for t in mixed} == {4}
+    assert mixed[0]["seed"] != mixed[4]["seed"]
+
+
 def test_joint_is_one_task_with_everything() -> None:
     assert trained(Joint(**IMAGES)) == [Task(0, tuple(range(10)), tuple(range(10)))]
 
@@ -136,6 +217,15 @@ def test_joint_is_one_task_with_everything() -> None:
         (ClassIncremental, {"class_order": "random"}, r"scenario\.class_order=random"),
         (ClassIncremental, {"masking": "none"}, r"scenario\.masking=none"),
         (TaskIncremental, {"head": "none"}, r"scenario\.head=none"),
+        (ClassIncremental, {"increments": [5, 5]}, r"scenario\.increments=\[5, 5\]: must have 5 entries"),
+        (TaskIncremental, {"increments": [5, 5, 5, -5, 0]}, r"scenario\.increments=.* add up to the 10 classes"),
+        (ClassIncremental, {"increments": [1, 1, 1, 1, 1]}, r"scenario\.increments=.* add up to the 10 classes"),
+        (ClassIncremental, {"classes_per_client": 0}, r"scenario\.classes_per_client=0: must be null or >= 1"),
+        (DomainColoured, {"strength": 0.0}, r"scenario\.strength=0\.0: must be in \(0, 1\]"),
+        (DomainColoured, {"input_shape": (64,)}, r"scenario=domain_coloured: needs images"),
+        (DomainCorrupted, {"input_shape": (64,)}, r"scenario=domain_corrupted: needs images"),
+        (DomainCorrupted, {"corruption": "fog"}, r"scenario\.corruption=fog: must be one of noise, blur"),
+        (DomainCorrupted, {"severity": 6}, r"scenario\.severity=6: must be in \[1, 5\]"),
         (DomainRotated, {"max_degrees": 360.0}, r"scenario\.max_degrees=360\.0"),
         (DomainRotated, {"input_shape": (64,)}, r"scenario=domain_rotated: needs images"),
         (DomainPermuted, {"num_tasks": 0}, r"scenario\.num_tasks=0"),
