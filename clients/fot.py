@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcl.client.plugin import Context, Payload, Phase, Plugin
-from fedcl.linalg import project_out
+from fedcl.linalg import project_out, random_signs
 from fedcl.models.networks import RandomLayer
 
 _CHUNK = 4096  # columns of A sketched at a time: bounds the random matrix, which is as long as A
@@ -90,6 +90,34 @@ class Sketch:
         }
 
 
+class Range:
+    """The residual's Gram matrix times random signs, R R^T Omega (D, Q), with the energies of R and A, batch by batch.
+
+    All clients of a question use the same Omega, so that the sum over clients is that of the pooled samples.
+    """
+
+    def __init__(self, basis_DK: Tensor, signs_DQ: Tensor) -> None:
+        self._basis_DK, self._signs_DQ = basis_DK, signs_DQ
+        self._range_DQ = torch.zeros(signs_DQ.shape, dtype=torch.float64)
+        self._energy = torch.zeros(1, dtype=torch.float64)
+        self._residual = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, rows_MD: Tensor) -> None:
+        """Take in a batch of inputs."""
+        residual = project_out(rows_MD, self._basis_DK)
+        self._energy += rows_MD.double().square().sum().cpu()
+        self._residual += residual.double().square().sum().cpu()
+        self._range_DQ += (residual.T @ (residual @ self._signs_DQ)).double().cpu()
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Return ``<layer>/range``, float32 (D, Q), and the squared norms ``<layer>/energy``, ``<layer>/residual``."""
+        return {
+            f"{layer}/range": self._range_DQ.float(),
+            f"{layer}/energy": self._energy,
+            f"{layer}/residual": self._residual,
+        }
+
+
 class SubspaceAnswer(Plugin):
     """Answers the server's question for the subspace of every layer's inputs.
 
@@ -98,7 +126,8 @@ class SubspaceAnswer(Plugin):
     variant, method, sketch_width
         As the server half has them. ``official`` sketches with G uniform on (-1, 1), in training mode, and reads an
         activation before its dropout. ``corrected`` runs in evaluation mode; its sketch has G / sqrt(Q), G normal,
-        which makes the expected energy of the sketch that of the residual.
+        which makes the expected energy of the sketch that of the residual. The range finder's width and signs are
+        the server's to say.
     batch_size
         Samples of one forward pass.
     """
@@ -115,7 +144,7 @@ class SubspaceAnswer(Plugin):
         self,
         *,
         variant: Literal["official", "corrected"] = "corrected",
-        method: Literal["auto", "gram", "sketch"] = "auto",
+        method: Literal["auto", "gram", "sketch", "range_finder"] = "auto",
         sketch_width: int | None = None,
         batch_size: int = 64,
     ) -> None:
@@ -123,7 +152,7 @@ class SubspaceAnswer(Plugin):
 
     @torch.no_grad()
     def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of :class:`GramSum` or of :class:`Sketch` for each layer asked for.
+        """Return the tensors of :class:`GramSum`, :class:`Sketch` or :class:`Range` for each layer asked for.
 
         Parameters
         ----------
@@ -132,16 +161,20 @@ class SubspaceAnswer(Plugin):
         name
             ``subspace``.
         request
-            ``<layer>/basis`` (D, K), K = 0 for a layer without a basis.
+            ``<layer>/basis`` (D, K), K = 0 for a layer without a basis; for the range finder also ``<layer>/draw``
+            (2,), the seed of its signs and their columns.
 
         Raises
         ------
         ValueError
             A layer is not in the model, or its inputs are not those of a linear layer or a 2-d convolution.
         """
-        bases = {key.removesuffix("/basis"): basis.to(ctx.device) for key, basis in request.items()}
-        layers = {layer: _layer(ctx.model.module, layer) for layer in bases}
-        sums = {layer: self._summary(ctx, basis) for layer, basis in bases.items()}
+        named = {key.removesuffix("/basis"): basis for key, basis in request.items() if key.endswith("/basis")}
+        layers = {layer: _layer(ctx.model.module, layer) for layer in named}
+        sums = {
+            layer: self._summary(ctx, basis.to(ctx.device), request.get(f"{layer}/draw"))
+            for layer, basis in named.items()
+        }
         official = self.variant == "official"
         ctx.model.module.train(official)
         for x in torch.split(ctx.data.x, self.batch_size):
@@ -152,7 +185,10 @@ class SubspaceAnswer(Plugin):
                     sums[layer].add(layer_rows(module, read))
         return {key: tensor for layer, total in sums.items() for key, tensor in total.tensors(layer).items()}
 
-    def _summary(self, ctx: Context, basis_DK: Tensor) -> GramSum | Sketch:
+    def _summary(self, ctx: Context, basis_DK: Tensor, draw: Tensor | None) -> GramSum | Sketch | Range:
+        if draw is not None:
+            seed, width = draw.tolist()
+            return Range(basis_DK, random_signs(len(basis_DK), width, seed).to(ctx.device))
         if self.variant == "corrected" and self.method != "sketch":
             return GramSum(basis_DK.shape[0])
         generator, width = ctx.rng("subspace"), self.sketch_width or basis_DK.shape[0]

@@ -159,7 +159,8 @@ def _split(overrides: Sequence[str], groups: Mapping[str, Mapping[str, Path]]) -
     choices: dict[str, str] = {}
     values: list[Override] = []
     parser = OverridesParser.create()
-    for text in overrides:
+    for given in overrides:
+        text = _quoted(given)
         try:
             override = parser.parse_override(text)
         except (HydraException, ValueError) as error:
@@ -176,6 +177,15 @@ def _split(overrides: Sequence[str], groups: Mapping[str, Mapping[str, Path]]) -
         else:
             values.append(override)
     return choices, values
+
+
+def _quoted(text: str) -> str:
+    """Return ``compare_with=a=1 b=2`` with its value quoted: overrides inside an override would not parse."""
+    key, _, value = text.partition("=")
+    if key.strip() != "compare_with" or "=" not in value or value.strip()[:1] in ("'", '"'):
+        return text
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:

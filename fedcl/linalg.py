@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # A unit vector of which less than this is left outside a basis is inside it, but for rounding.
 _INSIDE = 1e-6
+# Eigenvalues below this share of the largest are what rounding to float32 has left in a sketch.
+_NOISE = 1e-6
 
 
 def project_out(rows_RD: Tensor, basis_DK: Tensor) -> Tensor:
@@ -52,6 +54,32 @@ def sketch_spectrum(sketch_DQ: Tensor) -> tuple[Tensor, Tensor]:
     return singular.square().to(sketch_DQ), directions.to(sketch_DQ)
 
 
+def random_signs(rows: int, columns: int, seed: int) -> Tensor:
+    """Return a float32 matrix (rows, columns) of independent signs: the same bits for a seed on every machine.
+
+    As many columns as rows are the identity instead: chance would make them dependent, and these miss nothing.
+    """
+    if columns == rows:
+        return torch.eye(rows)
+    generator = torch.Generator().manual_seed(seed)
+    # Normal numbers would differ in their last bits between processors with and without vector instructions.
+    return torch.randint(0, 2, (rows, columns), generator=generator).float().mul_(2).sub_(1)
+
+
+def nystrom_spectrum(sketch_DQ: Tensor, test_DQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (energies (m,), descending; directions (D, m)), m <= Q, of a Gram matrix C that only C Omega is known of.
+
+    They are those of C Omega (Omega^T C Omega)^+ (C Omega)^T, which never exceeds C: the directions hold at least the
+    energy returned, and all of it where the rank of C is at most Q. One pass over the samples is enough, and
+    C Omega is a sum over samples (Tropp, Yurtsever, Udell, Cevher, "Fixed-rank approximation of a positive-semidefinite
+    matrix from streaming data", NeurIPS 2017). Raises as :func:`gram_spectrum`.
+    """
+    core_QQ = test_DQ.T @ sketch_DQ
+    values, vectors = gram_spectrum((core_QQ + core_QQ.T) / 2)
+    held = int((values > _NOISE * values[0]).sum())
+    return sketch_spectrum(sketch_DQ @ (vectors[:, :held] / values[:held].sqrt()))
+
+
 def extend_basis(basis_DK: Tensor, directions_DN: Tensor) -> Tensor:
     """Return an orthonormal basis (D, K + n), n <= N, of the span of both; its first K columns are ``basis_DK`` itself.
 
@@ -66,15 +94,16 @@ def extend_basis(basis_DK: Tensor, directions_DN: Tensor) -> Tensor:
     return torch.cat([basis_DK, new], dim=1)
 
 
-def leading(energies: Tensor, share: float, *, strict: bool = False) -> int:
+def leading(energies: Tensor, share: float, *, strict: bool = False, total: float | None = None) -> int:
     """Return the smallest k whose k first ``energies`` hold at least ``share`` of their sum (``strict``: more than it).
 
-    All of them where no k does; 0 for a share of at most 0 unless ``strict``; 0 where the sum is 0.
+    All of them where no k does; 0 for a share of at most 0 unless ``strict``; 0 where the sum is 0. ``total`` takes the
+    place of the sum where ``energies`` are not all there are.
     """
-    total = energies.sum()
-    if not total > 0 or (share <= 0 and not strict):
+    whole = energies.sum() if total is None else torch.as_tensor(total)
+    if not whole > 0 or (share <= 0 and not strict):
         return 0
-    held = energies.cumsum(0) / total
+    held = energies.cumsum(0) / whole
     enough = held > share if strict else held >= share
     return int(enough.to(torch.uint8).argmax()) + 1 if bool(enough.any()) else len(energies)
 

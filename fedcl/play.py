@@ -116,7 +116,8 @@ class _AfterRound:
 def _report_partition(prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
-    recorder.event("partition", **report)
+    stream = prepared.stream
+    recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
     if report["coverage"] < 1.0 and not quiet:
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 

@@ -48,6 +48,9 @@ def _device(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"ray", "flower"} & set(item.keywords):
+            item.add_marker(pytest.mark.xdist_group("cluster"))  # one Ray instance a test run
     if _device(config) != "cuda":
         skip = pytest.mark.skip(reason="needs a CUDA device: run with --device cuda")
         for item in items:

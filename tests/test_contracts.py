@@ -82,9 +82,11 @@ def dull_payloads(diary: Diary) -> list[str]:
     """Return the declared payloads that never travel, and those of training that are always the same."""
     dull = []
     for payload in diary.payloads:
-        seen = diary.traffic.get((payload.direction, payload.name), [])
+        way = (payload.direction, payload.name)
+        # sums travel as <query>/<tensor>
+        seen = [ts for (to, name), ts in diary.traffic.items() if (to, name.split("/")[0]) == way]
         steady = payload.when == "query" or payload.name in STEADY
-        if not seen or not (steady or any(not torch.equal(seen[0], tensor) for tensor in seen)):
+        if not seen or not (steady or all(any(not torch.equal(ts[0], t) for t in ts) for ts in seen)):
             dull.append(f"{payload.name} {payload.direction}")
     return dull
 
@@ -207,8 +209,10 @@ def test_any_two_choices_run_together(row: Choices, files: dict[str, str], devic
     small = ["strategy.projection.server.method=sketch", "strategy.projection.server.sketch_width=8"]
     extra = ["rounds_per_task=1", "client.epochs=1", *(small if row.get("strategy/projection") in SKETCHED else [])]
     diary = play(configure(row, files, device, *extra, num_tasks=2))
-    assert diary.faults == []
-    assert len(diary.hashes) == (1 if row["scenario"] == "joint" else 2)
+    # where clients go different ways, those of one round may hold nothing of their tasks
+    apart = row.get("scenario/schedule", "synchronous") != "synchronous"
+    assert [one for one in diary.faults if not (apart and one["kind"] == "round_skipped" and one["replies"])] == []
+    assert len(diary.hashes) == diary.rounds >= (1 if row["scenario"] == "joint" else 2)
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: " ".join(sorted(pair)))

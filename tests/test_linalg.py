@@ -11,8 +11,10 @@ from fedcl.linalg import (
     extend_basis,
     gram_spectrum,
     leading,
+    nystrom_spectrum,
     project_out,
     project_out_gram,
+    random_signs,
     sketch_spectrum,
 )
 
@@ -133,3 +135,42 @@ def test_a_decomposition_that_does_not_converge_is_done_again_in_float64(
 def test_what_never_converges_is_an_error() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         gram_spectrum(torch.full((3, 3), float("nan")))
+
+
+def test_signs_are_signs_and_a_square_of_them_is_the_identity() -> None:
+    signs = random_signs(50, 20, seed=4)
+    assert signs.shape == (50, 20)
+    assert signs.unique().tolist() == [-1.0, 1.0]
+    assert abs(float(signs.mean())) < 0.1
+    assert torch.equal(signs, random_signs(50, 20, seed=4))
+    assert not torch.equal(signs, random_signs(50, 20, seed=5))
+    assert torch.equal(random_signs(5, 5, seed=4), torch.eye(5))
+
+
+@pytest.mark.parametrize("width", [6, 10, 30])
+def test_a_nystrom_spectrum_is_that_of_the_gram_matrix_where_its_rank_is_no_larger(width: int) -> None:
+    columns = orthonormal(30, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 2, 1, 0.1]).double()) @ normal(6, 50)
+    gram, signs = columns @ columns.T, random_signs(30, width, seed=2).double()
+    energies, directions = nystrom_spectrum((gram @ signs).float().double(), signs)
+    exact, _ = gram_spectrum(gram)
+    torch.testing.assert_close(energies[:6], exact[:6], rtol=1e-3, atol=1e-4)
+    assert float(energies[6:].sum()) < 1e-4
+    assert float(project_out(columns.T, directions[:, :6]).norm() / columns.norm()) < 1e-3
+
+
+def test_nystrom_directions_hold_at_least_the_energy_they_promise() -> None:
+    columns = normal(40, 100) / torch.arange(1, 41)[:, None].double()
+    gram, signs = columns @ columns.T, random_signs(40, 15, seed=2).double()
+    energies, directions = nystrom_spectrum(gram @ signs, signs)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(15, dtype=torch.float64), rtol=0, atol=1e-12)
+    for count in range(1, 16):
+        held = float((directions[:, :count].T @ gram @ directions[:, :count]).trace())
+        assert float(energies[:count].sum()) <= held * (1 + 1e-12)
+    assert float(energies.sum()) > 0.9 * float(gram.trace())
+
+
+def test_leading_of_a_spectrum_that_is_not_whole() -> None:
+    energies = torch.tensor([4.0, 3.5, 0.5])
+    assert leading(energies, 0.7, total=10.0) == 2
+    assert leading(energies, 0.9, total=10.0) == 3
+    assert leading(energies, 0.9, total=0.0) == 0

@@ -138,6 +138,8 @@ def learning_accuracy(accuracy_TT: ArrayLike) -> float:
 def summarise(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None = None) -> dict[str, float]:
     """Return the continual-learning headline numbers under their keys of ``summary.json``, all as task means.
 
+    Tasks that were never measured, because they have no test samples, are left out with their rows.
+
     Parameters
     ----------
     accuracy_TT
@@ -150,12 +152,18 @@ def summarise(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None = None) -> di
     ValueError
         As the functions for each number do.
     """
+    matrix = _matrix(accuracy_TT)
+    # a task without test samples is measured by nobody: its row is one more look at the others
+    measured = ~np.isnan(matrix).all(axis=0)
+    if measured.any():
+        matrix = matrix[np.ix_(measured, measured)]
+        baseline_T = None if baseline_T is None else np.asarray(baseline_T, dtype=np.float64)[measured]
     return {
-        "accuracy/average": average_accuracy(accuracy_TT),
-        "accuracy/average_incremental": average_incremental_accuracy(accuracy_TT),
-        **{f"forgetting/{kind}": forgetting(accuracy_TT, kind) for kind in KINDS},
-        "bwt": bwt(accuracy_TT),
-        "fwt": fwt(accuracy_TT, baseline_T),
+        "accuracy/average": average_accuracy(matrix),
+        "accuracy/average_incremental": average_incremental_accuracy(matrix),
+        **{f"forgetting/{kind}": forgetting(matrix, kind) for kind in KINDS},
+        "bwt": bwt(matrix),
+        "fwt": fwt(matrix, baseline_T),
     }
 
 

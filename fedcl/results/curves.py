@@ -26,17 +26,21 @@ Curve = tuple[NDArray[np.float64], list[int]]
 def round_curve(run: Run) -> Curve | None:
     """Return the global model's accuracy by round, (N, T), and the row with which each task was learned, -1 for none.
 
-    Tasks that were not met yet are NaN; None where nothing was tested after training began.
+    A task is met when the first client trains it, and learned with the last test of the stage in which that was; before
+    it is met it is NaN. None where nothing was tested after training began.
     """
     rows = run.accuracy[run.accuracy["round"] >= 0]
-    if rows.empty:
+    trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
+    met = trained.groupby("task")["round"].min()
+    if rows.empty or met.empty:
         return None
-    ends = rows.groupby("after")["round"].max()  # the last test of each stage
-    seen = rows[rows["task"] <= rows["after"]]
+    stages = rows.groupby("after")["round"].max()  # the last test of each stage
+    seen = rows[rows["round"] >= rows["task"].map(met).fillna(np.inf)]
     table = seen.drop_duplicates(["round", "task"], keep="last").pivot(index="round", columns="task", values="value")
     table = table.reindex(columns=range(int(rows["task"].max()) + 1))
+    ends = {task: stages[stages >= first].min() for task, first in met.items()}
     rounds = list(table.index)
-    learned = [rounds.index(ends[task]) if task in ends.index else -1 for task in table.columns]
+    learned = [rounds.index(ends[task]) if ends.get(task) in rounds else -1 for task in table.columns]
     return table.to_numpy(dtype=np.float64), learned
 
 

@@ -111,5 +111,34 @@ def add_reference(run_dir: Path, reference_dir: Path) -> None:
     own = json.loads(path.read_text())
     other = json.loads((reference_dir / schema.SUMMARY).read_text())
     own = {key: value for key, value in own.items() if not key.startswith("reference/")}
+    own.update(intransigence(load(run_dir), load(reference_dir)))
     own.update({f"reference/{key}": value for key, value in other.items() if key not in _NOT_COMPARED})
     write_atomic(path, json.dumps(own, indent=2) + "\n")
+
+
+def intransigence(run: Run, reference: Run) -> dict[str, float]:
+    """Return what is not learned for the sake of earlier tasks: mean over tasks k of a*_k - R[k, k].
+
+    a*_k is the accuracy on the classes of task k, each weighing the same, of a model that was trained on all tasks at
+    once: the reference must be a run with ``scenario=joint``. Nothing is returned for another one, or where the tasks
+    share classes or know their task at test, so that the joint model answers another question. Chaudhry et al. (ECCV
+    2018) train a*_k on tasks 1 to k only.
+    """
+    tasks, scenario = _tasks(run), run.config.get("scenario", {})
+    shared = len({label for task in tasks for label in task}) < sum(len(task) for task in tasks)
+    joint = reference.config.get("scenario", {}).get("_target_", "").endswith(".Joint")
+    if not joint or not tasks or shared or scenario.get("_target_", "").endswith(".TaskIncremental"):
+        return {}
+    best = [_mean([_last(reference, "test", f"accuracy_class_{label}") for label in task]) for task in tasks]
+    gaps = np.asarray(best) - np.diag(run.accuracy_matrix().to_numpy())
+    return {"intransigence": float(np.nanmean(gaps))} if not np.isnan(gaps).all() else {}
+
+
+def _tasks(run: Run) -> list[list[int]]:
+    """Return the classes of each task, as the run noted them when it began."""
+    noted = run.events[run.events["kind"] == "partition"]
+    return list(noted["tasks"].iloc[0]) if len(noted) and "tasks" in noted else []
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

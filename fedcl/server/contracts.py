@@ -258,9 +258,16 @@ class Collaboration(Part):
         """Return the targets besides the global model that exist from the start, and their models (P,)."""
         return {}
 
+    def weight(self, update: Update) -> float:
+        """Return what the update's change counts: pure, as :meth:`term`."""
+        return update.weight
+
     def term(self, update: Update) -> tuple[Tensor, float]:
-        """Return (vector (P,) float64, weight): pure, may run where the update was made."""
-        return update.delta, update.weight
+        """Return (vector (P,) float64, weight): pure, may run where the update was made.
+
+        Where only the weight is another, override :meth:`weight`: changes alone are folded without making them whole.
+        """
+        return update.delta, self.weight(update)
 
     def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
         """Turn the folded terms into changes (P,) float64."""

@@ -187,6 +187,8 @@ class Server:
         if stage.ends or (every and (server_round + 1) % every == 0):
             met = self.curriculum.met(self._clients, server_round)
             self.measurement.test(self.global_model, server_round, self.now, stage, met)
+            if server_round == self.schedule.num_rounds - 1:
+                self.measurement.classes(self.global_model, server_round, self.now, stage, met)
             if self.state.late:
                 late = self.state.late
                 self.measurement.stale_classes(self.global_model, server_round, self.now, stage, met, late)

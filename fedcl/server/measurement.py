@@ -93,6 +93,16 @@ class Measurement:
                 virtual_time=now,
             )
 
+    def classes(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
+        """Test the global model on each class: what a joint run is a reference for, task by task."""
+        if self.evaluator is None:
+            return
+        for label, value in self.evaluator.accuracy_by_class(model, met).items():
+            name = f"accuracy_class_{label}"
+            self.record.row(
+                round=server_round, phase="test", name=name, value=value, after=stage.index, virtual_time=now
+            )
+
     def stale_classes(
         self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int], late: Collection[str]
     ) -> None:

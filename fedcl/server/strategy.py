@@ -17,6 +17,7 @@ from fedcl.server.contracts import (
     Answer,
     Collaboration,
     Event,
+    Fold,
     LocalWork,
     Part,
     Projection,
@@ -219,7 +220,7 @@ class Pipeline:
         kept = [admitted.get(update.client) if update is not None else None for update in positions]
         models = {GLOBAL: view.global_model}
         if self.collaboration.needs == "sum":
-            changes = self.collaboration.finish(fold(kept, self.collaboration.term, view.spec, self._sums), view)
+            changes = self.collaboration.finish(self._fold(kept, view.spec), view)
         else:
             combined = self.collaboration.combine([u for u in kept if u is not None], view)
             models |= {target: view.model_at(target) for target in combined if target != GLOBAL}
@@ -231,6 +232,11 @@ class Pipeline:
                 change = change.masked_fill(self._private, 0.0)
             result[target] = exact_sum(models.get(target, view.global_model), change)
         return result
+
+    def _fold(self, updates: Sequence[Update | None], spec: Spec) -> Fold:
+        part = self.collaboration
+        plain = type(part).term is Collaboration.term
+        return fold(updates, part.term, spec, self._sums, weight=part.weight if plain else None)
 
     def queries(self, event: Event, view: ServerView) -> list[Query]:
         """Return the projection's questions."""

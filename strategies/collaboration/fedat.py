@@ -91,7 +91,7 @@ class FedAT(FedAvg):
 
         def term(update: Update) -> tuple[Tensor, float]:
             # tiers average models, however old: for a fresh update this is its change
-            return update.model.double() - global_P, self.term(update)[1]
+            return update.model.double() - global_P, self.weight(update)
 
         for tier in sorted({self._tier[update.client] for update in updates}):
             members = [update for update in updates if self._tier[update.client] == tier]

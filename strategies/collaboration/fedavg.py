@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
 from fedcl.server.contracts import Collaboration, Update
 
 
@@ -18,8 +16,6 @@ class FedAvg(Collaboration):
     def __init__(self, *, weighting: Literal["num_examples", "uniform"] = "num_examples") -> None:
         self.weighting = weighting
 
-    def term(self, update: Update) -> tuple[Tensor, float]:
-        """Return the change and its weight. A uniform mean still honours a staleness weight relative to the samples."""
-        if self.weighting == "uniform":
-            return update.delta, update.weight / update.num_examples
-        return update.delta, update.weight
+    def weight(self, update: Update) -> float:
+        """Return the weight of a change. A uniform mean still honours a staleness weight relative to the samples."""
+        return update.weight / update.num_examples if self.weighting == "uniform" else update.weight

@@ -56,9 +56,9 @@ class Scaffold(Collaboration):
         """Return the global model and c, float32 (P,)."""
         return GLOBAL, dict(self._payload)
 
-    def term(self, update: Update) -> tuple[Tensor, float]:
-        """Return the change with weight one, times what staleness made of the weight."""
-        return update.delta, update.weight / update.num_examples
+    def weight(self, update: Update) -> float:
+        """Return one for a change, times what staleness made of the weight."""
+        return update.weight / update.num_examples
 
     def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
         """Move c and return the change of the global model."""

@@ -128,3 +128,11 @@ def test_bad_input_is_named() -> None:
         metrics.average_accuracy(R, num_examples=[1, 2])
     with pytest.raises(ValueError, match="baseline"):
         metrics.fwt(R, [0.1])
+
+
+def test_a_task_without_test_samples_is_left_out_with_its_row() -> None:
+    nan = float("nan")
+    full = [[0.9, nan, 0.2], [0.85, nan, 0.25], [0.7, nan, 0.8]]
+    without = [[0.9, 0.2], [0.7, 0.8]]
+    got = metrics.summarise(full, [0.1, nan, 0.1])
+    assert got == pytest.approx(metrics.summarise(without, [0.1, 0.1]))

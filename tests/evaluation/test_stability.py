@@ -20,7 +20,15 @@ from fedcl.evaluation.stability import (
 NAN = float("nan")
 # task 0 is learned with the second evaluation, task 1 with the fifth, task 2 with the last
 CURVE = np.array(
-    [[0.5, NAN, NAN], [0.9, NAN, NAN], [0.4, 0.3, NAN], [0.7, 0.8, NAN], [0.8, 0.9, NAN], [0.6, 0.2, 0.7], [0.7, 0.6, 1.0]]
+    [
+        [0.5, NAN, NAN],
+        [0.9, NAN, NAN],
+        [0.4, 0.3, NAN],
+        [0.7, 0.8, NAN],
+        [0.8, 0.9, NAN],
+        [0.6, 0.2, 0.7],
+        [0.7, 0.6, 1.0],
+    ]
 )
 LEARNED = [1, 4, 6]
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedcl.config import ConfigError, compose
 from fedcl.experiment import run
+from fedcl.prepared import Prepared
 from fedcl.results import load
+from fedcl.simulation.backend import open_backend
 from fedcl.simulation.cluster import start_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -191,3 +195,29 @@ def test_ray_started_here_is_reached_from_nowhere_else() -> None:
     import ray
 
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+def _pid_and_sum(matrix: torch.Tensor) -> tuple[int, torch.Tensor]:
+    if not len(matrix):
+        raise ValueError("nothing to add")
+    return os.getpid(), (matrix @ matrix.T).sum(0)
+
+
+def _die_unless_home(home: int) -> int:
+    if os.getpid() != home:
+        os._exit(3)
+    return home
+
+
+def test_the_servers_arithmetic_runs_on_the_workers_with_the_same_bits(tmp_path: Path) -> None:
+    cfg = compose([*SMALL, "backend.workers=2", "compare_with=null"])
+    prepared = Prepared.of(cfg)
+    matrix = torch.randn(65, 33, generator=torch.Generator().manual_seed(0))
+    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+        futures = [backend.compute(_pid_and_sum, matrix) for _ in range(4)]
+        answers = [future.result() for future in futures]
+        assert len({pid for pid, _ in answers} - {os.getpid()}) == 2
+        assert all(torch.equal(value, _pid_and_sum(matrix)[1]) for _, value in answers)
+        with pytest.raises(ValueError, match="nothing to add"):
+            backend.compute(_pid_and_sum, matrix[:0]).result()
+        assert backend.compute(_die_unless_home, os.getpid()).result() == os.getpid()

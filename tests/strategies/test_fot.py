@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.fot import Sketch, SubspaceAnswer, layer_rows
+from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Context, TaskData
 from fedcl.linalg import project_out
 from fedcl.messages import record_tensors, tensors_record
@@ -20,7 +22,7 @@ from fedcl.models.networks import MLP, Dropout, Network, Output, build_model
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Update
+from fedcl.server.contracts import GLOBAL, Answer, Event, LocalWork, Query, Update
 from fedcl.tree import equal, pack, unpack
 from strategies.projection.fot import FOT
 
@@ -148,7 +150,8 @@ def prepared(rank: int, **options: Any) -> FOT:
     server.setup(linear_model().spec)
     if rank:
         basis = torch.eye(4, dtype=torch.float64)[:, :rank]
-        server.load_state_dict({"bases": {"head": basis}, "epsilon": 0.9, "answers_ignored": 0})
+        state = {"bases": {"head": basis}, "epsilon": 0.9, "answers_ignored": 0, "extensions": 1}
+        server.load_state_dict(state)
     return server
 
 
@@ -465,7 +468,221 @@ def test_whom_it_asks_and_when() -> None:
     assert all(torch.equal(sent, model.vector()) for sent in query.models.values())
     assert list(some.queries(event, view)[0].models) == ["a", "b"]
     assert some.queries(task_end(model, clients=()), view) == []
-    assert FOT.keeps_updates
+    ended = FOT(asks="ended")
+    ended.setup(model.spec)
+    (query,) = ended.queries(replace(event, clients=("b",)), view)
+    assert list(query.models) == ["b"]
+    assert ended.queries(event, view) == []
+    assert [server.keeps_updates for server in (official, everybody, some, ended)] == [True, False, True, False]
+    with pytest.raises(ValueError, match="asks=ended: with extend_at=2 no task ends"):
+        FOT(asks="ended", extend_at=2).setup(model.spec)
+
+
+def test_without_task_ends_it_asks_every_so_many_rounds() -> None:
+    model = mlp_model()
+    view = View(model)
+    server = FOT(extend_at=3)
+    server.setup(model.spec)
+    kinds: list[Literal["round_end", "task_end"]] = ["round_end", "task_end"]
+    for server_round in range(12):
+        for kind in kinds:
+            asked = server.queries(Event(kind, 0, server_round, server_round == 11), view)
+            assert bool(asked) == (server_round in (2, 5, 8))
+    for wrong in (0, True, "never", 1.5):
+        with pytest.raises(ValueError, match=f"extend_at={wrong}: must be task or int >= 1"):
+            FOT(extend_at=wrong).setup(model.spec)  # type: ignore[arg-type]
+
+
+def test_a_stream_in_which_no_task_ends_is_noted() -> None:
+    def work(num_tasks: int) -> LocalWork:
+        stream = SimpleNamespace(num_tasks=num_tasks)
+        return LocalWork(linear_model(), LocalTraining(1, 4, lr=0.1), cast(Any, stream), (4,))
+
+    for server, num_tasks, kinds in (
+        (FOT(), 1, ["subspace_never_extended"]),
+        (FOT(), 2, []),
+        (FOT(extend_at=2), 1, []),
+    ):
+        server.setup(linear_model().spec)
+        server.bind(work(num_tasks))
+        assert [note["kind"] for note in server.notes()] == kinds
+        assert server.notes() == []
+
+
+# -- what else may be kept from changing -------------------------------------------------------------------------------
+
+
+class Normed(Network):
+    """A convolution, batch normalisation, a hidden layer, group normalisation."""
+
+    def __init__(self, heads: Sequence[int] = (3,)) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.batch = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(4 * 36, 6)
+        self.group = nn.GroupNorm(2, 6)
+        self.attach_heads(6, heads)
+
+    def forward(self, x: Tensor) -> Output:
+        x = torch.relu(self.batch(self.conv(x)))
+        return self.classify(torch.relu(self.group(self.hidden(x.flatten(1)))))
+
+
+NORMS = {"batch.weight", "batch.bias", "batch.running_mean", "batch.running_var", "group.weight", "group.bias"}
+BIASES = {"conv.bias", "hidden.bias", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({}, set()),
+        ({"biases": "freeze"}, BIASES),
+        ({"norms": "freeze"}, NORMS),
+        ({"biases": "freeze", "norms": "freeze"}, BIASES | NORMS),
+        ({"biases": "freeze", "project_heads": False}, BIASES - {"head.bias"}),
+    ],
+)
+def test_biases_and_norms_are_averaged_or_frozen_after_the_first_extension(
+    options: dict[str, Any], frozen: set[str]
+) -> None:
+    model = flat(Normed)
+    server = FOT(epsilon=0.8, **options)
+    server.setup(model.spec)
+    change = torch.randn(model.spec.size, generator=torch_generator("change"), dtype=torch.float64)
+    assert torch.equal(server.apply(GLOBAL, change, View(model)), change)
+    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    allowed = server.apply(GLOBAL, change, View(model))
+    still = {t.name for t in model.spec if not model.spec.view(allowed, t.name).any()}
+    assert still == frozen
+    free = BIASES | NORMS if options.get("project_heads", True) else BIASES | NORMS | {"head.weight"}
+    for name in free - frozen:
+        assert torch.equal(model.spec.view(allowed, name), model.spec.view(change, name))
+    for name in {"conv.weight", "hidden.weight"}:
+        assert not torch.equal(model.spec.view(allowed, name), model.spec.view(change, name))
+
+
+def test_the_heads_of_tasks_keep_their_biases() -> None:
+    model = flat(lambda: Normed((2, 2)))
+    server = FOT(epsilon=0.8, biases="freeze", norms="freeze")
+    server.setup(model.spec)
+    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    allowed = server.apply(GLOBAL, torch.ones(model.spec.size, dtype=torch.float64), View(model))
+    for name in ("heads.0.bias", "heads.1.bias", "heads.0.weight"):
+        assert bool((model.spec.view(allowed, name) == 1).all())
+
+
+def test_a_shared_head_can_be_left_free() -> None:
+    model = mlp_model()
+    free = FOT(project_heads=False)
+    free.setup(model.spec)
+    assert {name for name in free.metrics() if name.startswith("rank/")} == {"rank/hidden.0", "rank/hidden.1"}
+    named = FOT(project_heads=False, layers=["head.weight"])
+    named.setup(model.spec)
+    assert {name for name in named.metrics() if name.startswith("rank/")} == {"rank/head"}
+
+
+class Mixed(Network):
+    """Layers whose inputs can be read, and others."""
+
+    def __init__(self, heads: Sequence[int] = (3,)) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(4, 6))
+        self.grouped = nn.Conv2d(2, 4, 3, groups=2)
+        self.embedding = nn.Embedding(5, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.attach_heads(6, heads)
+
+    def forward(self, x: Tensor) -> Output:
+        return self.classify(self.hidden(x))
+
+
+def test_what_cannot_be_read_is_left_out_and_noted() -> None:
+    model = flat(Mixed)
+    stream = cast(Any, SimpleNamespace(num_tasks=2))
+    work = LocalWork(model, LocalTraining(1, 4, lr=0.1), stream, (6,))
+    server = FOT()
+    server.setup(model.spec)
+    server.bind(work)
+    assert {name for name in server.metrics() if name.startswith("rank/")} == {"rank/hidden", "rank/head"}
+    left = ["positions", "grouped.weight", "embedding.weight"]
+    assert server.notes() == [{"kind": "weights_unprotected", "weights": left}]
+    exchange(server, SubspaceAnswer(), model, {"a": features(9, 6)})
+    server.resize(model.spec, model.spec)
+    assert server.basis("hidden").shape[1] > 0
+    named = FOT(layers=["embedding.weight", "hidden.weight"])
+    named.setup(model.spec)
+    with pytest.raises(ValueError, match="embedding is no linear layer"):
+        named.bind(work)
+
+
+def test_a_nearly_full_layer_is_noted_once() -> None:
+    server = prepared(2)
+    question = Answer("a", 3, {"head/gram": torch.eye(4)})
+    server.absorb(QUESTION, [question], View(linear_model()))
+    assert server.metrics()["frozen_share/head"] == 1.0
+    (note,) = server.notes()
+    assert note == {"kind": "subspace_nearly_full", "layer": "head", "share": 1.0}
+    tree, tensors = pack(server.state_dict())
+    resumed = prepared(0)
+    resumed.load_state_dict(unpack(tree, tensors))
+    for each in (server, resumed):
+        each.absorb(QUESTION, [question], View(linear_model()))
+        assert each.notes() == []
+
+
+# -- the range finder --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_range_finder_finds_what_gram_matrices_find(
+    case: tuple[FlatModel, Tensor, dict[str, Tensor]],
+) -> None:
+    model, x, matrices = case
+    exact, ranges = FOT(epsilon=0.9), FOT(epsilon=0.9, method="range_finder", sketch_width=1000)
+    samples = {"a": x[:5], "b": x[5:6], "c": x[6:]}
+    more = {name: torch.roll(part, 1, dims=-1) * 2 + 1 for name, part in samples.items()}
+    for server, client in ((exact, SubspaceAnswer()), (ranges, SubspaceAnswer(method="range_finder", batch_size=3))):
+        server.setup(model.spec)
+        exchange(server, client, model, samples)
+        exchange(server, client, model, more)
+    for layer in matrices:
+        one, other = exact.basis(layer), ranges.basis(layer)
+        assert one.shape == other.shape
+        torch.testing.assert_close(one @ one.T, other @ other.T, rtol=0, atol=1e-3)
+    assert ranges.notes() == exact.notes()
+
+
+@pytest.mark.parametrize(("width", "more"), [(15, 5), (30, 2), (60, 0)])
+def test_a_narrow_range_finder_keeps_the_share_it_promises(width: int, more: int) -> None:
+    # 60 inputs whose energies fall as 1/k^2: it takes 10 directions. A narrow sketch never gives too few.
+    basis = torch.linalg.qr(features(60, 60, seed=3))[0]
+    x = (features(200, 60) / torch.arange(1, 61)) @ basis.T
+    model = flat(lambda: MLP(input_shape=(60,), heads=(2,), hidden=()))
+    server = FOT(epsilon=0.95, method="range_finder", sketch_width=width)
+    server.setup(model.spec)
+    exchange(server, SubspaceAnswer(method="range_finder"), model, {"a": x[:120], "b": x[120:]})
+    found, gram = server.basis("head"), (x.T @ x).double()
+    held = torch.linalg.eigvalsh(gram).flip(0).cumsum(0) / gram.trace()
+    fewest = int((held < 0.95).sum()) + 1
+    assert fewest <= found.shape[1] <= fewest + more
+    captured = float((found.T @ gram @ found).trace() / gram.trace())
+    assert captured >= 0.95
+    assert captured >= float(held[found.shape[1] - 1]) - 0.015
+
+
+def test_a_range_finder_that_is_too_narrow_gives_all_it_has_and_says_so() -> None:
+    model = flat(lambda: MLP(input_shape=(40,), heads=(2,), hidden=()))
+    server = FOT(epsilon=0.9, method="range_finder", sketch_width=6)
+    server.setup(model.spec)
+    client = SubspaceAnswer(method="range_finder")
+    for _ in range(2):
+        exchange(server, client, model, {"a": features(200, 40)})
+    assert server.basis("head").shape[1] == 12
+    assert server.notes() == [{"kind": "sketch_too_narrow", "layer": "head", "width": 6}] * 2
+
+
+def test_official_knows_no_range_finder() -> None:
+    with pytest.raises(ValueError, match="method=range_finder: variant=official sends sketches"):
+        FOT(variant="official", method="range_finder").setup(mlp_model().spec)
 
 
 def test_an_answer_of_another_shape_is_left_out_and_counted() -> None:
@@ -525,7 +742,10 @@ def test_a_basis_cannot_forget_and_says_so() -> None:
 # -- the whole of it --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["method=sketch", "sketch_width=12"], ["variant=official"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["method=sketch", "sketch_width=12"], ["method=range_finder", "sketch_width=12"], ["variant=official"]],
+)
 def test_a_run_fills_the_bases_task_by_task(options: list[str], tmp_path: Path) -> None:
     from fedcl.config import compose
     from fedcl.experiment import run
@@ -544,3 +764,46 @@ def test_a_run_fills_the_bases_task_by_task(options: list[str], tmp_path: Path) 
     assert ranks[2] <= ranks[3] == ranks[4] <= 64
     assert numbers["projection/answers_ignored", 4] == 0
     assert not [name for name in numbers.index.get_level_values("name") if "heads" in name]
+
+
+def test_a_run_without_task_ends_extends_by_rounds(tmp_path: Path) -> None:
+    from fedcl.config import compose
+    from fedcl.experiment import run
+
+    overrides = [
+        "backend=inline", "scenario=joint", "rounds_per_task=5", "num_clients=3", "model.hidden=[16]",
+        "compare_with=null", f"run_dir={tmp_path / 'run'}", "strategy/projection=fot",
+        "strategy.projection.server.epsilon=0.8", "strategy.projection.server.extend_at=2",
+        "strategy.projection.server.epsilon_increment=0.05",
+    ]  # fmt: skip
+    folder = run(compose(overrides), overrides, [], True)
+    table = pd.read_parquet(folder / "metrics.parquet")
+    numbers = table[table["phase"] == "server"].set_index(["name", "round"])["value"]
+    assert [numbers["projection/extensions", server_round] for server_round in range(5)] == [0, 1, 1, 2, 2]
+    assert numbers["projection/epsilon", 4] == pytest.approx(0.9)
+    assert 0 < numbers["projection/rank/hidden.0", 1] < numbers["projection/rank/hidden.0", 3]
+
+
+@pytest.mark.parametrize("options", [["asks=all", "method=range_finder"], ["asks=ended"], ["variant=official"]])
+def test_clients_at_different_tasks_extend_at_each_end(options: list[str], tmp_path: Path) -> None:
+    from fedcl.config import compose
+    from fedcl.experiment import run
+
+    overrides = [
+        "backend=inline", "scenario.num_tasks=5", "scenario/schedule=asynchronous", "rounds_per_task=2",
+        "num_clients=3", "model.hidden=[16]", "compare_with=null", f"run_dir={tmp_path / 'run'}",
+        "strategy/projection=fot", "strategy.projection.server.epsilon=0.5",
+        "strategy.projection.server.epsilon_increment=0.01",
+        *(f"strategy.projection.server.{option}" for option in options),
+    ]  # fmt: skip
+    folder = run(compose(overrides), overrides, [], True)
+    table = pd.read_parquet(folder / "metrics.parquet")
+    numbers = table[table["phase"] == "server"].set_index(["name", "round"])["value"]
+    extensions = numbers["projection/extensions"].to_numpy()
+    assert extensions[-1] > 4  # more than the four ends of a synchronous run
+    assert set(extensions[1:] - extensions[:-1]) <= {0.0, 1.0}
+    assert numbers["projection/epsilon"].to_numpy() == pytest.approx(0.5 + 0.01 * extensions)
+    ranks = numbers["projection/rank/hidden.0"].to_numpy()
+    assert (ranks[1:] >= ranks[:-1]).all()
+    assert ranks[-1] > 0
+    assert numbers["projection/answers_ignored"].max() == 0
