@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     choices.set_defaults(command=_list)
 
     bench = commands.add_parser("bench", help="measure fedcl itself on this machine")
-    bench.add_argument("bench", metavar="NAME", help="repro: the same bits inline, on Ray and after a kill")
+    bench.add_argument("bench", metavar="NAME", help="repro, server or learners")
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     bench.set_defaults(command=_bench, config_dir=[])
     return parser

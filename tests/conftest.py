@@ -47,6 +47,7 @@ def _device(config: pytest.Config) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if {"ray", "flower"} & set(item.keywords):

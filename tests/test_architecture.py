@@ -23,6 +23,7 @@ OUTER = (
     "fedcl.prepared",
     "fedcl.play",
     "fedcl.experiment",
+    "fedcl.protocol",
     "fedcl.wiring",
     "fedcl.bench",
     "fedcl.simulation",

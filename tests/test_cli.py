@@ -65,6 +65,9 @@ def test_list_names_kinds_and_choices(capsys: pytest.CaptureFixture[str]) -> Non
     assert "SuperLink" in first
 
 
+CFG: dict[str, object] = {"seed": 1, "protocol": {"name": "none"}}
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
     """Put a run of one's own where the real one would be wired: these tests are of `main` alone."""
@@ -74,7 +77,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]]
         module.run = module.resume = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "fedcl.experiment", module)
         monkeypatch.setattr("fedcl.experiment", module, raising=False)
-        monkeypatch.setattr("fedcl.config.compose", lambda overrides, dirs: {"seed": 1, "overrides": list(overrides)})
+        monkeypatch.setattr("fedcl.config.compose", lambda overrides, dirs: CFG | {"overrides": list(overrides)})
 
     return put
 
@@ -93,7 +96,7 @@ def test_the_folder_is_the_last_line(
     assert cli.main(["run", "seed=1", "--quiet", "--config-dir", str(tmp_path), "num_clients=3"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "r")
     overrides = ["seed=1", "num_clients=3"]
-    assert seen == [{"seed": 1, "overrides": overrides}, overrides, [tmp_path], True]
+    assert seen == [CFG | {"overrides": overrides}, overrides, [tmp_path], True]
     assert str(tmp_path) in sys.path
     assert sys.path.index(str(tmp_path)) > 0
 

@@ -69,6 +69,10 @@ FITS: dict[str, list[str]] = {
     "scenario/schedule=shifted": ["scenario.schedule.max_lag=1"],
     # its first and last round belong to other clients than each other's, with other tasks between them
     "scenario/schedule=shuffled": ["client.epochs=6"],
+    # a head alone is nothing that a loss shows
+    "learner=nmc": ["learner.nmc.train=all"],
+    "learner=ranpac": ["learner.ranpac.train=all"],
+    "learner=protocl": ["learner.protocl.train=all"],
     "learner=er": ["learner.er.budget=8"],
     # their loss has no replay in it at the first step
     "learner=derpp": ["client.epochs=4"],

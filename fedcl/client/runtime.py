@@ -82,8 +82,9 @@ class ClientRuntime:
         payload: dict[str, Tensor] = {}
         for plugin in plugins:
             payload.update(plugin.after_round(ctx))
-        if learner:
-            metrics["state_bytes"] = float(self._stage(request, store, learner, ctx))
+        state_bytes = self._stage(request, store, learner, ctx)
+        if state_bytes:
+            metrics["state_bytes"] = float(state_bytes)
         return Reply(len(ctx.data), metrics, self.model.vector(), payload)
 
     def _task_end(self, request: Request, store: ClientStateStore) -> Reply:

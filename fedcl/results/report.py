@@ -16,6 +16,7 @@ from rich.text import Text
 from fedcl.results import schema
 from fedcl.results.figures import save_all
 from fedcl.results.run import Run
+from fedcl.server.selection import client_order
 
 _COMPONENTS = (
     "strategy.collaboration", "strategy.projection", "strategy.staleness", "strategy.optimizer", "learner", "unlearner",
@@ -26,6 +27,7 @@ _PLAIN = ("staleness/mean", "staleness/max", "clients_per_second")
 _RATES = ("accuracy/", "forgetting/", "personal/", "stability/")
 _WINDOWED = re.compile(r"(reference/)?stability/\w+/\w+_\d+")
 _MAX_TASKS = 12
+_MAX_CLIENTS = 20
 
 
 def terminal_report(run: Run, *, width: int = 100, color: bool = False) -> str:
@@ -89,6 +91,10 @@ def _sections(run: Run) -> Iterator[RenderableType]:
     if not run.accuracy_matrix().empty:
         yield Text("")
         yield _accuracies(run)
+    clients = _clients(run)
+    if clients is not None:
+        yield Text("")
+        yield clients
     yield Text("")
     counts = event_counts(run)
     yield Text("events: " + (", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"))
@@ -141,6 +147,24 @@ def _accuracies(run: Run) -> RenderableType:
     for after, values in zip(matrix.index, matrix.to_numpy(), strict=True):
         cells = ("" if math.isnan(value) else f"{100 * value:.1f}" for value in values)
         table.add_row(str(after), *cells)
+    return table
+
+
+def _clients(run: Run) -> RenderableType | None:
+    """Return each client's accuracy by phase, on its own test samples; None where clients were not tested."""
+    phases = {phase: run.by_client(phase) for phase in ("received", "trained", "personal")}
+    phases = {phase: values for phase, values in phases.items() if values}
+    clients = sorted({client for values in phases.values() for client in values}, key=client_order)
+    if not clients:
+        return None
+    if len(clients) > _MAX_CLIENTS:
+        return Text(f"accuracy of {len(clients)} clients: see Run.by_client(phase)")
+    table = Table(title="accuracy of each client (%)", title_justify="left", title_style="bold")
+    for column in ("client", *phases):
+        table.add_column(column, justify="right")
+    for client in clients:
+        cells = (f"{100 * values[client]:.1f}" if client in values else "" for values in phases.values())
+        table.add_row(client, *cells)
     return table
 
 

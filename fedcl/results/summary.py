@@ -56,7 +56,7 @@ def _continual(run: Run) -> dict[str, float]:
     """Return the numbers of the global model's accuracy matrix, and of its curve by round."""
     matrix = run.accuracy_matrix().to_numpy()
     result = summarise(matrix, run.baseline()) | {"accuracy/learning": learning_accuracy(matrix)}
-    samples = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["name"] == "num_examples")]
+    samples = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["name"] == "num_test_examples")]
     sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy()
     if not np.isnan(sizes).any():
         result["accuracy/average_incremental_samples"] = average_incremental_accuracy(matrix, sizes)
@@ -99,9 +99,12 @@ def _personal(run: Run) -> dict[str, float]:
         matrix = run.reached_matrix()
         if len(matrix):
             result["personal/minus_global"] = result["personal/accuracy_mean"] - average_accuracy(matrix)
-    after_training = run.by_client("trained")
-    if after_training:
-        result["personal/accuracy_trained"] = personal(after_training)["personal/accuracy_mean"]
+    for phase in ("received", "trained"):
+        values = run.by_client(phase)
+        if values:
+            numbers = personal(values)
+            result[f"personal/accuracy_{phase}"] = numbers["personal/accuracy_mean"]
+            result[f"personal/accuracy_{phase}_worst10"] = numbers["personal/accuracy_worst10"]
     return result
 
 

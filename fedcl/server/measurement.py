@@ -72,7 +72,7 @@ class Measurement:
         for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
             self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
             samples = float(self.evaluator.num_samples(task))
-            self.record.row(round=-1, phase="test", name="num_examples", value=samples, task=task)
+            self.record.row(round=-1, phase="test", name="num_test_examples", value=samples, task=task)
 
     def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
         """Test the global model on the tasks ``met`` by then, at the end of a stage on all."""

@@ -34,7 +34,7 @@ class Job:
         visit = self.wire[VISIT]
         jobs = []
         for i, (client, committed) in enumerate(zip(self.clients, self.committed, strict=True)):
-            alone = {name: visit[name][i : i + 1] for name in ("clients", "visits", "committed")}
+            alone = {name: visit[name][i : i + 1] for name in ("clients", "visits", "committed", "turns")}
             wire = {**self.wire, VISIT: ConfigRecord({**visit, **alone})}
             size = self.size // len(self.clients)
             jobs.append(Job(self.message_id, wire, [client], [committed], size, self.losses))

@@ -4,55 +4,46 @@ Wu et al., "Bold but Cautious: Unlocking the Potential of Personalized Federated
 Collaboration", ICCV 2023 (arXiv 2309.11103), with the details of its author's code (FLAIR-Community/Fling).
 """
 
-# K = clients known, P = length of the flat vector
+# K = clients known, P = length of the flat vector, B = ceil(P / 8) bytes
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fedcl.client.plugin import Payload
 from fedcl.models.flat import Spec, TensorSpec
+from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
 from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.server.contracts import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
 
-_CHUNK = 1 << 22  # columns a float32 product may count before it must be added up elsewhere: counts stay exact
+__all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
 
-
-def critical_mask(old_P: Tensor, new_P: Tensor, tensors: Sequence[TensorSpec], tau: float) -> Tensor:
-    """Return which parameters are critical, bool (P,): per tensor, those with the largest |(new - old) new|.
-
-    Of a tensor of n elements int(tau n) are critical, and all that tie with the last of them. None is when
-    int(tau n) = 0. When the last one's sensitivity is at most 1e-10, the smallest above 1e-20 takes its place as the
-    threshold, if there is one. Elements outside ``tensors`` are not critical.
-    """
-    mask_P = torch.zeros(len(new_P), dtype=torch.bool)
-    for tensor in tensors:
-        count = int(tau * tensor.size)
-        if count == 0:
-            continue
-        new = new_P[tensor.start : tensor.stop]
-        sensitivity = ((new - old_P[tensor.start : tensor.stop]) * new).abs()
-        threshold = torch.kthvalue(sensitivity, tensor.size - count + 1).values
-        if threshold <= 1e-10:
-            larger = sensitivity[sensitivity > 1e-20]
-            if len(larger):
-                threshold = larger.min()
-        mask_P[tensor.start : tensor.stop] = sensitivity >= threshold
-    return mask_P
+CRITICAL = Payload("critical", "up", reduction="stack")
+_CHUNK = 1 << 16  # columns merged at a time: the float64 copies of all clients' models stay small
 
 
 def overlap(masks_KP: Tensor) -> Tensor:
-    """Return the overlap of critical positions O_KK, float64: O_ij = 1 - |M_i - M_j|_1 / (2 |M_i|_1).
+    """Return the overlap of critical positions O_KK of bool masks, float64: O_ij = 1 - |M_i - M_j|_1 / (2 |M_i|_1).
 
     It is not symmetric when the counts differ. The diagonal is 1; a client without critical parameters overlaps with
     nobody (0), as there is nothing it could share.
     """
-    common_KK = torch.zeros(len(masks_KP), len(masks_KP), dtype=torch.float64)
-    for start in range(0, masks_KP.shape[1], _CHUNK):
-        chunk = masks_KP[:, start : start + _CHUNK].float()
-        common_KK += chunk @ chunk.T
+    return overlap_packed(pack_bits(masks_KP), masks_KP.shape[1])
+
+
+def overlap_packed(packed_KB: Tensor, size: int) -> Tensor:
+    """Return :func:`overlap` of masks of ``size`` positions packed by ``fedcl.models.masks.pack_bits``: the same bits.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are not as many as ``size`` bits need.
+    """
+    if packed_KB.shape[1] != -(-size // 8):
+        raise ValueError(f"packed masks have {packed_KB.shape[1]} bytes: {size} positions need {-(-size // 8)}")
+    common_KK = common_bits(packed_KB).double()
     size_K = common_KK.diagonal()
     distance_KK = size_K[:, None] + size_K[None, :] - 2 * common_KK
     overlap_KK = 1 - distance_KK / (2 * size_K[:, None]).clamp_min(1)
@@ -92,7 +83,11 @@ class FedCAC(Collaboration):
     tau
         Share of each tensor's parameters that is critical, in (0, 1].
     beta
-        Aggregations until critical parameters stay entirely personal, at least 1; a third to half of the rounds.
+        Aggregations until critical parameters stay entirely personal: an integer of at least 1, or a share of the run's
+        rounds in (0, 1). A third to half of the rounds is usual.
+    masks
+        ``server`` computes the masks there, from the model that was sent, or what staleness correction made of it.
+        ``client`` has them sent, one bit a parameter, by ``clients.fedcac.CriticalMask``. On time both are the same.
 
     Raises
     ------
@@ -103,27 +98,41 @@ class FedCAC(Collaboration):
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
 
-    def __init__(self, *, tau: float = 0.5, beta: int = 100) -> None:
+    def __init__(self, *, tau: float = 0.5, beta: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
         if not 0 < tau <= 1:
             raise ValueError(f"strategy.collaboration.server.tau={tau}: must be in (0, 1]")
-        if beta < 1:
-            raise ValueError(f"strategy.collaboration.server.beta={beta}: must be int >= 1")
+        if not (0 < beta < 1 or (beta >= 1 and float(beta).is_integer())):
+            raise ValueError(f"strategy.collaboration.server.beta={beta}: must be int >= 1 or number in (0, 1)")
+        if masks not in ("server", "client"):
+            raise ValueError(f"strategy.collaboration.server.masks={masks}: must be server or client")
         self.tau = tau
         self.beta = beta
+        self.masks = masks
+        if masks == "client":
+            self.payloads = (CRITICAL,)  # type: ignore[misc]
+        self._horizon = int(beta)  # 0: a share of rounds that are not known yet
         self._aggregations = 0
         self._models: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
+        self._packed: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
         self._metrics: dict[str, float] = {}
+        self._notes: list[dict[str, Any]] = []
+
+    def bind(self, work: LocalWork) -> None:
+        """Turn a ``beta`` that is a share of the rounds into aggregations, at least one."""
+        if self.beta < 1:
+            self._horizon = max(1, round(self.beta * work.num_rounds))
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
         """Return the client's own target once it has a model there."""
         return (client if client in self._models else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
-        """Return the new global model and one for each client known, float64 (P,)."""
+        """Return the new global model, float64 (P,), and one for each client known, float32 (P,)."""
         if not updates:
             return {}
+        if not self._horizon:
+            raise RuntimeError(f"beta={self.beta} is a share of the rounds, and nobody said how many there are: bind")
         self._aggregations += 1
         for update in updates:
             self._remember(update, view.spec)
@@ -132,16 +141,29 @@ class FedCAC(Collaboration):
 
     def _remember(self, update: Update, spec: Spec) -> None:
         """Keep the update's model and mask, save for heads of other tasks, which weight decay alone may have moved."""
-        model, foreign = update.model.clone(), _foreign(update, spec)
-        trained = [tensor for tensor in spec if tensor.kind == "parameter" and tensor not in foreign]
-        mask = critical_mask(update.base, model, trained, self.tau)
-        for tensor in foreign:
+        model, mask = update.model.clone(), self._mask_of(update, spec)
+        before = self._packed.get(update.client)
+        known = None if before is None else unpack_bits(before, spec.size)
+        for tensor in _foreign(update, spec):
             part = slice(tensor.start, tensor.stop)
             model[part] = update.base[part]
-            if update.client in self._masks:
-                mask[part] = self._masks[update.client][part]
-        self._models[update.client], self._masks[update.client] = model, mask
+            mask[part] = False if known is None else known[part]
+        self._models[update.client], self._packed[update.client] = model, pack_bits(mask)
         self._seen[update.client] = self._aggregations
+
+    def _mask_of(self, update: Update, spec: Spec) -> Tensor:
+        """Return the update's mask, bool (P,): as sent, or computed where none is sent or what is sent is no mask."""
+        if self.masks == "client":
+            sent = update.payload[CRITICAL.name]
+            if sent.dtype == torch.uint8 and sent.shape == (-(-spec.size // 8),):
+                mask = unpack_bits(sent, spec.size)
+                for tensor in spec:
+                    if tensor.kind == "buffer":
+                        mask[tensor.start : tensor.stop] = False
+                return mask
+            what = f"{sent.dtype} {tuple(sent.shape)}, expected torch.uint8 {(-(-spec.size // 8),)}"
+            self._notes.append({"kind": "mask_recomputed", "client": update.client, "why": f"mask is {what}"})
+        return critical_mask(update.base, update.model, trained_parameters(spec, update.head), self.tau)
 
     def _global_model(self, updates: list[Update], view: ServerView) -> Tensor:
         """Return the weighted mean of the round's models (P,); a head counts those that trained it, if any."""
@@ -161,30 +183,41 @@ class FedCAC(Collaboration):
 
     def _personal_models(self, global_P: Tensor, spec: Spec) -> dict[Target, Tensor]:
         clients = list(self._models)
-        masks_KP = torch.stack([self._masks[client] for client in clients])
-        own_KP = torch.stack([self._models[client] for client in clients]).double()
-        overlap_KK = overlap(masks_KP)
-        threshold = collaboration_threshold(overlap_KK, self._aggregations, self.beta)
+        packed_KB = torch.stack([self._packed[client] for client in clients])
+        overlap_KK = overlap_packed(packed_KB, spec.size)
+        threshold = collaboration_threshold(overlap_KK, self._aggregations, self._horizon)
         shares_KK = collaborators(overlap_KK, threshold).double()
-        customised_KP = (shares_KK / shares_KK.sum(1, keepdim=True)) @ own_KP
-        merged_KP = torch.where(masks_KP, customised_KP, global_P)
-        for tensor in spec:
-            if tensor.kind == "buffer":
-                merged_KP[:, tensor.start : tensor.stop] = own_KP[:, tensor.start : tensor.stop]
+        merged_KP = self._merge(shares_KK / shares_KK.sum(1, keepdim=True), global_P, packed_KB)
+        for row, client in enumerate(clients):
+            for tensor in spec:
+                if tensor.kind == "buffer":
+                    part = slice(tensor.start, tensor.stop)
+                    merged_KP[row, part] = self._models[client][part]
         self._metrics = {
             "threshold": threshold,
             "collaborators": float(shares_KK.sum(1).mean()) - 1,
-            "critical_share": float(masks_KP.double().mean()),
+            "critical_share": float(count_bits(packed_KB).double().mean()) / spec.size,
             "oldest_model": float(self._aggregations - min(self._seen.values())),
         }
         return dict(zip(clients, merged_KP, strict=True))
 
+    def _merge(self, weights_KK: Tensor, global_P: Tensor, packed_KB: Tensor) -> Tensor:
+        """Return M C + (1 - M) G with C the product of weights and models, float32 (K, P), piece by piece."""
+        models = list(self._models.values())
+        merged_KP = torch.empty(len(models), len(global_P))
+        for start in range(0, len(global_P), _CHUNK):
+            stop = min(start + _CHUNK, len(global_P))
+            own_KC = torch.stack([model[start:stop] for model in models]).double()
+            masks_KC = unpack_bits(packed_KB[:, start // 8 : -(-stop // 8)], stop - start)
+            merged_KP[:, start:stop] = torch.where(masks_KC, weights_KK @ own_KC, global_P[start:stop])
+        return merged_KP
+
     def state_dict(self) -> dict[str, Any]:
-        """Return last model, mask and aggregation of every client seen, and how many aggregations there were."""
+        """Return last model, packed mask and aggregation of every client seen, and the number of aggregations."""
         return {
             "aggregations": self._aggregations,
             "models": dict(self._models),
-            "masks": dict(self._masks),
+            "masks": dict(self._packed),
             "seen": dict(self._seen),
             "metrics": dict(self._metrics),
         }
@@ -192,7 +225,7 @@ class FedCAC(Collaboration):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._aggregations = state["aggregations"]
-        self._models, self._masks = dict(state["models"]), dict(state["masks"])
+        self._models, self._packed = dict(state["models"]), dict(state["masks"])
         self._seen, self._metrics = dict(state["seen"]), dict(state["metrics"])
 
     def forget(self, request: ForgetRequest) -> Residual:
@@ -200,7 +233,7 @@ class FedCAC(Collaboration):
         named = request.clients or tuple(self._models)
         dropped = [client for client in named if self._models.pop(client, None) is not None]
         for client in dropped:
-            del self._masks[client], self._seen[client]
+            del self._packed[client], self._seen[client]
         name = type(self).__name__
         if not dropped:
             return Residual(name, "none", "keeps no model of the clients concerned")
@@ -210,6 +243,11 @@ class FedCAC(Collaboration):
     def metrics(self) -> dict[str, float]:
         """Return eps_t, the mean number of collaborators, the critical share and the age of the oldest model."""
         return dict(self._metrics)
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return which masks were sent in a form that is none, and were computed here."""
+        notes, self._notes = self._notes, []
+        return notes
 
 
 def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:

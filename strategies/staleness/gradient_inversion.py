@@ -1,11 +1,15 @@
 """Late updates brought up to date by gradient inversion: invert at the old model, train again at the present one.
 
-Wang and Gao, AAAI 2025 (arXiv 2309.13536). The inversion itself is in :mod:`strategies.staleness.inversion`.
+Wang and Gao, AAAI 2025 (arXiv 2309.13536). The client's visit is played through by
+:mod:`strategies.staleness.inversion`, samples are searched for by :mod:`strategies.staleness.search`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,13 +17,14 @@ from torch import Tensor
 
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.server.contracts import LocalWork, ServerView, Staleness, Update
-from strategies.staleness.inversion import Search, Simulation, Variant, batch_plan, invert, largest, trainable
+from strategies.staleness.hindsight import Hindsight
+from strategies.staleness.inversion import Variant
 from strategies.staleness.rebase import rebased
+from strategies.staleness.search import Answer, Riddle, Search, solve
+from strategies.staleness.visits import Visits
 from strategies.staleness.weighting import exponential
 
 # P = parameters, N = made-up samples, C = allowed columns
-DECAY = 0.9  # of the moving means that the switch compares
-REASONS = ("residual", "size", "switch", "uniqueness")
 
 
 @dataclass
@@ -37,8 +42,9 @@ class GradientInversion(Staleness):
 
     Samples are sought whose training at the client's base gives its change (softmax cross-entropy with soft labels: the
     client's own loss); the same training at the present model is the new change. A late update is only weighted by
-    2^(-age / ``half_life``) instead when the samples explain its change too badly, when the visit is too long to play
-    through, when it is not unlike the fresh ones, or when hindsight says that inversion errs more than staleness does.
+    2^(-age / ``half_life``) instead when the samples explain its change too badly (as where the client descends on more
+    than that loss), when the visit is too long to play through, when it is not unlike the fresh ones, or when hindsight
+    says that inversion errs more than staleness does.
 
     Hindsight: when a client's next update comes, what its samples predict at *that* update's base, and its late
     change, are both compared with what the client really did. Moving means of the two relative L1 errors decide for
@@ -48,8 +54,11 @@ class GradientInversion(Staleness):
     ----------
     samples
         Made-up samples a client, at most; never more than it has of its own.
-    iterations, lr, patience
-        Of the search: Adam's steps, its learning rate, and the steps without progress after which it stops.
+    iterations, lr, patience, tolerance
+        Of the search: Adam's steps, its learning rate, the steps without progress after which it stops, and the
+        relative L1 distance at which it does.
+    spread, label_spread
+        Standard deviations of the inputs and of the target logits that the search begins with.
     top
         Share of the entries of a change that are matched, the largest ones, in (0, 1].
     max_residual
@@ -64,9 +73,12 @@ class GradientInversion(Staleness):
         Cosine distance from every fresh change of the round that a late one must have to be inverted; 0: none.
     half_life
         Of the weighting in versions; null: the change as it came.
+    together
+        Late clients that are inverted as one batch, where their visits have the same shape.
     variant
-        ``official`` searches as the published code does: sign of the inputs' gradient, binary cross-entropy on
-        log-probabilities, normal target logits, a box around the inputs. Its learning rate is 1.
+        ``official`` is the published code's: sign of the inputs' gradient, binary cross-entropy on log-probabilities,
+        standard normal inputs and target logits, a box around the inputs, the last samples instead of the best, no warm
+        start, and whatever is found is used. Made for lr 1, 256 samples and 40,000 iterations.
 
     Raises
     ------
@@ -77,10 +89,13 @@ class GradientInversion(Staleness):
     def __init__(
         self,
         *,
-        samples: int = 32,
-        iterations: int = 400,
-        lr: float = 0.1,
-        patience: int = 100,
+        samples: int = 16,
+        iterations: int = 120,
+        lr: float = 0.2,
+        patience: int = 40,
+        tolerance: float = 0.03,
+        spread: float = 0.3,
+        label_spread: float = 0.1,
         top: float = 1.0,
         max_residual: float = 0.3,
         max_steps: int = 64,
@@ -88,164 +103,187 @@ class GradientInversion(Staleness):
         switch_after: int | None = 3,
         uniqueness: float = 0.0,
         half_life: float | None = 20.0,
+        together: int = 4,
         variant: Variant = "consistent",
     ) -> None:
         counts = {"samples": samples, "iterations": iterations, "patience": patience, "max_steps": max_steps}
-        sizes = {"lr": lr, "max_residual": max_residual, "half_life": 1.0 if half_life is None else half_life}
-        for name, value in (counts | sizes).items():
+        sizes = {"together": together, "lr": lr, "max_residual": max_residual, "spread": spread}
+        for name, value in (counts | sizes | {"half_life": 1.0 if half_life is None else half_life}).items():
             if value <= 0:
                 raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
+        for name, value in (("tolerance", tolerance), ("label_spread", label_spread), ("uniqueness", uniqueness)):
+            if value < 0:
+                raise ValueError(f"strategy.staleness.server.{name}={value}: must be >= 0")
         if not 0 < top <= 1:
             raise ValueError(f"strategy.staleness.server.top={top}: must be in (0, 1]")
-        self.samples, self.max_residual, self.max_steps = samples, max_residual, max_steps
-        self.top, self.warm_start, self.switch_after = top, warm_start, switch_after
-        self.uniqueness, self.half_life, self.variant = uniqueness, half_life, variant
-        self.search = Search(iterations, lr, patience, variant)
-        self._work: LocalWork | None = None
+        official = variant == "official"
+        self.samples, self.max_steps, self.together = samples, max_steps, together
+        self.spread = (1.0, 1.0) if official else (spread, label_spread)
+        self.max_residual = float("inf") if official else max_residual
+        self.warm_start, self.uniqueness = warm_start and not official, 0.0 if official else uniqueness
+        self.half_life, self.variant = half_life, variant
+        self.search = Search(iterations, lr, patience, tolerance, 1.0 if official else top, variant)
+        self.hindsight = Hindsight(None if official else switch_after)
+        self._visits: Visits | None = None
         self._clients: dict[str, Memory] = {}
-        self._errors: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self._seconds = 0.0
+        self._notes: list[dict[str, Any]] = []
 
     def bind(self, work: LocalWork) -> None:
-        """Take a model of one's own to simulate with; dropout is off in it."""
-        self._work = LocalWork(work.model.twin(), work.training, work.stream, work.input_shape)
-        self._work.model.eval()
+        """Learn how clients train."""
+        self._visits = Visits(work, self.samples, self.variant)
+        if not work.plain_loss:
+            self._notes.append({"kind": "inversion_of_plain_loss", "why": "clients descend on more than cross-entropy"})
 
     # -- late updates -----------------------------------------------------------------------------------------------
 
     def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
         """Bring late updates up to date."""
+        late = [update for update in updates if update.age]
+        if not late:
+            return updates
         fresh = [update.delta for update in updates if update.age == 0]
-        return [self._corrected(update, fresh, view) if update.age else update for update in updates]
+        why = {update.client: self._unfit(update, fresh) for update in late}
+        answers = self._solved([update for update in late if why[update.client] is None], view)
+        return [
+            self._corrected(update, answers.get(update.client), why[update.client], view) if update.age else update
+            for update in updates
+        ]
 
-    def _corrected(self, update: Update, fresh: list[Tensor], view: ServerView) -> Update:
-        why = self._unfit(update, fresh)
-        change = None if why else self._inverted(update, view)
-        if change is not None:
-            self._count("inverted")
-            return rebased(update, change, view)
+    def _unfit(self, update: Update, fresh: Sequence[Tensor]) -> str | None:
+        """Return why an update is not worth or not open to inversion."""
+        visits = self._bound()
+        if visits.steps(update) > self.max_steps or visits.epoch(update) > visits.rows(update):
+            return "size"
+        if self.hindsight.prefers_late(update.task):
+            return "switch"
+        if not bool((update.delta[visits.trained.cpu()] != 0).any()):
+            return "nothing"
+        nearest = min((1 - float(_cosine(update.delta, other)) for other in fresh), default=2.0)
+        return "uniqueness" if nearest < self.uniqueness else None
+
+    def _solved(self, updates: Sequence[Update], view: ServerView) -> dict[str, Answer]:
+        """Return the clients' answers: all are asked for before the first is waited for."""
+        asked = []
+        shaped = sorted(updates, key=self._bound().shape)  # stable: canonical order within a shape
+        for _, group in groupby(shaped, key=self._bound().shape):
+            alike = list(group)
+            for start in range(0, len(alike), self.together):
+                batch = alike[start : start + self.together]
+                riddles = [self._riddle(update, view) for update in batch]
+                asked.append((batch, self._submit(batch[0].task, riddles, view)))
+        answers: dict[str, Answer] = {}
+        for batch, future in asked:
+            found, seconds = future.result()
+            self._seconds += seconds
+            answers |= {update.client: answer for update, answer in zip(batch, found, strict=True)}
+        if answers:
+            self._counts["residual"] = sum(answer.residual for answer in answers.values()) / len(answers)
+        return answers
+
+    def _submit(self, task: int, riddles: list[Riddle], view: ServerView) -> Future[tuple[list[Answer], float]]:
+        visits = self._bound()
+        simulation = visits.simulation(task)
+        if visits.device.type == "cpu":
+            return view.compute(solve, simulation, self.search, riddles)
+        here: Future[tuple[list[Answer], float]] = Future()  # workers may have no accelerator
+        here.set_result(solve(simulation, self.search, riddles))
+        return here
+
+    def _corrected(self, update: Update, answer: Answer | None, why: str | None, view: ServerView) -> Update:
+        if answer is not None:
+            self._count("searches")
+            self._count("iterations", answer.iterations)
+            if answer.residual <= self.max_residual:
+                return self._accepted(update, answer, view)
+            # samples that explain nothing are no start for the next search
+            self._clients.pop(update.client, None)
+        reason = why or "residual"
         self._count("fallbacks")
-        self._count(f"fallbacks_{why or 'residual'}")
+        self._count(f"fallbacks_{reason}")
+        note: dict[str, Any] = {"client": update.client, "age": update.age, "reason": reason}
+        self._notes.append({"kind": "inversion_refused"} | note | ({"residual": answer.residual} if answer else {}))
         if self.half_life is None:
             return update
         return rebased(update, update.delta * exponential(update.age, self.half_life), view)
 
-    def _unfit(self, update: Update, fresh: list[Tensor]) -> str | None:
-        """Return why an update is not worth or not open to inversion."""
-        work = self._bound()
-        epoch = -(-update.num_examples // work.training.batch_size)
-        if epoch * work.training.epochs > self.max_steps or epoch > min(self.samples, update.num_examples):
-            return "size"
-        if self._switched(update.task):
-            return "switch"
-        nearest = min((1 - float(_cosine(update.delta, other)) for other in fresh), default=2.0)
-        return "uniqueness" if nearest < self.uniqueness else None
-
-    def _inverted(self, update: Update, view: ServerView) -> Tensor | None:
-        """Return the change (P,) float64 that the client would make now, or None if it cannot be told."""
-        work = self._bound()
-        device, trained = work.model.device, trainable(work.model)
-        late = (update.delta.to(device) * trained).float()
-        norm = float(torch.linalg.vector_norm(late))
-        if norm == 0:
-            return None
-        simulation, base = self._simulation(update, view), update.base.to(device)
-        matched = largest(late, trained, self.top)
-        x, y = invert(simulation, base, late, self._start(update, view), matched, self.search)
-        residual = float(torch.linalg.vector_norm(simulation.change(base, x, y) - late)) / norm
-        self._counts["residual"] = residual
-        if not residual <= self.max_residual:
-            self._clients.pop(update.client, None)  # samples that explain nothing are no start for the next search
-            return None
-        self._clients[update.client] = Memory(update.task, x.cpu(), y.cpu(), late.cpu())
-        now = simulation.change(view.model_of(update.client).to(device), x, y)
+    def _accepted(self, update: Update, answer: Answer, view: ServerView) -> Update:
+        self._count("inverted")
+        trained, late = self._bound().trained.cpu(), update.delta
+        memory = Memory(update.task, answer.x.cpu(), answer.y.cpu(), (late * trained).float())
+        self._clients[update.client] = memory
         # what no gradient moves, such as running statistics, is taken as it came
-        return torch.where(trained, now.double(), update.delta.to(device)).cpu()
+        return rebased(update, torch.where(trained, answer.change.cpu().double(), late), view)
 
-    def _simulation(self, update: Update, view: ServerView) -> Simulation:
-        work = self._bound()
-        mask = work.stream.train_task(update.task).mask
-        columns = None if mask is None else torch.tensor(mask, device=work.model.device)
-        generator = view.rng(f"inversion batches {update.client}")
-        rows = min(self.samples, update.num_examples)
-        plan = batch_plan(rows, update.num_examples, work.training, generator, work.model.device)
-        return Simulation(work.model, work.training, columns, plan, self.variant)
+    def _riddle(self, update: Update, view: ServerView) -> Riddle:
+        visits = self._bound()
+        late = (update.delta.to(visits.device) * visits.trained).float()
+        base, now = update.base.to(visits.device), view.model_of(update.client).to(visits.device)
+        known = self._clients.get(update.client) if self.warm_start else None
+        if known is not None and known.task == update.task and len(known.x) == visits.rows(update):
+            x, y = known.x.to(visits.device), known.y.to(visits.device)
+        else:
+            x, y = visits.start(update, view, self.spread)
+        return Riddle(base, late, now, x, y, visits.plan(update, view))
 
-    def _start(self, update: Update, view: ServerView) -> tuple[Tensor, Tensor]:
-        """Return the samples to begin from: last time's, or normal ones."""
-        work = self._bound()
-        device, known = work.model.device, self._clients.get(update.client)
-        rows = min(self.samples, update.num_examples)
-        if self.warm_start and known is not None and known.task == update.task and len(known.x) == rows:
-            return known.x.to(device), known.y.to(device)
-        generator = view.rng(f"inversion {update.client}")
-        mask = work.stream.train_task(update.task).mask
-        columns = sum(work.stream.heads) if mask is None else len(mask)
-        x = torch.randn((rows, *work.input_shape), generator=generator)
-        return x.to(device), torch.randn((rows, columns), generator=generator).to(device)
-
-    def _bound(self) -> LocalWork:
-        if self._work is None:
+    def _bound(self) -> Visits:
+        if self._visits is None:
             raise RuntimeError("gradient inversion was not told how clients train: call bind first")
-        return self._work
+        return self._visits
 
-    def _count(self, name: str) -> None:
-        self._counts[name] = self._counts.get(name, 0.0) + 1.0
+    def _count(self, name: str, more: float = 1.0) -> None:
+        self._counts[name] = self._counts.get(name, 0.0) + more
 
-    # -- hindsight --------------------------------------------------------------------------------------------------
+    # -- afterwards -------------------------------------------------------------------------------------------------
 
     def observe(self, update: Update, view: ServerView) -> None:
         """Compare the client's late change, and what its samples predict, with what it did this time."""
         known = self._clients.get(update.client)
-        if self.switch_after is None or known is None or known.change is None:
+        if self.hindsight.after is None or known is None or known.change is None:
             return
         late, known.change = known.change, None
-        if known.task != update.task or len(known.x) != min(self.samples, update.num_examples):
+        visits = self._bound()
+        if known.task != update.task or len(known.x) != visits.rows(update):
             return
-        device = self._bound().model.device
-        simulation = self._simulation(update, view)
-        told = simulation.change(update.base.to(device), known.x.to(device), known.y.to(device)).cpu()
-        true = update.delta * trainable(self._bound().model).cpu()
-        size = float(true.abs().sum())
-        if size == 0:
-            return
-        if self._errors.get("task") != update.task:
-            self._errors = {"task": update.task, "compared": 0}
-        first = self._errors["compared"] == 0
-        for name, guess in (("inverted", told), ("late", late)):
-            error = float((guess.double() - true).abs().sum()) / size
-            self._errors[name] = error if first else DECAY * self._errors[name] + (1 - DECAY) * error
-        self._errors["compared"] += 1
-
-    def _switched(self, task: int) -> bool:
-        errors = self._errors
-        if self.switch_after is None or errors.get("task") != task or errors["compared"] < self.switch_after:
-            return False
-        return errors["inverted"] > errors["late"]
+        base, x, y = (tensor.to(visits.device)[None] for tensor in (update.base, known.x, known.y))
+        plan = [rows[None] for rows in visits.plan(update, view)]
+        told = visits.simulation(update.task).changes(base, x, y, plan)[0].cpu()
+        self.hindsight.compare(update.task, told, late, update.delta * visits.trained.cpu())
 
     # -- survival ---------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """Return how many late updates were inverted and how many fell back, and the errors seen in hindsight."""
-        errors = {f"hindsight_{name}": self._errors[name] for name in ("inverted", "late") if name in self._errors}
-        return dict(self._counts) | errors
+        return dict(self._counts) | self.hindsight.metrics()
+
+    def timings(self) -> dict[str, float]:
+        """Return the seconds that searches took since the last call, wherever they ran."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {"inversion": seconds} if seconds else {}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return why late updates were not inverted, each once."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def state_dict(self) -> dict[str, Any]:
         """Return late clients' made-up samples and changes, counts, and errors in hindsight."""
         clients = {client: {k: v for k, v in vars(m).items() if v is not None} for client, m in self._clients.items()}
-        parts = {"clients": clients, "counts": dict(self._counts), "errors": dict(self._errors)}
+        parts = {"clients": clients, "counts": dict(self._counts), "errors": self.hindsight.state_dict()}
         return {name: part for name, part in parts.items() if part}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         self._clients = {client: Memory(**{"change": None, **m}) for client, m in state.get("clients", {}).items()}
-        self._counts, self._errors = dict(state.get("counts", {})), dict(state.get("errors", {}))
+        self._counts = dict(state.get("counts", {}))
+        self.hindsight.load_state_dict(state.get("errors", {}))
 
     def forget(self, request: ForgetRequest) -> Residual:
         """Drop the samples made up for the clients named, or for all if it names none."""
         for client in request.clients or tuple(self._clients):
             self._clients.pop(client, None)
-        self._errors = {}
+        self.hindsight.load_state_dict({})
         return Residual(type(self).__name__, "erased", "samples made up for late clients are dropped")
 
 

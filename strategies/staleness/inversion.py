@@ -1,7 +1,8 @@
-"""Gradient inversion: made-up samples whose training, played through at the server, gives a client's change.
+"""A client's visit played through at the server, differentiably: what gradient inversion descends through.
 
-Wang and Gao, AAAI 2025 (arXiv 2309.13536): find D with LocalUpdate(w_base; D) - w_base = change, by descent through the
-local steps. The samples need not look like the client's; they stand for them in LocalUpdate(w_now; D).
+Wang and Gao, AAAI 2025 (arXiv 2309.13536): find samples D with LocalUpdate(w_base; D) - w_base = change. They need not
+look like the client's; they stand for them in LocalUpdate(w_now; D). The search is in
+:mod:`strategies.staleness.search`.
 """
 
 from __future__ import annotations
@@ -13,53 +14,66 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from fedcl.client.loop import LocalTraining
-from fedcl.models.flat import FlatModel
+from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import Output
 
-# P = parameters and buffers, N = made-up samples, C = allowed columns
+# K = clients played through at once, P = parameters and buffers, N = made-up samples, B = rows of a step,
+# C = allowed columns
 Variant = Literal["consistent", "official"]
-BOX = 2.0  # official: inputs are kept within (0.5 +- 0.5) / 0.25 of the published code's normalisation
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A client's visit, played through differentiably in evaluation mode.
+    """Visits of K clients, played through differentiably in evaluation mode.
 
-    ``columns`` (C,) are the columns a prediction may choose from, None for all; ``plan`` the rows of each step.
+    ``trained`` (P,) bool marks what training moves, ``columns`` (C,) the columns a prediction may choose from, None for
+    all. Holds no reference to a run, so that it can be sent to another process.
     """
 
-    model: FlatModel
+    module: nn.Module
+    spec: Spec
+    trained: Tensor
     training: LocalTraining
     columns: Tensor | None
-    plan: tuple[Tensor, ...]
     variant: Variant = "consistent"
 
     def loss(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss at ``weights`` (P,) on x (N, ...) with target logits y (N, C)."""
-        spec = self.model.spec
-        parts = torch.split(weights, [tensor.size for tensor in spec])
-        state = {tensor.name: part.view(tensor.shape) for tensor, part in zip(spec, parts, strict=True)}
-        logits = cast(Output, functional_call(self.model.module, state, (x,))).logits
+        """Return the mean loss at ``weights`` (P,) on x (B, ...) with target logits y (B, C)."""
+        parts = torch.split(weights, [tensor.size for tensor in self.spec])
+        state = {tensor.name: part.view(tensor.shape) for tensor, part in zip(self.spec, parts, strict=True)}
+        logits = cast(Output, functional_call(self.module, state, (x,))).logits
         log_p = F.log_softmax(logits if self.columns is None else logits[:, self.columns], dim=1)
         if self.variant == "official":
             return F.binary_cross_entropy_with_logits(log_p, y)
         return -(F.softmax(y, dim=1) * log_p).sum(1).mean()
 
-    def change(self, base: Tensor, x: Tensor, y: Tensor, *, differentiable: bool = False) -> Tensor:
-        """Return what the visit changes in ``base`` (P,), float32; zero where nothing is trained."""
-        trained = trainable(self.model)
+    def _losses(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return each client's mean loss (K,) at weights (K, P)."""
+        if len(weights) == 1:
+            return self.loss(weights[0], x[0], y[0])[None]
+        return vmap(self.loss)(weights, x, y)
+
+    def changes(
+        self, base: Tensor, x: Tensor, y: Tensor, plan: Sequence[Tensor], *, differentiable: bool = False
+    ) -> Tensor:
+        """Return what the visits change in ``base`` (K, P), float32; zero where nothing is trained.
+
+        ``x`` (K, N, ...) and ``y`` (K, N, C) are the clients' samples and target logits, ``plan`` has the rows (K, B)
+        of each step.
+        """
+        own = torch.arange(len(base), device=base.device)[:, None]
         start = base.detach().requires_grad_()
         weights, velocity = start, None
-        for rows in self.plan:
-            loss = self.loss(weights, x[rows], y[rows])
+        for rows in plan:
+            loss = self._losses(weights, x[own, rows], y[own, rows]).sum()
             (grad,) = torch.autograd.grad(loss, weights, create_graph=differentiable)
             if self.training.weight_decay:
                 grad = grad + self.training.weight_decay * weights
-            grad = grad * trained
+            grad = grad * self.trained
             velocity = grad if velocity is None else self.training.momentum * velocity + grad
             weights = weights - self.training.lr * velocity
             if not differentiable:
@@ -77,9 +91,7 @@ def trainable(model: FlatModel) -> Tensor:
     return mask
 
 
-def batch_plan(
-    rows: int, num_examples: int, training: LocalTraining, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, ...]:
+def batch_plan(rows: int, num_examples: int, training: LocalTraining, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return the rows of each step: as many steps as the client took, in an order drawn anew for each epoch.
 
     With as many rows as the client has samples the batches have its sizes; with fewer they shrink in proportion.
@@ -97,7 +109,7 @@ def batch_plan(
     plan: list[Tensor] = []
     for _ in range(training.epochs):
         order = torch.randperm(rows, generator=generator) if steps > 1 else torch.arange(rows)
-        plan += [order[start:end].to(device) for start, end in zip([0, *ends], ends, strict=False)]
+        plan += [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return tuple(plan)
 
 
@@ -108,60 +120,3 @@ def largest(change: Tensor, allowed: Tensor, share: float) -> Tensor:
     size = change.abs().masked_fill(~allowed, -1.0)
     count = max(1, round(share * int(allowed.sum())))
     return torch.zeros_like(allowed).index_fill_(0, size.topk(count).indices, True) & allowed
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How samples are searched for: Adam's steps and learning rate, and when to stop.
-
-    It stops after ``patience`` steps without a gain of one percent. ``official`` descends on the sign of the inputs'
-    gradient, cuts the learning rate to a tenth at 3/8, 5/8 and 7/8 of the steps and keeps inputs in a box; otherwise
-    the learning rate follows half a cosine.
-    """
-
-    iterations: int = 400
-    lr: float = 0.1
-    patience: int = 100
-    variant: Variant = "consistent"
-
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of the 0-based ``step``."""
-        if self.variant == "official":
-            return self.lr * 0.1 ** sum(step >= self.iterations * eighths / 8 for eighths in (3, 5, 7))
-        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.iterations))
-
-    def descend(self, optimizer: torch.optim.Adam, x: Tensor, step: int) -> None:
-        """Move inputs ``x`` and whatever else ``optimizer`` holds along their gradients."""
-        optimizer.param_groups[0]["lr"] = self.lr_at(step)
-        if self.variant == "official":
-            assert x.grad is not None
-            x.grad = x.grad.sign()
-        optimizer.step()
-        if self.variant == "official":
-            x.data.clamp_(-BOX, BOX)
-
-
-def invert(
-    simulation: Simulation, base: Tensor, change: Tensor, start: Sequence[Tensor], matched: Tensor, search: Search
-) -> tuple[Tensor, Tensor]:
-    """Return inputs (N, ...) and target logits (N, C) whose training at ``base`` gives ``change``, as near as found.
-
-    The disparity is the L1 distance over the ``matched`` entries (P,); the best samples met are returned, which are
-    those of ``start`` if nothing improves on them.
-    """
-    x, y = (tensor.clone().requires_grad_() for tensor in start)
-    best, best_x, best_y, since = math.inf, start[0], start[1], 0
-    optimizer = torch.optim.Adam([x, y], lr=search.lr)
-    goal = change[matched]
-    for step in range(search.iterations):
-        moved = simulation.change(base, x, y, differentiable=True)
-        disparity = (moved[matched] - goal).abs().sum() / goal.abs().sum()
-        value = float(disparity.detach())
-        since = 0 if value < 0.99 * best else since + 1
-        if not math.isfinite(value) or since > search.patience:
-            break
-        if value < best:
-            best, best_x, best_y = value, x.detach().clone(), y.detach().clone()
-        x.grad, y.grad = torch.autograd.grad(disparity, [x, y])
-        search.descend(optimizer, x, step)
-    return best_x, best_y

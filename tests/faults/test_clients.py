@@ -144,7 +144,7 @@ SCANT = '''
 from fedcl.data.dataset import Partition
 
 
-def scant(y_train, y_test, *, num_clients, num_classes, rng):
+def scant(y_train, y_test, *, num_clients, num_classes, rng, train_meta, test_meta):
     """Client 0 has one sample, 1 a single class, 2 nothing of the first task, 3 all the rest."""
     import numpy as np
     single = np.flatnonzero(y_train == 0)[:1]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcl.models.flat import Spec, TensorSpec
+from clients.fedcac import CriticalMask
+from fedcl.client.loop import LocalTraining
+from fedcl.models.flat import FlatModel, Spec, TensorSpec
+from fedcl.models.masks import common_bits, count_bits, pack_bits, unpack_bits
+from fedcl.models.networks import MLP
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
-from fedcl.server.contracts import GLOBAL, Update
+from fedcl.scenario.streams import Joint
+from fedcl.server.contracts import GLOBAL, LocalWork, Update
 from fedcl.server.strategy import Pipeline
 from fedcl.tree import equal, pack, unpack
 from strategies.collaboration.fedcac import (
@@ -22,7 +27,9 @@ from strategies.collaboration.fedcac import (
     collaborators,
     critical_mask,
     overlap,
+    overlap_packed,
 )
+from tests.toy import configure, play, write_files
 
 GOLDEN = [
     TensorSpec("a", (2, 3), 0, 6, "parameter", None),
@@ -90,6 +97,27 @@ def test_overlap_equals_the_double_loop() -> None:
             assert found[i, j] == 1 - distance / (2 * masks[i].sum().item())
 
 
+@pytest.mark.parametrize("size", [1, 8, 1003, 300_001])  # the last in several pieces
+def test_packed_overlap_is_exact(size: int) -> None:
+    masks = torch.rand(5, size, generator=torch_generator(size)) < torch.tensor([0.1, 0.5, 0.5, 0.9, 1.0])[:, None]
+    packed = pack_bits(masks)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (5, -(-size // 8))
+    assert torch.equal(unpack_bits(packed, size), masks)
+    assert torch.equal(common_bits(packed), masks.long() @ masks.long().T)
+    assert torch.equal(count_bits(packed), masks.sum(1))
+    assert torch.equal(overlap_packed(packed, size), overlap(masks))
+
+
+def test_packed_masks_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="have 1 bytes: 9 positions need 2"):
+        overlap_packed(pack_bits(MASKS), 9)
+    with pytest.raises(ValueError, match=r"must be uint8 \(\.\.\., 2\)"):
+        unpack_bits(pack_bits(MASKS), 9)
+    with pytest.raises(ValueError, match="must be uint8"):
+        unpack_bits(MASKS[:, :1], 4)
+
+
 def test_a_client_without_critical_parameters_overlaps_with_nobody() -> None:
     masks = MASKS.clone()
     masks[0] = False
@@ -144,6 +172,9 @@ class View:
         assert self.pipeline is not None
         return self.models.get(self.pipeline.target_of(client, self), self.global_model)  # type: ignore[arg-type]
 
+    def model_at(self, target: str) -> Tensor:
+        return self.models.get(target, self.global_model)
+
 
 def update(client: int, base: Tensor, model: Tensor, weight: int, head: int = 0) -> Update:
     return Update(str(client), 0, GLOBAL, 0, base, model, weight, float(weight), head, head)
@@ -157,6 +188,10 @@ SIZES = [1, 1, 2]
 def round_of(clients: list[int]) -> list[Update]:
     """Client i returns W[i]; where MOVED, the weight came from 0: with tau = 1/2 those two are its critical ones."""
     return [update(i, W[i].masked_fill(MOVED[i], 0), W[i], SIZES[i]) for i in clients]
+
+
+def masks_of(part: FedCAC, spec: Spec) -> dict[str, Tensor]:
+    return {client: unpack_bits(packed, spec.size) for client, packed in part.state_dict()["masks"].items()}
 
 
 def system(beta: int, spec: Spec | None = None) -> tuple[Pipeline, FedCAC, View]:
@@ -210,7 +245,7 @@ def test_buffers_stay_the_clients_own() -> None:
     for i in range(3):
         assert models[str(i)][2:].tolist() == W[i, 2:].tolist()
     assert models[GLOBAL][2:].tolist() == [8, 9]
-    assert not any(mask[2:].any() for mask in part.state_dict()["masks"].values())
+    assert not any(mask[2:].any() for mask in masks_of(part, spec).values())
 
 
 def test_a_head_counts_only_those_that_trained_it() -> None:
@@ -228,7 +263,7 @@ def test_a_head_counts_only_those_that_trained_it() -> None:
     models = pipeline.aggregate(task0, view)  # type: ignore[arg-type]
     assert models[GLOBAL].tolist() == [3, 3, 50, 60]
     assert models["0"].tolist() == [3, 3, 50, 60]
-    masks = part.state_dict()["masks"]
+    masks = masks_of(part, spec)
     assert masks["0"].int().tolist() == [0, 1, 0, 0]
     assert masks["1"].int().tolist() == [1, 0, 0, 0]
     view.models |= models
@@ -236,7 +271,7 @@ def test_a_head_counts_only_those_that_trained_it() -> None:
     models = pipeline.aggregate(task1, view)  # type: ignore[arg-type]
     assert models[GLOBAL].tolist() == [3, 3, 70, 60]  # head 0 as it was: nobody trained it
     assert part.state_dict()["models"]["0"].tolist() == [3, 3, 70, 60]
-    assert part.state_dict()["masks"]["0"].int().tolist() == [0, 1, 1, 0]  # of head 0, from when it was trained
+    assert masks_of(part, spec)["0"].int().tolist() == [0, 1, 1, 0]  # of head 0, from when it was trained
 
 
 def naive(known: dict[str, tuple[Tensor, Tensor]], weights: dict[str, float], t: int, beta: int) -> dict[str, Tensor]:
@@ -319,10 +354,96 @@ def test_forgetting() -> None:
     assert set(part.combine(round_of([1]), view)) == {GLOBAL, "1"}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("key", "value"), [("tau", 0.0), ("tau", 1.5), ("beta", 0)])
-def test_parameters_out_of_range_are_named(key: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("half", "key", "value"),
+    [
+        (FedCAC, "tau", 0.0),
+        (FedCAC, "tau", 1.5),
+        (FedCAC, "beta", 0),
+        (FedCAC, "beta", -0.5),
+        (FedCAC, "beta", 2.5),
+        (FedCAC, "masks", "both"),
+        (CriticalMask, "tau", 0.0),
+        (CriticalMask, "masks", "both"),
+    ],
+)
+def test_parameters_out_of_range_are_named(half: Any, key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{key}={value}: must be"):
-        FedCAC(**{key: value})
+        half(**{key: value})
+
+
+@pytest.mark.parametrize(("beta", "rounds", "horizon"), [(0.5, 20, 10), (0.34, 50, 17), (0.01, 20, 1), (7, 20, 7)])
+def test_beta_may_be_a_share_of_the_rounds(beta: float, rounds: int, horizon: int) -> None:
+    shared, counted = FedCAC(beta=beta), FedCAC(beta=horizon)
+    shared.bind(work(rounds))
+    for t in range(1, horizon + 2):
+        results = []
+        for part in (shared, counted):
+            view = View(Spec(one(4)), {GLOBAL: torch.zeros(4)})
+            results.append(part.combine(round_of([0, 1, 2]), view))  # type: ignore[arg-type]
+        assert equal(*results)
+        assert (shared.metrics()["collaborators"] > 0) == (t <= horizon)
+
+
+def work(rounds: int) -> LocalWork:
+    model = FlatModel(MLP(input_shape=(1, 2, 2), heads=[2], hidden=[]))
+    return LocalWork(
+        model, LocalTraining(), Joint(num_classes=2, input_shape=(1, 2, 2), seed=0), (1, 2, 2), num_rounds=rounds
+    )
+
+
+def test_a_share_of_unknown_rounds_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"beta=0\.5 is a share of the rounds"):
+        FedCAC(beta=0.5).combine(round_of([0]), View(Spec(one(4))))  # type: ignore[arg-type]
+
+
+def sent(client: int, mask: Tensor) -> Update:
+    return replace(round_of([client])[0], payload={"critical": mask})
+
+
+def test_masks_from_the_clients_take_the_place_of_computed_ones() -> None:
+    spec = Spec([*one(2), TensorSpec("bn.running_mean", (2,), 2, 4, "buffer", None)])
+    part = FedCAC(tau=0.5, beta=2, masks="client")
+    view = View(spec, {GLOBAL: torch.zeros(4)})
+    masks = [torch.tensor(bits, dtype=torch.bool) for bits in ([0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1])]
+    part.combine([sent(i, pack_bits(mask)) for i, mask in enumerate(masks)], view)  # type: ignore[arg-type]
+    found = masks_of(part, spec)
+    assert [found[str(i)].int().tolist() for i in range(3)] == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert part.notes() == []
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, dtype=torch.uint8), torch.ones(1), torch.ones(1, 1).byte()])
+def test_what_is_no_mask_is_computed_again_and_told(mask: Tensor) -> None:
+    results = []
+    for part in (FedCAC(beta=2, masks="client"), FedCAC(beta=2)):
+        view = View(Spec(one(4)), {GLOBAL: torch.zeros(4)})
+        updates = [sent(0, mask), sent(1, mask)]
+        results.append(part.combine(updates, view))  # type: ignore[arg-type]
+        notes = part.notes()
+        assert [note["client"] for note in notes] == (["0", "1"] if part.masks == "client" else [])
+        assert part.notes() == []
+    assert equal(*results)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_files(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet8"])  # heads of other tasks; buffers
+def test_masks_from_server_and_client_are_the_same(model: str, files: dict[str, str], device: torch.device) -> None:
+    rows: list[Any] = []
+    sizes: list[set[tuple[int, ...]]] = []
+    for where in ("server", "client"):
+        extra = [f"strategy.collaboration.server.masks={where}", "evaluation.personal=true", "clients_per_round=3"]
+        extra.append("client.optimizer.weight_decay=0.001")
+        choices = {"strategy/collaboration": "fedcac", "scenario": "task_incremental", "model": model}
+        diary = play(configure(choices, files, device, *extra, num_tasks=2))
+        rows.append(diary.rows)
+        sizes.append({tuple(mask.shape) for mask in diary.traffic["up", "critical"]})
+    assert rows[0] == rows[1]
+    assert sizes[0] == set()
+    assert len(sizes[1]) == 1
 
 
 def test_a_whole_run_helps_the_clients(run_experiment: Callable[..., Path]) -> None:

@@ -2,16 +2,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from clients.apfl import APFL
 from clients.ditto import Ditto
@@ -20,147 +15,28 @@ from clients.fedper import FedPer as HeadStays
 from clients.fedper import FedRep
 from clients.pfedme import PFedMe
 from clients.qfedavg import QFedAvg as SaysLoss
-from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Plugin
-from fedcl.client.runtime import ClientRuntime
-from fedcl.client.state import NEVER, MemoryStateStore
-from fedcl.data.dataset import ArrayDataset, Dataset, Partition
-from fedcl.messages import Reply, Request
-from fedcl.models.flat import FlatModel, Spec, TensorSpec
-from fedcl.models.networks import MLP, build_model
-from fedcl.randomness import numpy_generator, torch_generator
+from fedcl.models.flat import Spec, TensorSpec
+from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
-from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, Collaboration, Update
-from fedcl.server.strategy import Pipeline, check_payloads
+from fedcl.server.strategy import check_payloads
 from fedcl.tree import equal, pack, unpack
 from strategies.collaboration.fedamp import FedAMP, attention
 from strategies.collaboration.fedavg import FedAvg
 from strategies.collaboration.fedper import FedPer
 from strategies.collaboration.local import Local
 from strategies.collaboration.qfedavg import QFedAvg
-
-CLIENTS = ("0", "1", "2")
-LR = 0.2
-TASK = Task(0, (0, 1, 2), (0, 1, 2))
-
-
-def network() -> MLP:
-    return MLP(input_shape=(5,), heads=(3,), hidden=(4,))
-
-
-def samples(client: str) -> tuple[Tensor, Tensor]:
-    """Client k holds 6 + 3k samples, mostly of class k."""
-    k = int(client)
-    rng = numpy_generator("personalised", client)
-    y = np.where(rng.random(6 + 3 * k) < 0.8, k, rng.integers(0, 3, 6 + 3 * k))
-    x = rng.standard_normal((len(y), 5)) + np.eye(3, 5)[y]
-    return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y.astype(np.int64))
-
-
-@dataclass
-class Federation:
-    """A collaboration and its clients, without messages: full batches, so that nothing is random."""
-
-    part: Collaboration
-    half: Callable[[], Plugin] | None = None
-    epochs: int = 3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    measured: bool = False
-    version: int = 0
-    clients: tuple[str, ...] = CLIENTS
-    visits: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        parts = [samples(client) for client in CLIENTS]
-        half = ArrayDataset(torch.cat([x for x, _ in parts]).numpy(), torch.cat([y for _, y in parts]).numpy())
-        edges = np.cumsum([0, *(len(y) for _, y in parts)])
-        held = tuple(np.arange(a, b) for a, b in pairwise(edges))
-        model = FlatModel(build_model(network, seed=3))
-        self.spec = model.spec
-        self.store = MemoryStateStore()
-        self.runtime = ClientRuntime(
-            model=model,
-            plugins={} if self.half is None else {"half": self.half},
-            data=PartitionedData(Dataset(half, half, ("a", "b", "c")), Partition(held, held), CLIENTS),
-            training=LocalTraining(self.epochs, 100, LR, self.momentum, self.weight_decay),
-            seed=0,
-            num_columns=3,
-            personal_evaluation=self.measured,
-        )
-        self.pipeline = Pipeline(collaboration=self.part)
-        self.pipeline.setup(self.spec)
-        self.models = {GLOBAL: model.vector()}
-
-    @property
-    def global_model(self) -> Tensor:
-        return self.models[GLOBAL]
-
-    def model_of(self, client: str) -> Tensor:
-        return self.models.get(self.pipeline.target_of(client, self), self.global_model)  # type: ignore[arg-type]
-
-    def request(self, kind: str, client: str) -> Request:
-        visit = self.visits.get(client, NEVER) + 1
-        return Request(kind, client, visit, visit - 1, 0, 0, TASK, "", self.model_of(client))  # type: ignore[arg-type]
-
-    def visit(self, client: str) -> tuple[Update, Reply]:
-        request = self.request("train", client)
-        reply = self.runtime.visit(request, self.store)
-        self.store.commit(client, request.visit)
-        self.visits[client] = request.visit
-        assert reply.model is not None
-        assert request.model is not None
-        n, payload = reply.num_examples, reply.payload
-        update = Update(
-            client, request.visit, GLOBAL, 0, request.model, reply.model, n, float(n), 0, 0, payload=payload
-        )
-        return update, reply
-
-    def play(self, present: tuple[str, ...] = CLIENTS) -> None:
-        updates = [self.visit(client)[0] for client in present]
-        self.models |= self.pipeline.aggregate(updates, self)  # type: ignore[arg-type]
-
-    def own(self, client: str) -> dict[str, Tensor]:
-        return self.store.load(client, self.visits[client])["plugins"]["half"]  # type: ignore[no-any-return]
-
-    def accuracy(self, client: str) -> float:
-        return self.runtime.visit(self.request("evaluate", client), self.store).metrics["accuracy"]
-
-
-def gradient(vector: Tensor, client: str) -> Tensor:
-    """Return the gradient of the client's loss at ``vector``, in float64 and by a module of its own."""
-    module = network().double()
-    torch.nn.utils.vector_to_parameters(vector.double(), module.parameters())
-    x, y = samples(client)
-    loss = F.cross_entropy(module(x.double()).logits, y)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
-def accuracy_of(vector: Tensor, client: str) -> float:
-    module = network()
-    torch.nn.utils.vector_to_parameters(vector.float(), module.parameters())
-    x, y = samples(client)
-    return float((module(x).logits.argmax(1) == y).double().mean())
-
-
-def descend(vector: Tensor, client: str, steps: int, where: Tensor | float = 1.0) -> Tensor:
-    vector = vector.double()
-    for _ in range(steps):
-        vector = vector - LR * where * gradient(vector, client)
-    return vector
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
-
-
-def head_of(spec: Spec) -> Tensor:
-    mask = torch.zeros(spec.size, dtype=torch.bool)
-    mask[spec["head.weight"].start : spec["head.bias"].stop] = True
-    return mask
-
+from tests.strategies.federation import (
+    CLIENTS,
+    LR,
+    Federation,
+    accuracy_of,
+    close,
+    descend,
+    gradient,
+    head_of,
+    loss_at,
+)
 
 SHARED_BITS: list[Callable[[], Plugin]] = [FineTuned, Ditto, APFL, SaysLoss]
 
@@ -417,13 +293,6 @@ def test_fedamp_survives_and_forgets() -> None:
 # -- q-FedAvg -------------------------------------------------------------------------------------------------------
 
 
-def losses(vector: Tensor) -> list[float]:
-    module = network().double()
-    torch.nn.utils.vector_to_parameters(vector.double(), module.parameters())
-    with torch.no_grad():
-        return [float(F.cross_entropy(module(samples(c)[0].double()).logits, samples(c)[1])) for c in CLIENTS]
-
-
 @pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 3.0])
 def test_qfedavg_by_the_paper(q: float) -> None:
     federation = Federation(QFedAvg(q=q, lipschitz=1 / LR), SaysLoss)
@@ -432,7 +301,8 @@ def test_qfedavg_by_the_paper(q: float) -> None:
         start = federation.global_model.double()
         federation.play()
         numerator, denominator = torch.zeros_like(start), 0.0
-        for client, loss in zip(CLIENTS, losses(start), strict=True):
+        for client in CLIENTS:
+            loss = loss_at(start, client)
             scaled = (start - descend(start, client, 3)) / LR
             numerator += loss**q * scaled
             denominator += q * loss ** (q - 1) * float(scaled.square().sum()) + loss**q / LR

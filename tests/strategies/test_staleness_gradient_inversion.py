@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from fedcl.client.loop import LocalTraining
 from fedcl.requests import ForgetRequest
-from fedcl.server.contracts import GLOBAL, Update
+from fedcl.server.contracts import GLOBAL, LocalWork, Update
 from fedcl.tree import equal, pack, unpack
 from strategies.staleness.gradient_inversion import GradientInversion
 from tests.strategies.late import (
@@ -17,6 +21,7 @@ from tests.strategies.late import (
     EACH,
     FULL,
     MOMENTUM,
+    STREAM,
     View,
     cosine_distance,
     network,
@@ -68,8 +73,99 @@ def test_fresh_updates_are_left_alone_and_several_late_ones_are_inverted() -> No
     first, second = inversion.admit([late, other], View(now))
     assert inversion.metrics()["inverted"] == 2
     assert not torch.equal(first.model, second.model)
-    alone = part(iterations=60, max_residual=2.0).admit([late], View(now))[0]
-    assert torch.equal(alone.model, first.model)  # one client's samples do not depend on who else is late
+    assert inversion.metrics()["searches"] == 2
+
+
+def test_clients_searched_together_are_searched_as_one_by_one_but_for_rounding() -> None:
+    base = network().vector()
+    now = shifted(base, 2)
+    late = [update(base, 2), update(base, 2, client="b")]
+
+    def admitted(steps: int, together: int) -> list[Tensor]:
+        # with patience for all steps nobody stops early by a hair
+        settings = {"iterations": steps, "patience": steps, "tolerance": 0.0, "max_residual": 2.0}
+        inversion = part(together=together, **settings)
+        return [one.delta for one in inversion.admit(late, View(now))]
+
+    for pair, alone in zip(admitted(10, 2), admitted(10, 1), strict=True):
+        assert relative(pair, alone) < 1e-3
+    # rounding grows along a descent on absolute values; what is found stays as good
+    for pair, alone in zip(admitted(60, 2), admitted(60, 1), strict=True):
+        assert cosine_distance(pair, alone) < 0.01
+
+
+def test_visits_of_other_shapes_are_searched_apart() -> None:
+    base = network().vector()
+    now = shifted(base, 2)
+    late = [update(base, 2), replace(update(base, 2, client="b"), num_examples=EACH - 4)]
+    view, calls = View(now), []
+
+    def compute(fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        calls.append(args)
+        return View.compute(view, fn, *args)
+
+    view.compute = compute  # type: ignore[method-assign]
+    inversion = part(iterations=5, max_residual=2.0, together=2)
+    inversion.admit(late, view)
+    assert [len(riddles) for _, _, riddles in calls] == [1, 1]
+    assert inversion.metrics()["searches"] == 2
+
+
+def test_another_process_finds_the_same_bits() -> None:
+    base = network().vector()
+    now, late = shifted(base, 2), update(base, 2)
+    here = part(iterations=20, max_residual=2.0).admit([late], View(now))
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        view = View(now)
+        view.compute = pool.submit  # type: ignore[method-assign]
+        there = part(iterations=20, max_residual=2.0).admit([late], view)
+    assert torch.equal(there[0].model, here[0].model)
+
+
+def test_where_the_loss_is_not_the_clients_the_gate_decides_and_says_so() -> None:
+    base = network().vector()
+    now, honest = shifted(base, 2), update(base, 4)
+    # a client whose objective is none of the server's business: no samples explain such a change
+    noise = 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(0))
+    odd = Update("b", 0, GLOBAL, 6, base, base + noise, EACH, float(EACH), 0, 0, 4)
+    inversion = GradientInversion(samples=EACH, iterations=100)
+    inversion.setup(network().spec)
+    inversion.bind(LocalWork(network(), FULL, STREAM, (6,), plain_loss=False))
+    assert [note["kind"] for note in inversion.notes()] == ["inversion_of_plain_loss"]
+    corrected, weighted = inversion.admit([honest, odd], View(now))
+    assert torch.allclose(weighted.delta, 2 ** (-4 / 20) * odd.delta, atol=1e-6)
+    assert cosine_distance(corrected.delta, honest.delta) > 1e-4
+    (note,) = inversion.notes()
+    assert (note["kind"], note["client"], note["age"], note["reason"]) == ("inversion_refused", "b", 4, "residual")
+    assert note["residual"] > 0.3
+    assert inversion.notes() == []
+    assert inversion.metrics() == pytest.approx(
+        {"searches": 2, "inverted": 1, "fallbacks": 1, "fallbacks_residual": 1}
+        | {name: inversion.metrics()[name] for name in ("iterations", "residual")}
+    )
+
+
+def test_seconds_are_told_once_and_are_no_metric() -> None:
+    base = network().vector()
+    inversion = part(iterations=5)
+    inversion.admit([update(base, 2)], View(base))
+    assert inversion.timings()["inversion"] > 0
+    assert inversion.timings() == {}
+    assert not any("second" in name or "time" in name for name in inversion.metrics())
+
+
+def test_a_search_that_has_found_enough_stops() -> None:
+    base = network().vector()
+    warm = part(iterations=300, tolerance=0.2)
+    for version in (10, 11):
+        warm.admit([update(base, 3)], View(base, version=version))
+        steps = warm.metrics()["iterations"]
+        if version == 10:
+            first = steps
+    assert 0 < first < 300
+    assert steps == first  # the second search begins where the first ended: near enough
 
 
 def test_samples_that_explain_too_little_are_not_used() -> None:
@@ -105,7 +201,7 @@ def test_an_update_that_moved_nothing_is_no_riddle() -> None:
     inversion = part()
     (kept,) = inversion.admit([still], View(base))
     assert torch.equal(kept.model, base)
-    assert inversion.metrics()["fallbacks"] == 1
+    assert inversion.metrics() == {"fallbacks": 1, "fallbacks_nothing": 1}
 
 
 def test_the_next_search_begins_where_the_last_one_ended() -> None:
