@@ -95,6 +95,10 @@ def _sections(run: Run) -> Iterator[RenderableType]:
     if clients is not None:
         yield Text("")
         yield clients
+    ages = run.staleness()
+    if len(ages) > 1:
+        yield Text("")
+        yield Text("updates by age: " + ", ".join(f"{age}: {count}" for age, count in ages.items()))
     yield Text("")
     counts = event_counts(run)
     yield Text("events: " + (", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"))

@@ -83,6 +83,11 @@ class Run:
         baseline = self.baseline()
         return dict(summarise(matrix, None if baseline is None else baseline[: len(matrix)]))
 
+    def staleness(self) -> pd.Series[int]:
+        """Return how many updates counted at each age, in versions of the model; empty where none can be late."""
+        ages = self.metrics.loc[(self.metrics["phase"] == "train") & (self.metrics["name"] == "age"), "value"]
+        return ages.astype("int64").value_counts().sort_index().rename("updates").rename_axis("age")
+
     def by_client(self, phase: str = "personal", name: str = "accuracy") -> dict[str, float]:
         """Return client -> its latest value, the mean over the tasks measured in that round.
 

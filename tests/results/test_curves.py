@@ -27,6 +27,13 @@ def test_a_task_is_met_when_it_is_trained_and_learned_when_its_stage_ends(tmp_pa
     assert learned == [5, -1, 1]
 
 
+def test_the_histogram_of_ages(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        for age in (0, 3, 0, 10, 3, 0):
+            recorder.row(round=0, phase="train", name="age", value=age, client="a", task=0)
+    assert load(tmp_path).staleness().to_dict() == {0: 3, 3: 2, 10: 1}
+
+
 def test_what_a_client_forgot_of_its_own_tasks(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         for client, rows in {"a": [(0, 3, 0.9), (1, 3, 0.6), (1, 0, 0.8)], "b": [(1, 0, 0.5)]}.items():
