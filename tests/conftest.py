@@ -47,11 +47,7 @@ def _device(config: pytest.Config) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if {"ray", "flower"} & set(item.keywords):
-            item.add_marker(pytest.mark.xdist_group("cluster"))  # one Ray instance a test run
     if _device(config) != "cuda":
         skip = pytest.mark.skip(reason="needs a CUDA device: run with --device cuda")
         for item in items:
