@@ -128,4 +128,4 @@ def attacked(rule: str, attack: str | None, liars: int, *, seed: int = 0, rounds
         make_server(cfg, prepared, replace(backend, grid=grid), recorder).run(lambda _: None)
         assert attack not in FORGERS or grid.forged == liars * rounds
     assert diary.faults == []
-    return [row["value"] for row in diary.rows if row["phase"] == "test"][-1], diary
+    return [row["value"] for row in diary.rows if (row["phase"], row["name"]) == ("test", "accuracy")][-1], diary
