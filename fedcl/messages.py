@@ -23,11 +23,14 @@ from fedcl.scenario.task import Task
 
 ARRAYS, FLAT, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "flat", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
+NOTE = "note"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
-Kind = Literal["train", "evaluate", "query", "task_end", "hello"]
-CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end")  # a client has at most one of these under way
-MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate", "query": "query", "task_end": "query", "hello": "query"}
+Kind = Literal["train", "evaluate", "query", "task_end", "unlearn", "forget", "hello"]
+CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end", "forget")  # a client has at most one of these under way
+MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate"} | dict.fromkeys(
+    ("query", "task_end", "unlearn", "forget", "hello"), "query"
+)
 
 
 class LiveArray(Array):
@@ -80,6 +83,7 @@ class Request:
     ``committed`` is the client's last visit that the server accepted (-1: none); ``model`` the weights to start from,
     float32 (P,), to be read only; ``name`` the question of a query. ``turn`` counts the client's trainings (-1: as
     ``visit``): random draws are keyed by it, so that they do not depend on what else a client was told in between.
+    ``note`` is text that a kind of message needs besides: what to forget, and the tasks it lies in.
     """
 
     kind: Kind
@@ -93,16 +97,21 @@ class Request:
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
     turn: int = -1
+    note: str = ""
 
 
 @dataclass(slots=True)
 class Reply:
-    """What a client answers; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads."""
+    """What a client answers; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads.
+
+    ``note`` is text: what became of a client's memory of a forget set.
+    """
 
     num_examples: int
     metrics: dict[str, float] = field(default_factory=dict)
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
+    note: str = ""
 
 
 def vector_record(vector: Tensor, *, live: bool) -> ArrayRecord:
@@ -165,6 +174,7 @@ def visit_record(requests: Sequence[Request]) -> ConfigRecord:
             "round": first.server_round,
             "version": first.version,
             "task": first.task.to_json() if first.task is not None else "",
+            NOTE: first.note,
         }
     )
 
@@ -195,6 +205,7 @@ def requests(content: RecordDict) -> Iterator[Request]:
         name=cast(str, visit["name"]),
         model=_tensor(arrays[FLAT]) if arrays is not None else None,
         payload=record_tensors(payload) if payload is not None else {},
+        note=cast(str, visit.get(NOTE, "")),
     )
     turns = cast(list[int], visit["turns"])
     for client, number, last, turn in zip(clients, visits, committed, turns, strict=True):
@@ -217,6 +228,8 @@ def reply_content(reply: Reply, *, live: bool) -> RecordDict:
     content[METRICS] = MetricRecord(metrics)
     if reply.payload:
         content[PAYLOAD] = tensors_record(reply.payload, live=live)
+    if reply.note:
+        content[VISIT] = ConfigRecord({NOTE: reply.note})
     return content
 
 
@@ -234,10 +247,10 @@ def read_reply(content: RecordDict) -> Reply:
     arrays = _named(content, ARRAYS, ArrayRecord)
     if arrays is not None and list(arrays) != [FLAT]:
         raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
-    unknown = set(content) - {ARRAYS, METRICS, PAYLOAD}
+    unknown = set(content) - {ARRAYS, METRICS, PAYLOAD, VISIT}
     if unknown:
         raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
-    payload = _named(content, PAYLOAD, ArrayRecord)
+    payload, visit = _named(content, PAYLOAD, ArrayRecord), _named(content, VISIT, ConfigRecord)
     num_examples = metrics[NUM_EXAMPLES]
     if isinstance(num_examples, list) or not float(num_examples).is_integer():
         raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
@@ -246,6 +259,7 @@ def read_reply(content: RecordDict) -> Reply:
         metrics={k: float(v) for k, v in metrics.items() if k != NUM_EXAMPLES and not isinstance(v, list)},
         model=_read(ARRAYS, arrays)[FLAT] if arrays is not None else None,
         payload=_read(PAYLOAD, payload) if payload is not None else {},
+        note=str(visit.get(NOTE, "")) if visit is not None else "",
     )
 
 

@@ -16,6 +16,7 @@ from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
 from fedcl.data.partition import report as partition_report
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
+from fedcl.replay import make_unlearning
 from fedcl.results import schema
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.progress import Progress
@@ -59,7 +60,8 @@ def play(
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, run_dir / "clients")
         )
-        server = make_server(cfg, prepared, backend, recorder)
+        unlearning = make_unlearning(cfg, prepared, backend, run_dir)
+        server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
         states = backend.states or MemoryStateStore()
         if saved is not None:
             _restore(server, states, saved)

@@ -19,6 +19,7 @@ from fedcl.server.exchange import Exchange
 from fedcl.server.loop import LoopOptions, Server
 from fedcl.server.measurement import Known
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
@@ -29,6 +30,7 @@ from fedcl.wiring import (
     load_dataset,
     make_devices,
     make_model,
+    make_queue,
     make_schedule,
     make_statistics,
     make_steps,
@@ -62,10 +64,19 @@ class Prepared:
         model = make_model(cfg, dataset, stream, torch.device("cpu"))
         learner_factories(cfg)
         make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        make_queue(cfg, stream, schedule, dataset)
         return cls(dataset, partition, stream, schedule, clients)
 
 
-def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Recorder) -> Server:
+def make_server(
+    cfg: Config,
+    prepared: Prepared,
+    backend: Backend,
+    recorder: Recorder,
+    *,
+    unlearning: Unlearning | None = None,
+    evaluate: bool = True,
+) -> Server:
     """Wire the server over an open backend."""
     model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
     strategy = make_strategy(cfg, model, backend.nodes)
@@ -78,6 +89,7 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
         payloads=strategy.payloads,
         cohorts=backend.cohorts,
         commit_state=backend.states.commit if backend.states is not None else None,
+        erase=backend.erase,
         max_update_norm=cfg["max_update_norm"],
     )
     arrivals = Arrivals(
@@ -97,12 +109,17 @@ def make_server(cfg: Config, prepared: Prepared, backend: Backend, recorder: Rec
         initial=model.vector(),
         clients=prepared.clients,
         record=recorder,
-        evaluator=Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"]),
+        evaluator=_evaluator(cfg, prepared, model) if evaluate else None,
         options=_loop_options(cfg),
         statistics=make_statistics(cfg, model),
         known=_known(cfg, prepared, model),
         compute=backend.compute,
+        unlearning=unlearning,
     )
+
+
+def _evaluator(cfg: Config, prepared: Prepared, model: FlatModel) -> Evaluator:
+    return Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"])
 
 
 def _known(cfg: Config, prepared: Prepared, model: FlatModel) -> Known:

@@ -18,17 +18,20 @@ from fedcl.client.plugin import Plugin
 from fedcl.client.plugin import overrides as defines
 from fedcl.client.probe import Probe
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
+from fedcl.client.unlearner import Unlearner
 from fedcl.data.dataset import Dataset, Indices, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
 from fedcl.rules import ConfigError
 from fedcl.scenario.curriculum import Curriculum
-from fedcl.scenario.materialise import materialise
+from fedcl.scenario.materialise import materialise, retained
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
 from fedcl.server.contracts import LocalWork
+from fedcl.server.planned import planned_requests
+from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.statistics import Statistics
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
@@ -208,6 +211,7 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         return Probe(every=every, tasks=tasks, data=data, plugins=plugins)
 
     return ClientRuntime(
+        unlearner=functools.partial(make_unlearner, cfg),
         model=make_model(cfg, dataset, stream, device),
         plugins=learner_factories(cfg),
         data=data,
@@ -217,6 +221,30 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         personal_evaluation=cfg["evaluation"]["personal"],
         probe=probe if every else None,
     )
+
+
+def make_unlearner(cfg: Config) -> Unlearner:
+    """Build the unlearner, which has a half at clients and one at the server."""
+    unlearner: Unlearner = build(cfg["unlearner"], at="unlearner", trusted=cfg["trusted_packages"])
+    return unlearner
+
+
+def make_queue(cfg: Config, stream: Stream, schedule: Schedule, dataset: Dataset) -> RequestQueue:
+    """Build the queue of unlearning requests with those that the configuration plans.
+
+    Raises
+    ------
+    ConfigError
+        If one of them could never be served.
+    """
+    scopes, samples = make_unlearner(cfg).scopes, len(dataset.train.y)
+    bounds = Bounds(participants(cfg), dataset.num_classes, stream.num_tasks, scopes, samples)
+    planned = planned_requests(cfg["unlearning"]["requests"], schedule)
+    for place, (_, request) in enumerate(planned):
+        why = bounds.refusal(request)
+        if why is not None:
+            raise ConfigError(f"unlearning.requests[{place}].{why}")
+    return RequestQueue(bounds, planned, window=cfg["unlearning"]["window"])
 
 
 def make_devices(cfg: Config) -> Callable[[str], Device]:
@@ -238,7 +266,9 @@ def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[
 
     @functools.cache
     def steps(name: str, task: str) -> int:
-        num_examples = len(materialise(Task.from_json(task), dataset.train.y[parts[name]]))
+        asked = Task.from_json(task)
+        held = retained(asked, parts[name], dataset.train.y)
+        num_examples = len(materialise(asked, dataset.train.y[held]))
         return int(client["epochs"]) * -(-num_examples // int(client["batch_size"]))
 
     return lambda name, task: steps(name, task.to_json())

@@ -24,6 +24,7 @@ OUTER = (
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.protocol",
+    "fedcl.replay",
     "fedcl.wiring",
     "fedcl.bench",
     "fedcl.simulation",

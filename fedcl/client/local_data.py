@@ -13,7 +13,7 @@ import torch
 from fedcl.client.plugin import TaskData
 from fedcl.client.restore import restore
 from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
-from fedcl.scenario.materialise import materialise, targets
+from fedcl.scenario.materialise import materialise, retained, targets
 from fedcl.scenario.task import Task
 
 
@@ -32,16 +32,21 @@ class LocalData(Protocol):
         """Return how many train samples ``client`` holds over all tasks."""
         ...
 
+    def drop(self, client: str) -> None:
+        """Erase every copy of the client's samples that is kept beside its data source."""
+        ...
+
 
 def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task, device: torch.device) -> TaskData:
     """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
+    held = retained(task, held, half.y)
     y = half.y[held]
     chosen = materialise(task, y)
     raw = torch.from_numpy(half.x[held[chosen]])
     x = restore(dataset, raw, task.transform).to(device)
     columns = torch.from_numpy(np.ascontiguousarray(targets(task, y[chosen])))
     stored = raw.to(device) if raw.dtype == torch.uint8 else None
-    return TaskData(x, columns.to(device), stored, functools.partial(restore, dataset))
+    return TaskData(x, columns.to(device), stored, functools.partial(restore, dataset), held[chosen])
 
 
 class PartitionedData:
@@ -69,8 +74,14 @@ class PartitionedData:
         """Return how many train samples the client holds."""
         return len(self._train[client])
 
+    def drop(self, client: str) -> None:
+        """Erase the copies that were kept ready of the client's samples; the shared array is the simulation's own."""
+        for key in [key for key in self._cache if key[1] == client]:
+            self._free += _bytes(self._cache.pop(key))
+
     def _get(self, half: str, client: str, task: Task, device: torch.device) -> TaskData:
-        key = (half, client, f"{task.classes}{task.portions}{task.columns}{task.transform}{device}")
+        gone = f"{task.without_classes}{task.without_samples}" if half == "train" else ""
+        key = (half, client, f"{task.classes}{task.portions}{task.columns}{task.transform}{device}{gone}")
         data = self._cache.get(key)
         if data is not None:
             self._cache.move_to_end(key)
@@ -78,7 +89,7 @@ class PartitionedData:
         if half == "train":
             data = task_samples(self.dataset, self.dataset.train, self._train[client], task, device)
         else:
-            whole = replace(task, portions=None)
+            whole = replace(task, portions=None, without_classes=(), without_samples=())
             data = task_samples(self.dataset, self.dataset.test, self._test[client], whole, device)
         self._cache[key] = data
         self._free -= _bytes(data)

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fedcl.data.dataset import Indices
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 from fedcl.randomness import torch_generator
+from fedcl.requests import ForgetRequest, Residual
 from fedcl.scenario.task import Task
 
 # P = parameters, B = batch, C = logit columns
@@ -72,13 +74,14 @@ class TaskData:
 
     ``raw`` (N, ...) holds the same inputs as the data set stores them, where that is as uint8. ``restore(raw,
     transform)``, on the CPU, does to such rows what was done to these: with the task's transform it gives their ``x``
-    bit for bit.
+    bit for bit. ``positions`` (N,) says where in the client's data source they come from.
     """
 
     x: Tensor
     y: Tensor
     raw: Tensor | None = None
     restore: Restore | None = None
+    positions: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -260,6 +263,18 @@ class Plugin:
         payload of ``every_train`` rides along with every later train message, as float32, under
         ``<query>/<tensor>`` in ``ctx.payload``.
         """
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Drop what this plugin keeps of the forget set, and say what became of it.
+
+        Called at a client that holds some of it, with the samples ``gone`` of all tasks met so far; ``ctx.data`` holds
+        what is left of the present task. An outcome ``reset`` makes the core drop the plugin's whole state of the
+        client: right where a sum over samples cannot be taken apart, and therefore the default.
+        """
+        name = type(self).__name__
+        if not overrides(self, "state"):
+            return Residual(name, "none", "keeps nothing between visits")
+        return Residual(name, "reset", "its state mixed all samples of the client: it starts over")
 
     def state(self) -> State:
         """Return everything that must survive: nested dicts of tensors, numbers, strings, lists of numbers."""

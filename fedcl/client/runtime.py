@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
 from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
 from fedcl.client.probe import ProbeOf
 from fedcl.client.state import ClientStateStore
+from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.flat import FlatModel
+from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.scenario.task import Task
 from fedcl.tree import clone, num_bytes
 
@@ -36,6 +39,7 @@ class ClientRuntime:
     num_columns: int
     personal_evaluation: bool = False
     probe: ProbeOf | None = None
+    unlearner: Callable[[], Unlearner] = Unlearner
     _spare: FlatModel | None = field(default=None, init=False, repr=False)
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
@@ -54,6 +58,10 @@ class ClientRuntime:
             return self._query(request, store)
         if request.kind == "evaluate":
             return self._evaluate(request, store)
+        if request.kind == "unlearn":
+            return self._unlearn(request)
+        if request.kind == "forget":
+            return self._forget(request, store)
         raise ValueError(f"a client cannot answer a message of kind {request.kind!r}")
 
     def _train(self, request: Request, store: ClientStateStore) -> Reply:
@@ -110,6 +118,52 @@ class ClientRuntime:
             return Reply(0)
         return Reply(len(test), {"accuracy": accuracy(ctx, list(learner.values()), test.x, test.y)})
 
+    def _unlearn(self, request: Request) -> Reply:
+        """Do one step of the unlearner on the client's samples; nothing of it stays here."""
+        if request.model is None:
+            raise ValueError("a message of kind 'unlearn' needs a model")
+        note, device = ForgetNote.from_json(request.note), self.model.device
+        self.model.load(request.model)
+        parts = part(self.data, request.client, note, device)
+        ctx = UnlearnContext(
+            model=self.model,
+            received=request.model.to(device),
+            forget=samples([(task, gone) for task, gone, _ in parts], self.num_columns, device),
+            retain=samples([(task, kept) for task, _, kept in parts], self.num_columns, device),
+            requests=note.requests,
+            training=self.training,
+            client=request.client,
+            seed=self.seed,
+            turn=request.turn,
+            num_columns=self.num_columns,
+            tensors=request.payload,
+            args=note.args,
+            twin=self._twin,
+        )
+        self.model.set_generator(self._layer_generator(ctx.rng("dropout")))
+        done = self.unlearner().local(ctx, request.name)
+        return Reply(done.num_examples, {}, None, {name: tensor.cpu() for name, tensor in done.tensors.items()})
+
+    def _forget(self, request: Request, store: ClientStateStore) -> Reply:
+        """Let the learner forget, or erase everything about a client that leaves."""
+        note = ForgetNote.from_json(request.note)
+        if note.leaves(request.client):
+            store.drop(request.client)
+            self.data.drop(request.client)
+            return Reply(0, note=residuals_json([Residual("client state", "erased", "the client has left")]))
+        learner, ctx = self._enter(request, store)
+        gone = joined([lost for _, lost, _ in part(self.data, request.client, note, self.model.device)])
+        self.data.drop(request.client)
+        residuals = []
+        for name, plugin in learner.items() if len(gone) else ():
+            outcomes = [plugin.forget(ctx, one, gone) for one in note.requests if one.concerns(request.client)]
+            if any(outcome.outcome == "reset" for outcome in outcomes):
+                learner[name] = self.plugins[name]()
+                learner[name].load({})
+            residuals += outcomes
+        self._stage(request, store, learner, ctx)
+        return Reply(len(gone), note=residuals_json(residuals))
+
     def _enter(self, request: Request, store: ClientStateStore) -> tuple[dict[str, Plugin], Context]:
         if request.model is None or request.task is None:
             raise ValueError(f"a message of kind {request.kind!r} needs a model and a task")
@@ -119,7 +173,7 @@ class ClientRuntime:
         learner = {names[id(plugin)]: plugin for plugin in ordered(list(instances.values()))}
         state = clone(store.load(request.client, request.committed), self.model.device) if learner else {}
         ctx = self._context(request, request.task, request.model, state)
-        self.model.set_generator(self._dropout_generator(ctx))
+        self.model.set_generator(self._layer_generator(ctx.rng("dropout")))
         for name, plugin in learner.items():
             plugin.load(state.get("plugins", {}).get(name, {}))
             plugin.setup(ctx)
@@ -153,11 +207,11 @@ class ClientRuntime:
             self._spare = self.model.twin()
         return self._spare
 
-    def _dropout_generator(self, ctx: Context) -> torch.Generator:
-        generator = ctx.rng("dropout")
-        if ctx.device.type == "cpu":
+    def _layer_generator(self, generator: torch.Generator) -> torch.Generator:
+        device = self.model.device
+        if device.type == "cpu":
             return generator
-        return torch.Generator(ctx.device).manual_seed(generator.initial_seed())
+        return torch.Generator(device).manual_seed(generator.initial_seed())
 
     def _own_test(self, request: Request, always: bool = False) -> TaskData | None:
         if not (always or self.personal_evaluation) or request.task is None:

@@ -41,11 +41,11 @@ TIMING_COLUMNS: Final[dict[str, str]] = {"round": "int64", "name": "str", "secon
 EVENT_FIELDS: Final = ("round", "virtual_time", "kind")
 """Fields that every event has; others depend on the kind."""
 
-PHASES: Final = ("train", "test", "received", "trained", "personal", "iteration", "server")
+PHASES: Final = ("train", "test", "received", "trained", "personal", "iteration", "server", "unlearning")
 """``train``: while a client learns. ``test``: the global model on test data. ``received``: a client's model before its
 local steps, ``trained``: after them. ``personal``: the model a client would use after aggregation. ``iteration``: a
 client's model after so many of its local steps. ``server``: what the strategy reports of itself (a subspace's rank, the
-share of frozen parameters)."""
+share of frozen parameters). ``unlearning``: what serving requests did, and what is known again later."""
 
 SUMMARY_KEYS: Final = (
     "accuracy/average",

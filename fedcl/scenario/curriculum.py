@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fedcl.requests import Forgotten
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Answers, for any client and round, with pure functions of stream and schedule."""
+    """Answers, for any client and round, with pure functions of stream, schedule and what has been forgotten."""
 
     stream: Stream
     schedule: Schedule
+    forgotten: Forgotten = field(default_factory=Forgotten, compare=False)
 
     def task(self, client: str, server_round: int) -> Task | None:
         """Return what ``client`` trains on at ``server_round``; None where it takes no part."""
@@ -28,7 +30,15 @@ class Curriculum:
         position = self.schedule.position(client, server_round)
         if position is None:
             return None
-        return self._task(client, position.task_id, self.schedule.met(client, server_round))
+        return self.met_task(client, position.task_id, server_round)
+
+    def met_task(self, client: str, task_id: int, server_round: int) -> Task:
+        """Return a task that ``client`` has met by ``server_round``, with the samples that may still be trained."""
+        return self.forgotten.task(client, self.plain_task(client, task_id, server_round))
+
+    def plain_task(self, client: str, task_id: int, server_round: int) -> Task:
+        """Return the same task with all its samples, whatever has been forgotten."""
+        return self._task(client, task_id, self.schedule.met(client, server_round))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a run has one curriculum, and it lives as long
     def _task(self, client: str, task_id: int, met: tuple[int, ...]) -> Task:

@@ -27,6 +27,14 @@ def materialise(task: Task, y: NDArray[np.int64]) -> Indices:
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
+def retained(task: Task, held: Indices, y: NDArray[np.int64]) -> Indices:
+    """Return those of the positions ``held`` (N,) in labels ``y`` that ``task`` does not leave out, in their order."""
+    if not task.without_classes and not task.without_samples:
+        return held
+    gone = np.isin(y[held], task.without_classes) | np.isin(held, task.without_samples)
+    return held[~gone]
+
+
 def targets(task: Task, y: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the logit column (S,) of each label in ``y`` (S,).
 

@@ -16,7 +16,8 @@ class Task:
     of those classes, aligned with ``classes``. ``mask`` lists the columns a prediction may choose from (sorted);
     ``None`` means all. ``head`` is the index of the head that owns the columns. ``portions`` says which part of each
     class belongs to the task, aligned with ``classes``: (start, stop) in [0, 1] of the samples that a client holds of
-    the class; ``None`` means all of them.
+    the class; ``None`` means all of them. ``without_classes`` and ``without_samples`` (positions in the train half) are
+    what clients must treat as if they did not hold it: what has been asked to be forgotten.
     """
 
     id: int
@@ -26,6 +27,8 @@ class Task:
     head: int = 0
     transform: dict[str, Any] | None = None
     portions: tuple[tuple[float, float], ...] | None = None
+    without_classes: tuple[int, ...] = ()
+    without_samples: tuple[int, ...] = ()
 
     def part(self, index: int, of: int) -> Task:
         """Return the ``index``-th of ``of`` equal parts of the task: what an online stream shows in one round."""
@@ -54,6 +57,8 @@ class Task:
             head=int(raw["head"]),
             transform=raw["transform"],
             portions=None if portions is None else tuple((float(a), float(b)) for a, b in portions),
+            without_classes=tuple(raw.get("without_classes", ())),
+            without_samples=tuple(raw.get("without_samples", ())),
         )
 
 

@@ -93,7 +93,10 @@ class Device(Protocol):
 
 @dataclass
 class Flight:
-    """A train message on its way: what was sent, when, and when its reply is due (infinite on a wall clock)."""
+    """A train message on its way: what was sent, when, and when its reply is due (infinite on a wall clock).
+
+    ``moved`` (P,) float64 is what its base has been edited by since.
+    """
 
     out: Outgoing
     request: Request
@@ -103,6 +106,12 @@ class Flight:
     model_epoch: int = 0
     message_id: str = ""
     reply: Reply | Fault | None = None
+    moved: Tensor | None = None
+
+    def rebase(self, edit: Tensor, model_epoch: int) -> None:
+        """Let the update count from a base that has been edited by ``edit`` (P,) float64 meanwhile."""
+        self.moved = edit if self.moved is None else self.moved + edit
+        self.model_epoch = model_epoch
 
     @property
     def client(self) -> str:
@@ -255,6 +264,7 @@ def _flight_state(flight: Flight, model: int) -> dict[str, Any]:
         "arrival": flight.arrival if math.isfinite(flight.arrival) else -1.0,
         "lost": flight.lost,
         "model_epoch": flight.model_epoch,
+        **({} if flight.moved is None else {"moved": flight.moved}),
     }
 
 
@@ -273,4 +283,4 @@ def _flight_from(row: dict[str, Any], models: Sequence[Tensor]) -> Flight:
     )
     arrival = row["arrival"] if row["arrival"] >= 0 else math.inf
     request = replace(request, model=model, payload=out.payload)
-    return Flight(out, request, row["dispatched"], arrival, row["lost"], row["model_epoch"])
+    return Flight(out, request, row["dispatched"], arrival, row["lost"], row["model_epoch"], moved=row.get("moved"))

@@ -37,8 +37,13 @@ from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import rejection
 
 CommitState = Callable[[str, int], None]
-TaskOf = Callable[[str], Task]
+TaskOf = Callable[[str], Task | None]
+NoteOf = Callable[[str], str]
 Recipients = Sequence[tuple[Outgoing, Request]]
+
+
+def _no_note(client: str) -> str:
+    return ""
 
 
 class EventLog(Protocol):
@@ -62,9 +67,9 @@ class Exchange:
     """Sends requests to clients and returns what they answered.
 
     ``visits`` counts how often each client was dispatched, ``turns`` how often to train; ``committed`` is its last
-    accepted visit. ``cohorts`` says
-    that the grid understands messages to several clients; ``commit_state`` tells a state store on this side that a
-    visit counts. ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
+    accepted visit. ``cohorts`` says that the grid understands messages to several clients; ``commit_state`` tells a
+    state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients.
+    ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
     """
 
     grid: Grid
@@ -74,6 +79,7 @@ class Exchange:
     payloads: Sequence[Payload] = ()
     cohorts: bool = False
     commit_state: CommitState | None = None
+    erase: Callable[[Sequence[str]], None] | None = None
     timeout: float | None = None
     max_update_norm: float | None = None
     visits: dict[str, int] = field(default_factory=dict)
@@ -86,9 +92,16 @@ class Exchange:
         self._clients = {node: client for client, node in self.nodes.items()}
 
     def request(
-        self, kind: Kind, out: Outgoing, task: Task, server_round: int, version: int, name: str = ""
+        self,
+        kind: Kind,
+        out: Outgoing,
+        task: Task | None,
+        server_round: int,
+        version: int,
+        name: str = "",
+        note: str = "",
     ) -> Request:
-        """Return the request for one client; a ``train`` or ``task_end`` takes the client's next visit number."""
+        """Return the request for one client; one that changes its state takes the client's next visit number."""
         client = out.client
         visit, turn = self.visits.get(client, 0), self.turns.get(client, 0)
         if kind in CHANGES_STATE:
@@ -96,7 +109,8 @@ class Exchange:
         if kind == "train":
             self.turns[client] = turn + 1
         committed = self.committed.get(client, NEVER)
-        return Request(kind, client, visit, committed, server_round, version, task, name, out.model, out.payload, turn)
+        out_of = (out.model, out.payload, turn, note)
+        return Request(kind, client, visit, committed, server_round, version, task, name, *out_of)
 
     def push(self, recipients: Recipients) -> list[str]:
         """Send messages and return, for each recipient, the id of the message that carries its request."""
@@ -124,12 +138,20 @@ class Exchange:
         if self.commit_state is not None:
             self.commit_state(request.client, request.visit)
 
-    def ask(self, query: Query, task_of: TaskOf, server_round: int, version: int) -> list[Answer]:
+    def ask(
+        self,
+        query: Query,
+        task_of: TaskOf,
+        server_round: int,
+        version: int,
+        *,
+        kind: Kind = "query",
+        note_of: NoteOf = _no_note,
+    ) -> list[Answer]:
         """Put ``query`` to its clients; return the answers of those that hold data, in the query's order."""
         outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
         recipients = [
-            (out, self.request("query", out, task_of(out.client), server_round, version, query.name))
-            for out in outgoing
+            (out, self._question(kind, out, task_of, server_round, version, query.name, note_of)) for out in outgoing
         ]
         replies = self._send(recipients)
         answers = []
@@ -141,18 +163,29 @@ class Exchange:
                 answers.append(Answer(out.client, sound.num_examples, sound.payload))
         return answers
 
+    def _question(
+        self, kind: Kind, out: Outgoing, task_of: TaskOf, server_round: int, version: int, name: str, note_of: NoteOf
+    ) -> Request:
+        return self.request(kind, out, task_of(out.client), server_round, version, name, note_of(out.client))
+
     def tell(
-        self, kind: Kind, outgoing: Sequence[Outgoing], task_of: TaskOf, server_round: int, version: int
+        self,
+        kind: Kind,
+        outgoing: Sequence[Outgoing],
+        task_of: TaskOf,
+        server_round: int,
+        version: int,
+        note_of: NoteOf = _no_note,
     ) -> dict[str, Reply]:
-        """Send a ``task_end`` or an ``evaluate`` to clients; return the sound replies."""
-        recipients = [(out, self.request(kind, out, task_of(out.client), server_round, version)) for out in outgoing]
+        """Send a ``task_end``, a ``forget`` or an ``evaluate`` to clients; return the sound replies."""
+        recipients = [(out, self._question(kind, out, task_of, server_round, version, "", note_of)) for out in outgoing]
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:
             reply = self._accept(request, replies.get(out.client), {}, model=False)
             if reply is not None:
                 sound[out.client] = reply
-                if kind == "task_end":
+                if kind in CHANGES_STATE:
                     self.commit(request)
         return sound
 
@@ -237,6 +270,7 @@ def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
         and all(tensor is out_b.payload[name] for name, tensor in out_a.payload.items())
         and out_a.config == out_b.config
         and request_a.task == request_b.task
+        and request_a.note == request_b.note
         and (request_a.server_round, request_a.version) == (request_b.server_round, request_b.version)
     )
 

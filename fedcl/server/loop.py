@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
 from fedcl.randomness import torch_generator
+from fedcl.requests import Forgotten, Residual
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
@@ -24,6 +25,7 @@ from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
 from fedcl.server.state import Compute, ServerState, at_once
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
+from fedcl.server.unlearning import Unlearning
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +62,20 @@ class Server:
         statistics: Statistics | None = None,
         known: Known | None = None,
         compute: Compute | None = None,
+        unlearning: Unlearning | None = None,
     ) -> None:
         self.strategy, self.exchange, self.arrivals = strategy, exchange, arrivals
         self.schedule, self.stream, self.record, self.options = schedule, stream, record, options
-        self.curriculum = Curriculum(stream, schedule)
+        self.unlearning = unlearning
+        self.curriculum = Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten)
         self.statistics = statistics or Statistics()
         self.measurement = Measurement(record, stream, evaluator, known)
         self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum)
         self._compute = compute or at_once
-        self.state = ServerState({GLOBAL: initial.detach().cpu().clone()})
+        self.initial = initial.detach().cpu().clone()
+        self.state = ServerState({GLOBAL: self.initial.clone()})
         self._spec = spec
-        self._clients = tuple(clients)
+        self.everybody = self._clients = tuple(clients)
 
     # -- what parts may know (ServerView) ---------------------------------------------------------------------------
 
@@ -96,7 +101,7 @@ class Server:
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Every client, in canonical order."""
+        """Every client that has not left, in canonical order."""
         return self._clients
 
     @property
@@ -128,8 +133,10 @@ class Server:
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 
-    def run(self, after_round: Callable[[int], None]) -> None:
+    def run(self, after_round: Callable[[int], None], until: int | None = None) -> None:
         """Play every round that is still to come and call ``after_round`` with each one's number when it is over.
+
+        ``until`` stops before that round. Requests that come after the last round are served at the end of it.
 
         Raises
         ------
@@ -139,15 +146,22 @@ class Server:
         if self.state.next_round == 0:
             self.state.models.update(self.strategy.initial(self))
             self.measurement.initial(self.global_model)
-        while self.state.next_round < self.schedule.num_rounds:
+        while self.state.next_round < (self.schedule.num_rounds if until is None else until):
             server_round = self.state.next_round
             started = time.perf_counter()
+            self._serve(server_round)
             arrived = self.rounds.play(server_round, self, self.state.model_epoch)
             self._aggregate(server_round, arrived)
             self._conclude(server_round, updates(arrived))
             self.state.next_round += 1
+            if self.state.next_round == self.schedule.num_rounds:
+                self._serve(self.state.next_round, ends=True)
             self.record.timing(server_round, "round", time.perf_counter() - started)
             after_round(server_round)
+
+    def _serve(self, server_round: int, *, ends: bool = False) -> None:
+        if self.unlearning is not None:
+            self.unlearning.begin(self, server_round, ends=ends)
 
     def _aggregate(self, server_round: int, arrived: Sequence[Arrived]) -> None:
         self._settle([one.flight.client for one in arrived], server_round)
@@ -161,10 +175,14 @@ class Server:
             self.record.event("round_skipped", round=server_round, virtual_time=self.now, replies=len(arrived))
             return
         started = time.perf_counter()
-        changed = self.strategy.aggregate([one.update for one in arrived], self)
+        self._take_in(arrived, counted)
         self.record.timing(server_round, "aggregate", time.perf_counter() - started)
-        self.state.models.update(changed)
-        self.state.version += GLOBAL in changed
+
+    def _take_in(self, arrived: Sequence[Arrived], counted: Sequence[Update]) -> None:
+        before = self.global_model
+        self._replace(self.strategy.aggregate([one.update for one in arrived], self))
+        if self.unlearning is not None:
+            self.unlearning.observe(counted, before, self)
 
     def _conclude(self, server_round: int, counted: list[Update]) -> None:
         """Do what follows a round: conclude tasks that end, ask questions, measure."""
@@ -189,6 +207,8 @@ class Server:
             self.measurement.test(self.global_model, server_round, self.now, stage, met)
             if server_round == self.schedule.num_rounds - 1:
                 self.measurement.classes(self.global_model, server_round, self.now, stage, met)
+            if self.unlearning is not None:
+                self.unlearning.follow(self, server_round, met)
             if self.state.late:
                 late = self.state.late
                 self.measurement.stale_classes(self.global_model, server_round, self.now, stage, met, late)
@@ -277,6 +297,45 @@ class Server:
         self.state.version += GLOBAL in models
         self.state.model_epoch += 1
 
+    def leave(self, gone: Collection[str]) -> None:
+        """Send nothing more to the clients in ``gone``, and take no part of theirs into account."""
+        self._clients = tuple(client for client in self.everybody if client not in gone)
+
+    def expel(self, leavers: Sequence[str]) -> list[Residual]:
+        """Drop everything that server and backend keep of clients that have left."""
+        if not leavers:
+            return []
+        state, cancelled = self.state, 0
+        for client in leavers:
+            cancelled += self.arrivals.flights.pop(client, None) is not None
+            for kept in (state.models, state.owed, self.exchange.committed):
+                kept.pop(client, None)
+        state.visited.difference_update(leavers)
+        state.late.difference_update(leavers)
+        if self.exchange.erase is None:
+            return [
+                Residual("devices", "remains", "the client's device is told to erase its state when it is in reach")
+            ]
+        self.exchange.erase(leavers)
+        return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
+
+    def recover(self, rounds: int) -> int:
+        """Play ``rounds`` rounds of the task that was trained last, besides the schedule's; return how many counted."""
+        at, visited = max(self.state.next_round - 1, 0), set(self.state.visited)
+        counted = 0
+        for _ in range(rounds):
+            arrived = self.rounds.play(at, self, self.state.model_epoch)
+            present = updates(arrived)
+            if present:
+                self._take_in(arrived, present)
+                counted += 1
+        self.state.visited = visited
+        return counted
+
+    def met(self, server_round: int) -> list[int]:
+        """Return the ids of the tasks that were trained before ``server_round``."""
+        return self.curriculum.met(self._clients, server_round - 1) if server_round else []
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything of the server that must survive."""
         state = self.state
@@ -295,6 +354,7 @@ class Server:
             "strategy": self.strategy.state_dict(),
             "statistics": self.statistics.state_dict(),
             "arrivals": self.arrivals.state_dict(),
+            **({} if self.unlearning is None else {"unlearning": self.unlearning.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,5 +373,8 @@ class Server:
         self.exchange.visits = dict(state["visits"])
         self.exchange.turns = dict(state["turns"])
         self.exchange.committed = dict(state["committed"])
+        if self.unlearning is not None and "unlearning" in state:
+            self.unlearning.load_state_dict(state["unlearning"])
+            self.leave(self.unlearning.forgotten.clients)
         self.arrivals.load_state_dict(state["arrivals"])
         self.exchange.bytes_up, self.exchange.bytes_down = state["bytes"]

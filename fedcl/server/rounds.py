@@ -21,7 +21,7 @@ from fedcl.server.arrivals import Arrivals, Flight
 from fedcl.server.contracts import ServerView, Update
 from fedcl.server.exchange import EventLog, Exchange
 from fedcl.server.selection import client_order, select
-from fedcl.server.strategy import Outgoing
+from fedcl.server.strategy import Outgoing, exact_sum
 from fedcl.server.validation import change_norm
 
 OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
@@ -180,13 +180,16 @@ class Rounds:
 
 def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
     assert reply.model is not None
+    base, model = flight.out.model, reply.model
+    if flight.moved is not None:
+        base, model = exact_sum(base, flight.moved), exact_sum(model, flight.moved)
     return Update(
         client=flight.client,
         visit=flight.request.visit,
         target=flight.out.target,
         base_version=flight.request.version,
-        base=flight.out.model,
-        model=reply.model,
+        base=base,
+        model=model,
         num_examples=reply.num_examples,
         weight=float(reply.num_examples),
         task=task.id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ FlowerGrid = Grid  # for those that pass a grid through without speaking Flower
 class Backend:
     """An open grid: which node is which client, whether it takes cohort messages, and the client states it keeps.
 
-    ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions.
+    ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions,
+    ``erase`` drops everything that is kept of clients; None where their devices must do so.
     """
 
     grid: Grid
@@ -44,6 +45,7 @@ class Backend:
     cohorts: bool
     states: ClientStateStore | None
     compute: Compute = at_once
+    erase: Callable[[Sequence[str]], None] | None = None
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def open_backend(
     own = _own_grid(config, dataset, partition, _state_store(config, state_folder))
     try:
         with identity(RUN_ID):
-            yield Backend(own, own.nodes, cohorts=True, states=own.states, compute=own.compute)
+            yield Backend(own, own.nodes, True, own.states, own.compute, own.erase)
     finally:
         own.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
@@ -42,6 +42,11 @@ class BaseGrid(Grid):
     @abstractmethod
     def _progress(self, timeout: float | None) -> None:
         """Compute or wait, and put what is finished into ``_done``."""
+
+    def erase(self, clients: Sequence[str]) -> None:
+        """Drop every state and every message of ``clients``, here and in the workers."""
+        for client in clients:
+            self.states.drop(client)
 
     def close(self) -> None:
         """Release processes and memory; the grid cannot be used afterwards."""

@@ -1,0 +1,26 @@
+"""Doing nothing but going on without the forget set: what an unlearner must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedcl.client.unlearner import Unlearner, UnlearnView
+from fedcl.requests import ForgetRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcl.server.contracts import Target
+
+
+class ContinueWithout(Unlearner):
+    """Leave the models as they are; the clients' further rounds, and ``unlearning.recovery_rounds``, have to do it."""
+
+    guarantee = "none"
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Return no model: none changes."""
+        return {}

@@ -1,0 +1,30 @@
+"""Retraining: the same run, as if nobody had ever held the forget set. Exact, and the yardstick of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedcl.client.unlearner import Unlearner, UnlearnView
+from fedcl.requests import ForgetRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcl.server.contracts import Target
+
+
+class Retrain(Unlearner):
+    """Play every round again: same initial weights, selection and draws, without the forget set.
+
+    What the run keeps besides its models (moments, bases, personal models, clients' states) becomes that run's too.
+    """
+
+    guarantee = "exact"
+    replays = True
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Return the models of the run without the forget set."""
+        return view.replay()

@@ -1,0 +1,240 @@
+"""What an unlearner is made of: a client half, which sees data, a server half, which sees models, and what it promises.
+
+A request is served between two rounds. The server half asks clients, in as many steps as it likes, and returns the
+models to put in place of the run's; the core commits them past optimizer and projection, lets every part, store and
+device forget, plays recovery rounds and writes the certificate (:mod:`fedcl.server.unlearning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedcl.client.loop import LocalTraining
+from fedcl.client.plugin import Batch
+from fedcl.models.flat import FlatModel, Spec
+from fedcl.randomness import torch_generator
+from fedcl.requests import NAMES, ForgetRequest, Residual, Scope
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Answer, LocalWork, ServerView, Target, Update
+
+# P = parameters, N = samples, C = logit columns
+Guarantee = Literal["exact", "certified", "approximate", "none"]
+Value = bool | int | float | str | list[int] | list[float] | list[str]
+EVERYWHERE: frozenset[Scope] = frozenset(NAMES)
+
+
+@dataclass(slots=True)
+class Samples:
+    """Samples of several tasks: inputs (N, ...), target columns (N,), allowed columns bool (N, C) or None for all."""
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def at(self, rows: Tensor) -> Samples:
+        """Return the samples at the positions ``rows``, or where a bool mask (N,) says so."""
+        return Samples(self.x[rows], self.y[rows], None if self.mask is None else self.mask[rows])
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Yield all samples in batches of at most ``size``: in their order, or in one drawn from ``generator``."""
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for rows in torch.split(order.to(self.y.device), size):
+            if len(rows):
+                part = self.at(rows)
+                yield Batch(part.x, part.y, part.mask)
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        """Return the samples of all ``parts`` in one (at least one part)."""
+        mask = None
+        if any(part.mask is not None for part in parts):
+            width = next(part.mask.shape[1] for part in parts if part.mask is not None)
+            full = [part.y.new_ones(len(part), width, dtype=torch.bool) for part in parts]
+            mask = torch.cat([f if part.mask is None else part.mask for f, part in zip(full, parts, strict=True)])
+        return cls(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask)
+
+
+@dataclass
+class UnlearnContext:
+    """What the client half may use in one step.
+
+    ``model`` holds the weights ``received`` (P,) that came with the message; ``forget`` and ``retain`` are the client's
+    samples of all tasks it has met, apart; ``tensors`` and ``args`` came along. ``present`` lists the task it is in.
+    """
+
+    model: FlatModel
+    received: Tensor
+    forget: Samples
+    retain: Samples
+    requests: tuple[ForgetRequest, ...]
+    training: LocalTraining
+    client: str
+    seed: int
+    turn: int
+    num_columns: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    twin: Callable[[], FlatModel] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device that model and samples are on."""
+        return self.model.device
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return a new CPU generator keyed by (seed, client, how often it trained, request, purpose)."""
+        ids = ",".join(request.id for request in self.requests)
+        return torch_generator(self.seed, self.client, self.turn, "unlearn", ids, purpose)
+
+    def other_model(self) -> FlatModel:
+        """Return a second model, for a teacher; its weights are anything."""
+        return self.model.twin() if self.twin is None else self.twin()
+
+
+class Local(NamedTuple):
+    """What a client answers to a step: how many samples it stands for (none: the answer is left out), and tensors."""
+
+    num_examples: int
+    tensors: dict[str, Tensor]
+
+
+class UnlearnView(Protocol):
+    """What the server half may know and do."""
+
+    @property
+    def spec(self) -> Spec:
+        """Layout of a model vector."""
+        ...
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The clients that stay, in canonical order."""
+        ...
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The clients that may hold some of the forget set and can still be asked, in canonical order."""
+        ...
+
+    @property
+    def initial(self) -> Tensor:
+        """The weights the run began with, float32 (P,)."""
+        ...
+
+    @property
+    def server_round(self) -> int:
+        """The round that would be played next."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device for heavy server mathematics."""
+        ...
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return a generator keyed by (seed, version, purpose)."""
+        ...
+
+    def model_of(self, client: str) -> Tensor:
+        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
+        ...
+
+    def ask(
+        self,
+        step: str,
+        models: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | None = None,
+        **args: Value,
+    ) -> list[Answer]:
+        """Let the clients in ``models``, each with its vector (P,), do ``step`` of :meth:`Unlearner.local`.
+
+        Returns the answers of those whose ``num_examples`` is not zero, in the order of ``models``. A client that fails
+        costs its own answer and an event.
+        """
+        ...
+
+    def replay(self) -> dict[Target, Tensor]:
+        """Return the models that the run would have now had nobody ever held the forget set: training all over.
+
+        Everything else the run keeps (moments, bases, personal models, clients' states) takes that run's value too.
+        """
+        ...
+
+
+class Unlearner:
+    """Makes models as if a forget set had never been there, or nearly. Keyword-only constructors, nothing more.
+
+    ``scopes`` are the requests it can serve, ``guarantee`` what it promises. ``observes`` says that it must see every
+    round from the first, so that a run launched without it cannot be served by it. ``replays`` says that it returns
+    what :meth:`UnlearnView.replay` gives and the core need not forget: that run never knew.
+    """
+
+    scopes: ClassVar[frozenset[Scope]] = EVERYWHERE
+    guarantee: ClassVar[Guarantee] = "approximate"
+    observes: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a model that this unlearner cannot work with; called once, before a run begins.
+
+        Raises
+        ------
+        ValueError
+            Naming the configuration key and what is allowed.
+        """
+
+    def bind(self, work: LocalWork) -> None:
+        """Learn how clients train; called once at the server, before the first round."""
+
+    def promise(self) -> str:
+        """Return the guarantee in words, for the certificate."""
+        return PROMISES[self.guarantee]
+
+    # -- at a client --------------------------------------------------------------------------------------------------
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Do one step of the method on the client's own samples. Pure but for ``ctx.model``, which is scratch."""
+        raise TypeError(f"{type(self).__name__} has no step {step!r}")
+
+    # -- at the server ------------------------------------------------------------------------------------------------
+
+    def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
+        """See a round's accepted updates and the global model ``before`` (P,); ``view`` has the new one already."""
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Return the models (P,) to put in place of ``models``; a target that is left out keeps its model."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the last request took or chose (selected share, steps): printed on the certificate."""
+        return {}
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Drop what the server half remembers of the forget set."""
+        return Residual(type(self).__name__, "none", "keeps nothing about clients")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything of the server half that must survive: nested dicts of tensors, numbers, strings, lists."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+
+PROMISES: dict[Guarantee, str] = {
+    "exact": "exact: the models are those of a run in which nobody ever held the forget set",
+    "certified": "certified: see the bound",
+    "approximate": "approximate: nothing is proven; the measurements below are evidence, not proof",
+    "none": "none: the forget set is left out of further training, and nothing is done to the models",
+}

@@ -1,0 +1,136 @@
+"""Training all over without a forget set: the retrained reference, the same rounds in a run that never held it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcl.client.state import NEVER
+from fedcl.client.unlearner import Unlearner
+from fedcl.prepared import Prepared, make_server
+from fedcl.requests import Forgotten
+from fedcl.results.checkpoint import Checkpoints
+from fedcl.rules import ConfigError
+from fedcl.server.arrivals import VirtualClock
+from fedcl.server.loop import Server
+from fedcl.server.queue import Bounds, RequestQueue
+from fedcl.server.unlearning import Saved, Unlearning, UnlearningOptions
+from fedcl.simulation.backend import Backend, open_backend
+from fedcl.tree import clone
+from fedcl.wiring import Config, make_queue, make_unlearner
+
+# what does not change a run's models: references are shared by runs that differ in nothing else
+_IRRELEVANT = (
+    "name",
+    "run_dir",
+    "backend",
+    "unlearner",
+    "unlearning",
+    "evaluation",
+    "checkpoint",
+    "figures",
+    "compare_with",
+)
+
+
+class SilentRecord:
+    """Takes note of nothing: what a reference does is not part of the run."""
+
+    def row(self, **fields: Any) -> None:
+        """Leave out a measurement."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Leave out an event."""
+
+    def timing(self, server_round: int, name: str, seconds: float) -> None:
+        """Leave out a timing."""
+
+
+@dataclass
+class SimulatedReplay:
+    """Plays references in this process, and keeps them under ``cache`` by what they depend on."""
+
+    cfg: Config
+    prepared: Prepared
+    backend: Backend
+    cache: Path
+
+    def run(self, forgotten: Forgotten, until: int) -> Saved:
+        """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
+        kept = Checkpoints(self.cache / self._key(forgotten, until), keep=1)
+        if not kept.begun():
+            state, clients = self._play(forgotten, until)
+            visits = {client: visit for client, (visit, _) in clients.items()}
+            kept.save(until, {"server": state}, visits, lambda client, visit: clients[client][1])
+        saved, states = kept.load()
+        return saved["server"], states
+
+    def adopt(self, server: Server, saved: Saved) -> None:
+        """Let ``server`` and its clients go on from ``saved``, on that run's clock."""
+        state, clients = saved
+        if self.backend.erase is None or self.backend.states is None:
+            raise RuntimeError("unlearner: clients that keep their own state cannot be given another run's")
+        self.backend.erase(server.everybody)
+        server.arrivals.flights.clear()
+        for client, (visit, tree) in clients.items():
+            self.backend.states.stage(client, visit, clone(tree, torch.device("cpu")))
+        own = {"bytes": [server.exchange.bytes_up, server.exchange.bytes_down], "model_epoch": server.state.model_epoch}
+        if server.arrivals.clock.virtual:
+            server.arrivals.clock = VirtualClock()
+        rest = {name: value for name, value in state.items() if name != "unlearning"}
+        server.load_state_dict({**clone(rest, torch.device("cpu")), **own})
+
+    def _play(self, forgotten: Forgotten, until: int) -> Saved:
+        cfg = {**self.cfg, "backend": {**self.cfg["backend"], "name": "inline", "state": "memory"}}
+        queue = RequestQueue(Bounds((), 0, 0, frozenset()))
+        record: Any = SilentRecord()
+        dataset, partition = self.prepared.dataset, self.prepared.partition
+        with open_backend(cfg, dataset, partition) as backend:
+            unlearning = Unlearning(queue, Unlearner(), forgotten=Forgotten(list(forgotten.requests)))
+            server = make_server(cfg, self.prepared, backend, record, unlearning=unlearning, evaluate=False)
+            server.leave(forgotten.clients)
+            server.run(lambda _: None, until)
+            states = backend.states
+            assert states is not None  # ours keeps them
+            committed = {c: v for c, v in server.exchange.committed.items() if v != NEVER and states.has(c, v)}
+            return server.state_dict(), {
+                client: (visit, states.load(client, visit)) for client, visit in committed.items()
+            }
+
+    def _key(self, forgotten: Forgotten, until: int) -> str:
+        relevant = {name: value for name, value in self.cfg.items() if name not in _IRRELEVANT}
+        gone = [_anonymous(text) for text in forgotten.state()]
+        text = json.dumps([relevant, sorted(gone), until, torch.__version__], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _anonymous(request: str) -> str:
+    """Return a request's text without its id: what it is called does not change the reference."""
+    raw: Mapping[str, Any] = json.loads(request)
+    return json.dumps({name: value for name, value in raw.items() if name != "id"}, sort_keys=True)
+
+
+def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: Path) -> Unlearning:
+    """Wire what serves unlearning requests in a run.
+
+    Raises
+    ------
+    ConfigError
+        If a planned request cannot be served by the unlearner, or not on this backend.
+    """
+    settings, unlearner = cfg["unlearning"], make_unlearner(cfg)
+    cache = Path(settings["cache"]) if settings["cache"] else run_dir / "references"
+    replay = None if backend.states is None else SimulatedReplay(cfg, prepared, backend, cache)
+    queue = make_queue(cfg, prepared.stream, prepared.schedule, prepared.dataset)
+    if replay is None and unlearner.replays:
+        if queue.planned:
+            raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
+        queue.bounds = replace(queue.bounds, scopes=frozenset())
+    options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
+    return Unlearning(queue, unlearner, options, replay=replay)
