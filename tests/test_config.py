@@ -56,7 +56,8 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(REAL / "config.yaml", folder)
     shutil.copytree(REAL / "backend", folder / "backend")
     shutil.copytree(REAL / "devices", folder / "devices")
-    shutil.copytree(REAL / "protocol", folder / "protocol")
+    for group in ("protocol", "unlearner"):
+        shutil.copytree(REAL / group, folder / group)
     shutil.copy(REAL / "strategy/pipeline.yaml", folder / "strategy")
     monkeypatch.setattr("fedcl.config.CONFIG_DIR", folder)
     return folder

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedcl.evaluation.predictions import NAN, mean
+from fedcl.evaluation.predictions import NAN, mean, unbiased_variance
 
 _SMALLEST_VARIANCE = 1e-10
 
@@ -109,7 +109,7 @@ def _histogram(unlearned_UN: Tensor, oracle_ON: Tensor, bins: int, eps: float) -
 def _gaussian(unlearned_UN: Tensor, oracle_ON: Tensor, largest: float) -> Tensor:
     if min(len(unlearned_UN), len(oracle_ON)) < 2:
         return torch.full_like(unlearned_UN[0], NAN)
-    var_u = unlearned_UN.var(0).clamp_min(_SMALLEST_VARIANCE)
-    var_o = oracle_ON.var(0).clamp_min(_SMALLEST_VARIANCE)
+    var_u = unbiased_variance(unlearned_UN).clamp_min(_SMALLEST_VARIANCE)
+    var_o = unbiased_variance(oracle_ON).clamp_min(_SMALLEST_VARIANCE)
     shift = (unlearned_UN.mean(0) - oracle_ON.mean(0)).square()
     return (((var_o / var_u).log() + (var_u + shift) / var_o - 1) / 2).clamp_max(largest)

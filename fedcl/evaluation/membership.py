@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fedcl.evaluation.predictions import NAN, entropies, losses, mean
+from fedcl.evaluation.predictions import NAN, entropies, losses, mean, unbiased_variance
 
 _SMALLEST_STD = 1e-6
 _LARGEST_MARGIN = 100.0
@@ -52,8 +52,8 @@ def fit_logistic(positive: Tensor, negative: Tensor, *, l2: float = 1.0) -> tupl
     x = torch.cat([positive, negative]).double().cpu()
     design = torch.stack([x, torch.ones_like(x)], dim=1)
     is_positive = torch.arange(len(x)) < len(positive)
-    share = torch.where(is_positive, len(x) / (2 * len(positive)), len(x) / (2 * len(negative))).double()
-    sign = torch.where(is_positive, 1.0, -1.0).double()
+    share = len(x) / (2 * torch.where(is_positive, len(positive), len(negative)).double())
+    sign = 2 * is_positive.double() - 1
     penalty = torch.tensor([l2, 0.0], dtype=torch.float64)
 
     def loss(theta: Tensor) -> float:
@@ -173,9 +173,9 @@ def likelihood_ratio_attack(
     if count == 1:
         variance, spread = "holdout", _spread(difference[len(forget_F) :])
     elif count < per_sample_from:
-        variance, spread = "global", references.var(0).mean().sqrt()
+        variance, spread = "global", unbiased_variance(references).mean().sqrt()
     else:
-        variance, spread = "sample", references.std(0)
+        variance, spread = "sample", unbiased_variance(references).sqrt()
     score = difference / spread.clamp_min(_SMALLEST_STD)
     members, others = score[: len(forget_F)], score[len(forget_F) :]
     return LikelihoodRatio(auc(members, others), tpr_at_fpr(members, others, fpr), fpr, count, variance)

@@ -60,6 +60,11 @@ def mean(values: Tensor) -> float:
     return float(values.double().mean()) if values.numel() else NAN
 
 
+def unbiased_variance(values_MN: Tensor) -> Tensor:
+    """Return the variance over M >= 2 models of each of N values, (N,), which may be none (torch's own then warns)."""
+    return (values_MN - values_MN.mean(0)).square().sum(0) / (len(values_MN) - 1)
+
+
 def hits(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
     """Return 1.0 for samples predicted right, 0.0 for the others, NaN where the logits are: (N,).
 
