@@ -25,6 +25,7 @@ from fedcl.config import compose
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import PAYLOAD, VISIT, record_tensors
 from fedcl.prepared import Prepared, make_server
+from fedcl.replay import make_unlearning
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.tree import equal, pack, unpack
@@ -251,7 +252,9 @@ def play(cfg: dict[str, Any], *, edges: bool = False, until: int = -1, start: di
         recorder: Any = diary
         states = backend.states
         assert states is not None
-        server = make_server(cfg, prepared, replace(backend, grid=watched), recorder)
+        cache = Path(cfg["unlearning"]["cache"] or "")
+        unlearning = make_unlearning(cfg, prepared, backend, cache) if cfg["unlearning"]["requests"] else None
+        server = make_server(cfg, prepared, replace(backend, grid=watched), recorder, unlearning=unlearning)
         plugins = [build() for build in learner_factories(cfg).values()]
         declared = (payload for owner in (server.strategy, *plugins) for payload in owner.payloads)
         diary.payloads = list(dict.fromkeys(declared))

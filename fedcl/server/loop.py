@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
-from fedcl.randomness import torch_generator
 from fedcl.requests import Forgotten, Residual
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
@@ -26,6 +23,7 @@ from fedcl.server.state import Compute, ServerState, at_once
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
 from fedcl.server.unlearning import Unlearning
+from fedcl.server.view import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class LoopOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-class Server:
+class Server(View):
     """Plays the rounds of a schedule. It is also the :class:`~fedcl.server.contracts.ServerView` that parts see."""
 
     def __init__(
@@ -71,65 +69,11 @@ class Server:
         self.statistics = statistics or Statistics()
         self.measurement = Measurement(record, stream, evaluator, known)
         self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum)
-        self._compute = compute or at_once
+        self.compute_in = compute or at_once
         self.initial = initial.detach().cpu().clone()
         self.state = ServerState({GLOBAL: self.initial.clone()})
         self._spec = spec
         self.everybody = self._clients = tuple(clients)
-
-    # -- what parts may know (ServerView) ---------------------------------------------------------------------------
-
-    @property
-    def global_model(self) -> Tensor:
-        """Global weights, float32 (P,)."""
-        return self.state.models[GLOBAL]
-
-    @property
-    def version(self) -> int:
-        """Number of changes the global model has seen."""
-        return self.state.version
-
-    @property
-    def now(self) -> float:
-        """Time on the run's clock, in seconds."""
-        return self.arrivals.clock.now
-
-    @property
-    def spec(self) -> Spec:
-        """Layout of a model vector."""
-        return self._spec
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Every client that has not left, in canonical order."""
-        return self._clients
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        return self.options.device
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now."""
-        return self.model_at(self.strategy.target_of(client, self))
-
-    def model_at(self, target: Target) -> Tensor:
-        """Return the weights of ``target``, the global ones where it has none of its own yet."""
-        return self.state.models.get(target, self.global_model)
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        return torch_generator(self.options.rounds.seed, "server", self.state.version, purpose)
-
-    def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Run ``fn`` where the backend computes: here, or in a worker; its exception, if any, waits in the future."""
-        return self._compute(fn, *args)
-
-    def outgoing(self, selected: Sequence[str]) -> list[Outgoing]:
-        """Return what to send to each selected client: the strategy's message and the learner's sums."""
-        sums = self.statistics.message()
-        messages = self.strategy.outgoing(selected, self)
-        return [replace(out, payload=out.payload | sums) for out in messages] if sums else messages
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 
@@ -227,6 +171,12 @@ class Server:
     def _outgoing(self, clients: Sequence[str]) -> list[Outgoing]:
         return [Outgoing(client, self.strategy.target_of(client, self), self.model_of(client)) for client in clients]
 
+    def outgoing(self, selected: Sequence[str]) -> list[Outgoing]:
+        """Return what to send to each selected client: the strategy's message and the learner's sums."""
+        sums = self.statistics.message()
+        messages = self.strategy.outgoing(selected, self)
+        return [replace(out, payload=out.payload | sums) for out in messages] if sums else messages
+
     # -- task boundaries --------------------------------------------------------------------------------------------
 
     def _end_tasks(self, ended: Sequence[str], server_round: int) -> None:
@@ -297,10 +247,6 @@ class Server:
         self.state.version += GLOBAL in models
         self.state.model_epoch += 1
 
-    def leave(self, gone: Collection[str]) -> None:
-        """Send nothing more to the clients in ``gone``, and take no part of theirs into account."""
-        self._clients = tuple(client for client in self.everybody if client not in gone)
-
     def expel(self, leavers: Sequence[str]) -> list[Residual]:
         """Drop everything that server and backend keep of clients that have left."""
         if not leavers:
@@ -335,46 +281,3 @@ class Server:
     def met(self, server_round: int) -> list[int]:
         """Return the ids of the tasks that were trained before ``server_round``."""
         return self.curriculum.met(self._clients, server_round - 1) if server_round else []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything of the server that must survive."""
-        state = self.state
-        return {
-            "models": dict(state.models),
-            "version": state.version,
-            "model_epoch": state.model_epoch,
-            "next_round": state.next_round,
-            "visited": sorted(state.visited),
-            "owed": dict(state.owed),
-            "late": sorted(state.late),
-            "visits": dict(self.exchange.visits),
-            "turns": dict(self.exchange.turns),
-            "committed": dict(self.exchange.committed),
-            "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
-            "strategy": self.strategy.state_dict(),
-            "statistics": self.statistics.state_dict(),
-            "arrivals": self.arrivals.state_dict(),
-            **({} if self.unlearning is None else {"unlearning": self.unlearning.state_dict()}),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
-        self.state = ServerState(
-            models=dict(state["models"]),
-            version=state["version"],
-            model_epoch=state["model_epoch"],
-            next_round=state["next_round"],
-            visited=set(state["visited"]),
-            owed=dict(state["owed"]),
-            late=set(state["late"]),
-        )
-        self.strategy.load_state_dict(state["strategy"])
-        self.statistics.load_state_dict(state["statistics"])
-        self.exchange.visits = dict(state["visits"])
-        self.exchange.turns = dict(state["turns"])
-        self.exchange.committed = dict(state["committed"])
-        if self.unlearning is not None and "unlearning" in state:
-            self.unlearning.load_state_dict(state["unlearning"])
-            self.leave(self.unlearning.forgotten.clients)
-        self.arrivals.load_state_dict(state["arrivals"])
-        self.exchange.bytes_up, self.exchange.bytes_down = state["bytes"]
