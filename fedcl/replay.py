@@ -13,6 +13,7 @@ import torch
 
 from fedcl.client.state import NEVER
 from fedcl.client.unlearner import Unlearner
+from fedcl.panel import SimulatedPanel
 from fedcl.prepared import Prepared, make_server
 from fedcl.requests import Forgotten
 from fedcl.results.checkpoint import Checkpoints
@@ -133,4 +134,5 @@ def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: 
             raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
         queue.bounds = replace(queue.bounds, scopes=frozenset())
     options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
-    return Unlearning(queue, unlearner, options, replay=replay)
+    panel = None if replay is None else SimulatedPanel.of(cfg, prepared)
+    return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

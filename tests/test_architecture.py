@@ -25,6 +25,7 @@ OUTER = (
     "fedcl.experiment",
     "fedcl.protocol",
     "fedcl.replay",
+    "fedcl.panel",
     "fedcl.wiring",
     "fedcl.bench",
     "fedcl.simulation",

@@ -1,9 +1,9 @@
 """KLoM: how far the margins of unlearned models are from those of retrained ones, sample by sample.
 
-Rinberg et al., "Data-Unlearn-Bench: Making Evaluating Data Unlearning Easy", 2025, after Georgiev et al.,
-"Attribute-to-Delete", 2024: for every sample the margins of many unlearned models form one distribution, those of many
-retrained models (oracles) another, and the divergence between them is the score. It is the only number of the panel
-that compares distributions over training runs, and needs runs accordingly.
+Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", 2024, with the constants of the code
+of RoyRin/data-unlearning-bench: for every sample the margins of many unlearned models form one distribution, those of
+many retrained models (oracles) another, and the divergence between them is the score. It is the only number of the
+panel that compares distributions over training runs, and needs runs accordingly.
 """
 
 # U = unlearned models, O = oracles, N = samples, B = bins

@@ -22,17 +22,18 @@ _SMALLEST_STD = 1e-6
 _LARGEST_MARGIN = 100.0
 
 
-def entropy_attack(retain_NC: Tensor, test_NC: Tensor, forget_NC: Tensor) -> float:
+def entropy_attack(retain_NC: Tensor, test_NC: Tensor, forget_NC: Tensor, *, l2: float = 1.0) -> float:
     """Return the share of forget samples that a logistic regression on the prediction's entropy calls trained on.
 
     It is fitted to the logits of the retain training samples (1) against test samples (0), balanced. Chundawat et al.,
-    AAAI 2023, and Foster et al., "Selective Synaptic Dampening", AAAI 2024, whose code is scikit-learn's
-    ``LogisticRegression(class_weight="balanced")``, the penalty ||w||^2 / 2 included. A score of 0 is no member.
+    AAAI 2023, and Foster et al., "Selective Synaptic Dampening", AAAI 2024, with scikit-learn's
+    ``LogisticRegression(class_weight="balanced")``. They ask it for its multinomial form, which is the same with half
+    the penalty (``l2=0.5``) and which scikit-learn no longer offers. A score of 0 is no member.
     """
     members, others, asked = entropies(retain_NC), entropies(test_NC), entropies(forget_NC)
     if _unusable(members, others) or _unusable(asked):
         return NAN
-    weight, bias = fit_logistic(members, others)
+    weight, bias = fit_logistic(members, others, l2=l2)
     return mean((weight * asked + bias > 0).double())
 
 
@@ -131,7 +132,7 @@ def likelihood_ratio_attack(
 ) -> LikelihoodRatio:
     """Attack by the margins of a model, given those of S reference models that saw none of the samples.
 
-    Offline LiRA (Carlini et al., S&P 2022, section V): each sample's margin under the references is taken as normal,
+    Offline LiRA (Carlini et al., S&P 2022): each sample's margin under the references is taken as normal,
     and the sample scored by how far the model's margin lies above: (m - mean) / std, which orders samples as the
     one-sided test's 1 - Pr[Z > m] does without saturating. Few models do not give a variance for each sample, so below
     ``per_sample_from`` references all share the mean one. A single reference gives the differences m - m_ref, which is

@@ -101,7 +101,7 @@ def entropies(logits_NC: Tensor) -> Tensor:
 def margins(logits_NC: Tensor, targets_N: Tensor, *, clip: float = 100.0) -> Tensor:
     """Return each sample's logit margin m = z_y - logsumexp_{c != y} z_c = ln p_y / (1 - p_y), cut to +-clip: (N,).
 
-    The logit scaling of Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022, section IV-C.
+    The logit scaling of Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022.
     """
     z = logits_NC.double()
     index = targets_N.to(z.device)[:, None]

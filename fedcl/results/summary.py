@@ -33,6 +33,7 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
     result.update(_personal(run))
     result.update(stability(run))
     result.update(_cost(run))
+    result.update(_unlearning(run))
     trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
     ages = run.metrics.loc[run.metrics["name"] == "age", "value"]
     # a resumed run adds up the seconds of its parts
@@ -78,6 +79,12 @@ def _cost(run: Run) -> dict[str, float]:
         "cost/state_bytes": float(states.max()) if len(states) else float("nan"),
     }
     return {key: value for key, value in costs.items() if not math.isnan(value)}
+
+
+def _unlearning(run: Run) -> dict[str, float]:
+    """Return the measurements of the last requests served, and what is known of them again at the end."""
+    rows = run.metrics[run.metrics["phase"] == "unlearning"]
+    return {f"unlearning/{name}": float(value) for name, value in rows.groupby("name")["value"].last().items()}
 
 
 def _last(run: Run, phase: str, name: str) -> float:

@@ -46,8 +46,9 @@ class Panel(Protocol):
         after: Mapping[Target, Tensor],
         reference: Mapping[Target, Tensor] | None,
         met: Sequence[int],
+        earlier: Forgotten,
     ) -> dict[str, float]:
-        """Return measurements by name."""
+        """Return measurements by name; what was forgotten ``earlier`` belongs to none of the sets."""
         ...
 
     def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
@@ -208,7 +209,8 @@ class Unlearning:
         elif self.unlearner.replays:
             reference = server.state.models
         met = server.met(server_round)
-        return self._panel.measure(requests, before, server.state.models, reference, met)
+        earlier = Forgotten([one for one in self.forgotten.requests if one not in requests])
+        return self._panel.measure(requests, before, server.state.models, reference, met, earlier)
 
     # -- while rounds are played --------------------------------------------------------------------------------------
 

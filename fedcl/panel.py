@@ -1,0 +1,189 @@
+"""The unlearning panel of a simulation, which sees what no server does: every client's samples, apart or together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcl.client.forgetting import part
+from fedcl.client.plugin import TaskData
+from fedcl.data.dataset import Indices
+from fedcl.evaluation import relearning
+from fedcl.evaluation.predictions import accuracy, predict
+from fedcl.evaluation.unlearning import PARTS, Part, panel
+from fedcl.models.flat import FlatModel
+from fedcl.prepared import Prepared
+from fedcl.randomness import numpy_generator, torch_generator
+from fedcl.requests import ForgetNote, ForgetRequest, Forgotten
+from fedcl.scenario.task import Task
+from fedcl.server.contracts import GLOBAL, Target
+from fedcl.wiring import Config, device_of, make_model, simulated_data
+
+Sets = dict[Part, list[tuple[Task, TaskData]]]
+RETAINED = 2000  # retain samples that are looked at: enough for a rate to half a percent
+
+
+@dataclass
+class SimulatedPanel:
+    """Measures the global model on the forget and the retain set of requests, train and test halves apart."""
+
+    cfg: Config
+    prepared: Prepared
+    model: FlatModel
+    random: Tensor
+
+    @classmethod
+    def of(cls, cfg: Config, prepared: Prepared) -> SimulatedPanel:
+        """Build it; ``random`` are weights that have learned nothing, drawn apart from the run's initial ones."""
+        device = device_of(cfg)
+        other = make_model({**cfg, "seed": cfg["seed"] + 1}, prepared.dataset, prepared.stream, torch.device("cpu"))
+        return cls(cfg, prepared, make_model(cfg, prepared.dataset, prepared.stream, device), other.vector())
+
+    def measure(
+        self,
+        requests: Sequence[ForgetRequest],
+        before: Mapping[Target, Tensor],
+        after: Mapping[Target, Tensor],
+        reference: Mapping[Target, Tensor] | None,
+        met: Sequence[int],
+        earlier: Forgotten,
+    ) -> dict[str, float]:
+        """Return the panel of the model ``after``, and with prefixes the original's and the reference's own numbers."""
+        if not met:
+            return {}
+        sets = self._sets(requests, met, earlier)
+        targets: dict[Part, Tensor] = {
+            name: torch.cat([data.y for _, data in data_of]) for name, data_of in sets.items() if data_of
+        }
+        now, was, random = (self._logits(sets, vector) for vector in (after[GLOBAL], before[GLOBAL], self.random))
+        ideal = None if reference is None else self._logits(sets, reference[GLOBAL])
+        holdout = "forget_test" if sets["forget_test"] else "retain_test"
+        numbers = panel(targets, now, original=was, reference=ideal, random=random, holdout=holdout)  # type: ignore[arg-type]
+        models = {"": after[GLOBAL], "original/": before[GLOBAL]}
+        numbers |= {f"original/{name}": value for name, value in panel(targets, was).items()}
+        if ideal is not None and reference is not None:
+            models["reference/"] = reference[GLOBAL]
+            own = panel(targets, ideal, original=was, random=random, holdout=holdout)  # type: ignore[arg-type]
+            numbers |= {f"reference/{name}": value for name, value in own.items()}
+        for prefix, vector in models.items():
+            behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
+            numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
+        for name in ("relearn_steps", "linear_probe"):
+            if f"reference/{name}" in numbers:
+                numbers[f"gap/{name}"] = abs(numbers[name] - numbers[f"reference/{name}"])
+        return {name: value for name, value in numbers.items() if not np.isnan(value)}
+
+    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
+        """Return the accuracy of ``model`` (P,) on what each of ``requests`` wanted forgotten, by request id."""
+        found = {}
+        for request in requests:
+            sets = self._sets([request], met, Forgotten())
+            part_of: Part = "forget_test" if sets["forget_test"] else "forget_train"
+            if sets[part_of]:
+                logits = self._logits({part_of: sets[part_of]}, model)[part_of]
+                found[request.id] = accuracy(logits, torch.cat([data.y for _, data in sets[part_of]]))
+        return found
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def _sets(self, requests: Sequence[ForgetRequest], met: Sequence[int], earlier: Forgotten) -> Sets:
+        """Return (task as it is tested now, samples) of the four sets, without what was forgotten ``earlier``."""
+        prepared, device = self.prepared, self.model.device
+        tasks = [self._task(task_id, met) for task_id in met]
+        ids = [str(i) for i in range(self.cfg["num_clients"])]
+        data = simulated_data(prepared.dataset, prepared.partition, tuple(ids))
+        sets: Sets = {name: [] for name in PARTS}
+        for client in (client for client in ids if client not in earlier.clients):
+            note = ForgetNote(tuple(requests), tuple(earlier.task(client, task) for task in tasks))
+            for task, gone, kept in part(data, client, note, device):
+                sets["forget_train"].append((task, gone))
+                sets["retain_train"].append((task, kept))
+        for task in tasks:
+            like, other = self._test(task, requests, device)
+            sets["forget_test"].append((task, like))
+            sets["retain_test"].append((task, other))
+        filled: Sets = {name: [(t, d) for t, d in pairs if len(d)] for name, pairs in sets.items()}
+        filled["retain_train"] = self._fewer(filled["retain_train"])
+        return filled
+
+    def _task(self, task_id: int, met: Sequence[int]) -> Task:
+        stream = self.prepared.stream
+        return replace(stream.train_task(task_id), mask=stream.test_task(task_id, after=met).mask)
+
+    def _test(self, task: Task, requests: Sequence[ForgetRequest], device: torch.device) -> tuple[TaskData, TaskData]:
+        """Return the test samples of ``task`` that are like the forget set, and the others."""
+        partition, dataset = self.prepared.partition, self.prepared.dataset
+        everything: Indices = np.arange(len(dataset.test.y))
+        leavers = Forgotten(list(requests)).clients
+        own = [partition.test[i] for i in range(len(partition.test)) if str(i) in leavers]
+        mine = np.isin(everything, np.concatenate(own)) if own else np.zeros(len(everything), bool)
+        mine |= np.isin(dataset.test.y, [label for request in requests for label in request.classes])
+        if any(task.id in request.tasks for request in requests):
+            mine[:] = True
+        shared = [everything[mine], everything[~mine]]
+        return tuple(self._held(positions, task, device) for positions in shared)  # type: ignore[return-value]
+
+    def _held(self, positions: Indices, task: Task, device: torch.device) -> TaskData:
+        half = replace(self.prepared.dataset, train=self.prepared.dataset.test)
+        data = simulated_data(half, replace(self.prepared.partition, train=(positions,), test=(positions,)), ("test",))
+        return data.train("test", replace(task, portions=None), device)
+
+    def _fewer(self, pairs: list[tuple[Task, TaskData]]) -> list[tuple[Task, TaskData]]:
+        """Return a random part of many samples, always the same."""
+        total = sum(len(data) for _, data in pairs)
+        if total <= RETAINED:
+            return pairs
+        kept = np.zeros(total, bool)
+        kept[numpy_generator(self.cfg["seed"], "panel").choice(total, RETAINED, replace=False)] = True
+        fewer, start = [], 0
+        for task, data in pairs:
+            rows = torch.from_numpy(kept[start : start + len(data)]).to(data.y.device)
+            start += len(data)
+            if bool(rows.any()):
+                fewer.append((task, TaskData(data.x[rows], data.y[rows])))
+        return fewer
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def _logits(self, sets: Sets, vector: Tensor) -> dict[Part, Tensor]:
+        return {
+            name: torch.cat([predict(self.model, vector, data.x, columns=task.mask).logits for task, data in pairs])
+            for name, pairs in sets.items()
+            if pairs
+        }
+
+    def _behind(
+        self, requests: Sequence[ForgetRequest], sets: Sets, vector: Tensor, original: float | None
+    ) -> dict[str, float]:
+        """Return what outputs do not show of forgotten classes: steps to relearn, accuracy of a linear probe."""
+        pairs = sets["forget_test"]
+        if original is None or not pairs or any(request.scope != "class" for request in requests):
+            return {}
+        features = {
+            name: relearning.Samples(
+                torch.cat([predict(self.model, vector, data.x).features for _, data in sets[name]]),
+                torch.cat([data.y for _, data in sets[name]]),
+            )
+            for name in PARTS
+            if sets[name]
+        }
+        train = [features[name] for name in ("forget_train", "retain_train") if name in features]
+        joined = relearning.Samples(torch.cat([s.x for s in train]), torch.cat([s.y for s in train]))
+        numbers = {"linear_probe": relearning.linear_probe(joined, features["forget_test"])}
+        forget, test = (
+            relearning.Samples(torch.cat([d.x for _, d in sets[name]]), torch.cat([d.y for _, d in sets[name]]))
+            for name in ("forget_train", "forget_test")
+        )
+        masks = {task.mask for task, _ in pairs}
+        if len(masks) == 1:  # else no one set of columns is right for all
+            generator = torch_generator(self.cfg["seed"], "relearn")
+            training = relearning.Training(columns=masks.pop())
+            relearned = relearning.relearn_steps(
+                self.model, vector, forget, test, original_accuracy=original, generator=generator, training=training
+            )
+            numbers["relearn_steps"] = float(relearned.steps)
+        return numbers
