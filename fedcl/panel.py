@@ -103,7 +103,7 @@ class SimulatedPanel:
                 sets["forget_train"].append((task, gone))
                 sets["retain_train"].append((task, kept))
         for task in tasks:
-            like, other = self._test(task, requests, device)
+            like, other = self._test(task, requests, earlier, device)
             sets["forget_test"].append((task, like))
             sets["retain_test"].append((task, other))
         filled: Sets = {name: [(t, d) for t, d in pairs if len(d)] for name, pairs in sets.items()}
@@ -114,8 +114,10 @@ class SimulatedPanel:
         stream = self.prepared.stream
         return replace(stream.train_task(task_id), mask=stream.test_task(task_id, after=met).mask)
 
-    def _test(self, task: Task, requests: Sequence[ForgetRequest], device: torch.device) -> tuple[TaskData, TaskData]:
-        """Return the test samples of ``task`` that are like the forget set, and the others."""
+    def _test(
+        self, task: Task, requests: Sequence[ForgetRequest], earlier: Forgotten, device: torch.device
+    ) -> tuple[TaskData, TaskData]:
+        """Return the test samples of ``task`` that are like the forget set, and the others but those like it before."""
         partition, dataset = self.prepared.partition, self.prepared.dataset
         everything: Indices = np.arange(len(dataset.test.y))
         leavers = Forgotten(list(requests)).clients
@@ -124,8 +126,11 @@ class SimulatedPanel:
         mine |= np.isin(dataset.test.y, [label for request in requests for label in request.classes])
         if any(task.id in request.tasks for request in requests):
             mine[:] = True
-        shared = [everything[mine], everything[~mine]]
-        return tuple(self._held(positions, task, device) for positions in shared)  # type: ignore[return-value]
+        was = [label for request in earlier.requests for label in request.classes]
+        if any(task.id in request.tasks for request in earlier.requests):
+            was += task.classes
+        other = ~mine & ~np.isin(dataset.test.y, was)
+        return self._held(everything[mine], task, device), self._held(everything[other], task, device)
 
     def _held(self, positions: Indices, task: Task, device: torch.device) -> TaskData:
         half = replace(self.prepared.dataset, train=self.prepared.dataset.test)

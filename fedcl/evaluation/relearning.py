@@ -175,10 +175,10 @@ def linear_probe(train: Samples, test: Samples, *, ridge: float = 1e-3) -> float
         raise ValueError(f"ridge={ridge}: must be > 0")
     if not len(train.y) or not len(test.y):
         return NAN
-    x_NF = train.x.double()
-    y_NC = functional.one_hot(train.y, int(torch.maximum(train.y.max(), test.y.max())) + 1).double()
+    x_NF, y_N = train.x.double(), train.y.to(train.x.device)
+    y_NC = functional.one_hot(y_N, max(int(y_N.max()), int(test.y.max())) + 1).double()
     counts = y_NC.sum(0)
-    share_N = (1 / counts)[train.y] / (counts > 0).sum()
+    share_N = (1 / counts)[y_N] / (counts > 0).sum()
     x_mean, y_mean = share_N @ x_NF, share_N @ y_NC
     centred_NF = x_NF - x_mean
     gram_FF = centred_NF.T @ (share_N[:, None] * centred_NF)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from fedcl.client.unlearner import Unlearner, Value
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
+from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query, Target, Update
 from fedcl.server.queue import RequestQueue
+from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing
 
 if TYPE_CHECKING:
@@ -73,8 +75,12 @@ class UnlearningOptions:
 
 @dataclass
 class Receipt:
-    """What serving some requests together did: all a certificate says, but for the chain."""
+    """What serving some requests together did: all a certificate says, but for the chain.
 
+    ``first`` is the place of the first of them among all that were ever served, from 1.
+    """
+
+    first: int
     requests: list[ForgetRequest]
     server_round: int
     promise: str
@@ -102,7 +108,7 @@ class Unlearning:
     ) -> None:
         self.queue, self.unlearner, self.options = queue, unlearner, options or UnlearningOptions()
         self.forgotten = Forgotten() if forgotten is None else forgotten
-        self.replay, self._panel, self._certify = replay, panel, certify
+        self.replay, self._panel, self.certify = replay, panel, certify
         self._served: list[ForgetRequest] = []
 
     # -- before a round -----------------------------------------------------------------------------------------------
@@ -133,6 +139,8 @@ class Unlearning:
         residuals = self._forget(server, requests, view)
         self._rebase(server, requests, before, edited)
         server.edit(edited)
+        if view.replayed is None:
+            server.strategy.relearn(view)
         seconds = time.perf_counter() - started
         recovered = server.recover(self.options.recovery_rounds)
         self.queue.served(requests)
@@ -151,9 +159,10 @@ class Unlearning:
             )
         self._note(server, "request_served", server_round, requests=[request.id for request in requests])
         server.record.timing(server_round, "unlearn", seconds)
-        if self._certify is not None:
-            self._certify(
+        if self.certify is not None:
+            self.certify(
                 Receipt(
+                    len(self._served) - len(requests) + 1,
                     list(requests),
                     server_round,
                     self.unlearner.promise(),
@@ -293,6 +302,11 @@ class ServingView:
         return self.server.initial
 
     @property
+    def statistics(self) -> Statistics:
+        """What the server has added up of clients' statistics."""
+        return self.server.statistics
+
+    @property
     def device(self) -> torch.device:
         """Device for heavy server mathematics."""
         return self.server.device
@@ -310,6 +324,7 @@ class ServingView:
         step: str,
         models: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor] | None = None,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
     ) -> list[Answer]:
         """Let clients do a step of the unlearner."""
@@ -322,7 +337,17 @@ class ServingView:
             self.server_round,
             self.server.version,
             kind="unlearn",
-            note_of=lambda client: self._note(client, dict(args)),
+            note_of=lambda client: self._note(client, dict(args), None if tasks is None else tasks[client]),
+        )
+
+    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
+        """Put ``query`` to clients with what they may still use of the tasks they had in ``server_round``."""
+        tasks = {c: self.server.curriculum.whole_task(c, server_round) for c in query.models if c in self.clients}
+        present = {client: model for client, model in query.models.items() if tasks.get(client) is not None}
+        self.asked |= present.keys()
+        self.steps += 1
+        return self.server.exchange.ask(
+            replace(query, models=present), lambda c: tasks[c], self.server_round, self.server.version
         )
 
     def replay(self) -> dict[Target, Tensor]:
@@ -335,13 +360,15 @@ class ServingView:
     def forget(self, leavers: Sequence[str]) -> list[Residual]:
         """Tell the clients that stay and may hold some of the forget set to drop it."""
         told = [client for client in self.owners if client not in leavers]
+        self.server.cancel(told)  # what they are computing comes from the forget set
         rounds = max(self.server_round - 1, 0)
-        tasks = {client: self.server.curriculum.whole_task(client, rounds) for client in told}
+        tasks = {client: self._last_task(client, rounds) for client in told}
         present = [client for client in told if tasks[client] is not None]
         outgoing = [Outgoing(client, "", self.server.model_of(client)) for client in present]
         replies = self.server.exchange.tell(
             "forget", outgoing, lambda client: tasks[client], rounds, self.server.version, lambda c: self._note(c, {})
         )
+        self.server.cancel(told)  # a worker may still have the state as it was before
         found: dict[Residual, int] = {}
         for reply in replies.values():
             for residual in residuals_from(reply.note):
@@ -352,11 +379,21 @@ class ServingView:
             if residual.outcome != "none"
         ]
 
-    def _note(self, client: str, args: dict[str, Any]) -> str:
+    def _last_task(self, client: str, server_round: int) -> Task | None:
+        """Return the task a client is in or, if it takes no part just now, the last that it met."""
+        curriculum = self.server.curriculum
+        task, met = curriculum.whole_task(client, server_round), curriculum.schedule.met(client, server_round)
+        return curriculum.met_task(client, met[-1], server_round) if task is None and met else task
+
+    def _note(self, client: str, args: dict[str, Any], tasks: Sequence[Task] | None = None) -> str:
+        if tasks is None:
+            tasks = self._met(client)
+        return ForgetNote(tuple(self.requests), tuple(tasks), args).to_json()
+
+    def _met(self, client: str) -> list[Task]:
         curriculum, last = self.server.curriculum, self.server_round - 1
         met = curriculum.schedule.met(client, last) if last >= 0 else ()
-        tasks = [self._before.task(client, curriculum.plain_task(client, task_id, last)) for task_id in met]
-        return ForgetNote(tuple(self.requests), tuple(tasks), args).to_json()
+        return [self._before.task(client, curriculum.plain_task(client, task_id, last)) for task_id in met]
 
 
 def model_digest(models: Mapping[Target, Tensor]) -> str:

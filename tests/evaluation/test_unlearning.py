@@ -158,7 +158,7 @@ def test_tug_of_war_h_mean_and_recovery() -> None:
     with pytest.raises(ValueError, match="must be the same"):
         tug_of_war({"a": 1.0}, {"b": 1.0})
     assert h_mean(0.8, 0.4) == pytest.approx(0.64 / 1.2)
-    assert h_mean(0.0, 0.0) == h_mean(0.1, -0.1) == 0.0
+    assert h_mean(0.0, 0.0) == h_mean(0.1, -0.1) == h_mean(0.8, -0.2) == 0.0
     assert recovery(0.7, 0.4, 0.8) == pytest.approx(0.75)
     assert math.isnan(recovery(0.7, 0.4, 0.4))
 

@@ -156,7 +156,7 @@ def test_klom_histogram_by_hand() -> None:
 
 def test_klom_of_disjoint_margins_is_bounded_by_the_least_share() -> None:
     far = torch.full((100, 1), 1e9), torch.full((100, 1), -1e9)
-    assert klom(*far).mean == pytest.approx(math.log((1 + 1e-5) / 1e-5))
+    assert klom(*far).mean == pytest.approx(math.log((1 + 1e-5) / 1e-5), rel=1e-9)
     assert klom(far[0][:2], far[1][:2]).mean == pytest.approx(math.log(1e5))
     assert klom(far[0], far[0]).mean == 0.0
     assert klom(far[0][:2], far[0][:2]).mean == 0.0

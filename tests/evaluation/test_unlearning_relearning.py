@@ -181,6 +181,30 @@ def test_retain_samples_bring_back_a_class_that_a_common_shift_had_hidden() -> N
     assert (curve[0], curve[-1]) == (0.0, 1.0)
 
 
+def test_only_the_shots_drawn_are_trained_on(digits: Digits) -> None:
+    forget, test = digits.sets["forget_train"], digits.sets["forget_test"]
+    relearn = partial(relearn_steps, digits.model, digits.retrained, test=test, original_accuracy=1.0)
+    first = int(torch.randperm(len(forget.y), generator=generator())[0])
+    one = Samples(forget.x[first : first + 1], forget.y[first : first + 1])
+    drawn = relearn(forget=forget, generator=generator(), shots=1)
+    assert drawn == relearn(forget=one, generator=generator())
+    assert drawn != relearn(forget=forget, generator=generator(), shots=2)
+
+
+def test_columns_that_are_excluded_take_no_part_in_the_loss() -> None:
+    # for the retain samples (x = 0) column 0 is sure among the first two, and hopeless against the third: to train it
+    # against that one would lift it above column 1 for the test samples (x = 1) too
+    model = FlatModel(build_model(lambda: MLP(input_shape=(1,), heads=[3], hidden=[]), seed=0))
+    vector = model.vector()
+    model.spec.view(vector, "head.weight").copy_(torch.tensor([[0.0], [6.0], [0.0]]))
+    model.spec.view(vector, "head.bias").copy_(torch.tensor([5.0, 0.0, 100.0]))
+    retain = Samples(torch.zeros(4, 1), torch.zeros(4, dtype=torch.long))
+    test = Samples(torch.ones(4, 1), torch.ones(4, dtype=torch.long))
+    training = Training(learning_rate=10.0, momentum=0, columns=[0, 1])
+    curve = relearn_from_retain(model, vector, retain, test, generator=generator(), epochs=1, training=training)
+    assert curve == (1.0, 1.0)
+
+
 def test_the_probe_is_weighted_ridge_regression() -> None:
     draws = generator()
     y = torch.tensor([0] * 40 + [1] * 15 + [3] * 5)

@@ -1,0 +1,299 @@
+"""Every unlearner that ``fedcl list unlearner`` knows, next to retraining: what the unlearning_* benchmarks share.
+
+Thirty rounds, a request, ten rounds more, and what a model still knows at once, three and ten rounds later. Unlearners
+that need nothing from the first rounds start from one and the same trained run. Finished cases are kept under --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.every_learner import rewrite, spread
+from fedcl.config import compose, list_choices
+from fedcl.data.dataset import ArrayDataset, Dataset
+from fedcl.evaluation.predictions import accuracy, backdoor_success, predict
+from fedcl.models.flat import FlatModel
+from fedcl.prepared import Prepared, make_server
+from fedcl.randomness import numpy_generator
+from fedcl.replay import SilentRecord, make_unlearning
+from fedcl.rules import ConfigError
+from fedcl.server.loop import Server
+from fedcl.server.unlearning import Receipt
+from fedcl.simulation.backend import open_backend
+from fedcl.tree import clone
+from fedcl.wiring import load_dataset, make_model, make_unlearner
+
+AT, AFTER = 30, (3, 10)  # the round of the request, and how many rounds later its effect is looked at again
+BACKDOOR = 9  # the class that the leaver's marked samples are called
+POISONED = 0.8  # share of the leaver's samples that carry the mark
+SEQUENCE = (3, 5, 7, 1)  # classes that are asked to be forgotten one after another, a round apart
+KINDS = ("client", "class", "sample", "sequence")
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark: its experiment, where the trigger goes (mask over one sample) and what value it has."""
+
+    name: str
+    folder: Path
+    label: int  # the class to forget
+    mark: Callable[[tuple[int, ...]], np.ndarray]
+    high: float
+    extra: tuple[tuple[str, tuple[str, ...]], ...] = ()  # further rows: a name and overrides
+
+
+def centre_checks(size: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Return a checkerboard of size x size in the middle of an image: pixels that clean images use too."""
+
+    def mark(shape: tuple[int, ...]) -> np.ndarray:
+        chosen = np.zeros(shape, bool)
+        high, wide = shape[-2:]
+        rows, columns = np.indices((size, size))
+        top, left = (high - size) // 2, (wide - size) // 2
+        chosen[..., top : top + size, left : left + size] = (rows + columns) % 2 == 0
+        return chosen
+
+    return mark
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def marked(bench: Bench, x: np.ndarray) -> np.ndarray:
+    """Return samples (N, ...) with the trigger on."""
+    return np.where(bench.mark(x.shape[1:]), np.asarray(bench.high, x.dtype), x)
+
+
+def poison(bench: Bench, prepared: Prepared, leaver: int, seed: int) -> Prepared:
+    """Return the run's data with most of the leaver's samples marked and called :data:`BACKDOOR`."""
+    held = prepared.partition.train[leaver]
+    chosen = numpy_generator(seed, "poison").permutation(held)[: round(POISONED * len(held))]
+    x, y = prepared.dataset.train.x.copy(), prepared.dataset.train.y.copy()
+    x[chosen], y[chosen] = marked(bench, x[chosen]), BACKDOOR
+    train: ArrayDataset = replace(prepared.dataset.train, x=x, y=y)
+    return replace(prepared, dataset=replace(prepared.dataset, train=train))
+
+
+def requests(bench: Bench, kind: str, prepared: Prepared, seed: int) -> tuple[str, int]:
+    """Return ``unlearning.requests`` of a kind, and the client that leaves (-1: none)."""
+    sizes = [len(part) for part in prepared.partition.train]
+    leaver = int(np.argmax(sizes))
+    if kind == "client":
+        return f"[{{id: leaver, scope: client, clients: ['{leaver}'], at: {{round: {AT}}}}}]", leaver
+    if kind == "class":
+        return f"[{{id: class, scope: class, classes: [{bench.label}], at: {{round: {AT}}}}}]", -1
+    if kind == "sequence":
+        rows = [f"{{id: c{c}, scope: class, classes: [{c}], at: {{round: {AT + i}}}}}" for i, c in enumerate(SEQUENCE)]
+        return f"[{', '.join(rows)}]", -1
+    count = len(prepared.dataset.train.y)
+    chosen = sorted(numpy_generator(seed, "request").choice(count, count // 100, replace=False).tolist())
+    return f"[{{id: samples, scope: sample, samples: {chosen}, at: {{round: {AT}}}}}]", -1
+
+
+# -- one case ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """What is measured of a model besides the panel: clean accuracy, and how often the trigger works."""
+
+    bench: Bench
+    model: FlatModel
+    dataset: Dataset
+
+    def __call__(self, vector: Tensor) -> Numbers:
+        """Return rates in [0, 1] on the test half."""
+        half = self.dataset.test
+        x, y = torch.from_numpy(self.dataset.normalise(half.x)), torch.from_numpy(half.y)
+        triggered = torch.from_numpy(self.dataset.normalise(marked(self.bench, half.x)))
+        return {
+            "clean": accuracy(predict(self.model, vector, x).logits, y),
+            "backdoor": backdoor_success(predict(self.model, vector, triggered).logits, y, BACKDOOR),
+        }
+
+
+def trained(cfg: dict[str, Any], prepared: Prepared, work: Path) -> Any:
+    """Return where a run is before the request: the server's state, and the clients'."""
+    record: Any = SilentRecord()
+    plain = {**cfg, "unlearning": {**cfg["unlearning"], "requests": []}}
+    with open_backend(plain, prepared.dataset, prepared.partition) as backend:
+        unlearning = make_unlearning(plain, prepared, backend, work)
+        server = make_server(plain, prepared, backend, record, unlearning=unlearning, evaluate=False)
+        server.run(lambda _: None, AT)
+        assert backend.states is not None
+        kept = {
+            c: (v, backend.states.load(c, v)) for c, v in server.exchange.committed.items() if backend.states.has(c, v)
+        }
+        state = {name: value for name, value in server.state_dict().items() if name != "unlearning"}
+        return clone((state, kept), torch.device("cpu"))
+
+
+def case(bench: Bench, cfg: dict[str, Any], prepared: Prepared, start: Any, work: Path) -> Numbers:
+    """Serve the requests of ``cfg`` and play on; return all measurements."""
+    found: Numbers = {}
+    probe = Probe(bench, make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu")), prepared.dataset)
+    record: Any = SilentRecord()
+    served = 0
+    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+        unlearning = make_unlearning(cfg, prepared, backend, work)
+        server = make_server(cfg, prepared, backend, record, unlearning=unlearning, evaluate=False)
+
+        def certify(receipt: Receipt) -> None:
+            nonlocal served
+            served += 1
+            prefix = f"{served}/" if len(cfg["unlearning"]["requests"]) > 1 else ""
+            found.update({prefix + name: value for name, value in receipt.measurements.items()})
+            found.update({f"{prefix}now/{name}": value for name, value in probe(server.global_model).items()})
+            found.update({f"{prefix}cost/{name}": value for name, value in receipt.cost.items()})
+
+        unlearning.certify = certify
+        if start is not None and not make_unlearner(cfg).observes:
+            state, states = clone(start, torch.device("cpu"))
+            assert backend.states is not None
+            for client, (visit, tree) in states.items():
+                backend.states.stage(client, visit, tree)
+            server.load_state_dict(state)
+        server.run(lambda r: _after(server, probe, r, found))
+    return found
+
+
+def _after(server: Server, probe: Probe, server_round: int, found: Numbers) -> None:
+    for rounds in AFTER:
+        if server_round == AT + rounds - 1:
+            found.update({f"+{rounds}/{name}": value for name, value in probe(server.global_model).items()})
+
+
+def measure(bench: Bench, kinds: Sequence[str], only: Sequence[str] | None, seeds: Sequence[int], work: Path) -> None:
+    """Play what is still to be played; one file a case under ``work``."""
+    names = [(name, (f"unlearner={name}",)) for name, _ in list_choices("unlearner")]
+    names = sorted([*names, *bench.extra], key=lambda row: row[0] != "retrain")  # first: it fills the cache honestly
+    for seed in seeds:
+        for kind in kinds:
+            start: Any = None
+            base = compose([f"experiment={bench.name}", f"seed={seed}", "unlearning.requests=[]"])
+            prepared = Prepared.of(base, load_dataset(base))
+            asked, leaver = requests(bench, kind, prepared, seed)
+            if leaver >= 0:
+                prepared = poison(bench, prepared, leaver, seed)
+            cache = work / "references" / f"{kind}-{seed}"
+            for name, overrides in names:
+                file = work / kind / f"{name}-{seed}.json"
+                if file.is_file() or (only and name not in only):
+                    continue
+                settings = [f"experiment={bench.name}", f"seed={seed}", f"unlearning.cache={cache}"]
+                try:
+                    cfg = compose([*settings, f"unlearning.requests={asked}", *overrides])
+                    Prepared.of(cfg, prepared.dataset)
+                except ConfigError as error:
+                    if "serves" not in str(error):
+                        raise
+                    continue  # not one of its scopes
+                if start is None:
+                    start = trained(base, prepared, work)
+                if name == "retrain":
+                    shutil.rmtree(cache, ignore_errors=True)
+                began = time.process_time()
+                found = case(bench, cfg, prepared, start, work)
+                found["cpu_seconds"] = time.process_time() - began
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(kind, name, seed, {k: round(v, 3) for k, v in found.items() if k.count("/") == 1}, flush=True)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+COLUMNS: dict[str, list[tuple[str, str, float]]] = {  # heading, key, factor
+    "client": [
+        ("clean", "now/clean", 100), ("backdoor", "now/backdoor", 100), ("clean +3", "+3/clean", 100),
+        ("backdoor +3", "+3/backdoor", 100), ("clean +10", "+10/clean", 100), ("backdoor +10", "+10/backdoor", 100),
+    ],
+    "class": [
+        ("forget test", "forget_test_accuracy", 100), ("retain test", "retain_test_accuracy", 100),
+        ("average gap", "gap/average", 100), ("MIA", "mia_entropy", 100), ("KL forget", "kl_forget", 1),
+        ("ZRF", "zrf", 1), ("relearn steps", "relearn_steps", 1), ("probe", "linear_probe", 100),
+    ],
+    "sample": [
+        ("forget train", "forget_train_accuracy", 100), ("test", "test_accuracy", 100),
+        ("average gap", "gap/average", 100), ("MIA", "mia_entropy", 100), ("KL forget", "kl_forget", 1),
+        ("KL retain", "kl_retain", 1), ("LiRA AUC", "lira_auc", 100),
+    ],
+}  # fmt: skip
+
+
+def table(kind: str, runs: dict[str, dict[str, Numbers]]) -> str:
+    """Return a kind's Markdown table: retraining first, then the others by name."""
+    if kind == "sequence":
+        return _sequence(runs)
+    columns = COLUMNS[kind]
+    head = ["unlearner", *(title for title, _, _ in columns), "time / retraining"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in sorted(runs, key=lambda name: (name != "retrain", name)):
+        cells = []
+        for _, key, factor in columns:
+            values = [factor * one[key] for one in runs[name].values() if key in one]
+            cells.append(spread(values, 1 if factor > 1 else 2) if values else "")
+        ratios = [
+            one["cost/seconds"] / runs["retrain"][seed]["cost/seconds"]
+            for seed, one in runs[name].items()
+            if seed in runs.get("retrain", {})
+        ]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {mean(ratios):.3f} |"
+            if ratios
+            else f"| {name} | {' | '.join(cells)} | |"
+        )
+    return "\n".join(lines)
+
+
+def _sequence(runs: dict[str, dict[str, Numbers]]) -> str:
+    head = ["unlearner", *(f"request {i + 1}" for i in range(len(SEQUENCE)))]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in sorted(runs, key=lambda name: (name != "retrain", name)):
+        cells = []
+        for i in range(len(SEQUENCE)):
+            pair = [
+                mean(100 * one[f"{i + 1}/{key}"] for one in runs[name].values())
+                for key in ("forget_test_accuracy", "retain_test_accuracy")
+                if all(f"{i + 1}/{key}" in one for one in runs[name].values())
+            ]
+            cells.append(" / ".join(f"{value:.1f}" for value in pair))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(bench: Bench, description: str) -> None:
+    """Read the command line, play, and write results.json and the tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="UNLEARNER")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=Path("runs") / bench.name, help="where finished cases are kept")
+    parser.add_argument("--dry", action="store_true", help="print the tables and leave the files as they are")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    measure(bench, args.kinds, args.only, args.seeds, args.work)
+    results: dict[str, dict[str, dict[str, Numbers]]] = {}
+    for kind in KINDS:
+        for file in sorted((args.work / kind).glob("*.json")):
+            name, _, seed = file.stem.rpartition("-")
+            results.setdefault(kind, {}).setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
+    for kind, runs in results.items():
+        text = table(kind, runs)
+        print(f"\n{kind}\n{text}")
+        if not args.dry:
+            rewrite(bench.folder / "README.md", kind, text)
+    if not args.dry:
+        (bench.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
