@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,11 +174,15 @@ class Network(nn.Module):
 
     def classify(self, features: Tensor) -> Output:
         """Apply the heads to the body's features (B, F) and return logits and features."""
-        for layer in ("embed", "expand"):
-            if layer in self._modules:
-                features = self.get_submodule(layer)(features)
-        if "head" in self._modules:
-            return Output(self.head(features), features)
+        # a module's own attributes take a search each: this runs at every step, on networks of a few layers
+        modules = self._modules
+        for name in ("embed", "expand"):
+            layer = modules.get(name)
+            if layer is not None:
+                features = layer(features)
+        head = modules.get("head")
+        if head is not None:
+            return Output(head(features), features)
         return Output(torch.cat([head(features) for head in self.heads], dim=1), features)
 
 
@@ -227,10 +231,16 @@ class MLP(Network):
     def forward(self, x: Tensor) -> Output:
         """Map samples (B, *input_shape) to logits (B, L) and the last hidden activation (B, F)."""
         x = x.flatten(1)
-        for linear, dropout in zip(self.hidden, self.dropouts, strict=True):
+        for linear, dropout in self._layers():
             x = functional.relu(linear(x))
-            x = x if dropout.p == 0.0 else dropout(x)
+            x = dropout(x) if dropout.p else x
         return self.classify(x)
+
+    def _layers(self) -> Iterator[tuple[nn.Linear, Dropout]]:
+        # not the lists' own iterators, which look up every attribute on the way: see `classify`
+        hidden, dropouts = self._modules["hidden"], self._modules["dropouts"]
+        pairs: Any = zip(hidden._modules.values(), dropouts._modules.values(), strict=True)  # type: ignore[union-attr]
+        return cast(Iterator[tuple[nn.Linear, Dropout]], pairs)
 
 
 class LeNet(Network):
