@@ -29,7 +29,9 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
     Parameters
     ----------
     node
-        A component's mapping. Mappings inside it are passed on as plain dicts, also those with a ``_target_``.
+        A component's mapping. Mappings inside it are passed on as plain dicts, also those with a ``_target_``, but for
+        the parameters that the target itself names in a class attribute ``components``: these are built too, under the
+        same trust.
     at
         The dotted place of `node` in the configuration, for messages.
     trusted
@@ -58,6 +60,10 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
     if both:
         raise ConfigError(f"{place}.{min(both)}: set by the run itself; remove it from the YAML")
     _check_parameters(found, target, params, runtime, place)
+    for name in _components(found) & params.keys():
+        if not isinstance(params[name], Mapping):
+            raise ConfigError(f"{place}.{name}={params[name]}: must be a mapping with a {TARGET_KEY}")
+        params[name] = build(params[name], at=f"{place}.{name}", trusted=trusted)
     if not inspect.isclass(found):
         return functools.partial(found, **params, **runtime)
     try:
@@ -123,6 +129,12 @@ def targets_in(node: Any) -> list[str]:
     if isinstance(node, list):
         return [target for value in node for target in targets_in(value)]
     return []
+
+
+def _components(found: Callable[..., Any]) -> frozenset[str]:
+    """Return the parameters that a class wants built: the code opts in, never the configuration."""
+    declared = getattr(found, "components", ()) if inspect.isclass(found) else ()
+    return frozenset(declared) if isinstance(declared, (tuple, frozenset)) else frozenset()
 
 
 def _check_trust(top: str, allowed: Collection[str], place: str) -> None:

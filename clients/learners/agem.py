@@ -14,9 +14,11 @@ from torch import Tensor
 
 from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
+from fedcl.client.erasing import erase
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.policies import Policy
+from fedcl.requests import ForgetRequest, Residual
 
 # R = replayed samples, C = logit columns, T = tasks
 
@@ -57,6 +59,10 @@ class AGEM(Plugin):
         """Show the finished task's samples to memory."""
         self._buffer.offer_task(ctx)
         self._buffer.conclude(ctx)
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Erase the forget set from the buffer; the other samples stay."""
+        return erase(self._buffer, self, request, gone)
 
     def state(self) -> State:
         """Return the buffer."""

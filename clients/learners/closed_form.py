@@ -73,12 +73,17 @@ def write_heads(model: FlatModel, weight_CF: Tensor, bias_C: Tensor, known_C: Te
         start = rows.stop
 
 
-@torch.no_grad()
-def features(ctx: Context, batch_size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+def features(ctx: Context) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the features (N, F), float64, and columns (N,) of the client's samples, batch by batch, in eval mode."""
-    ctx.model.eval()
-    for x, y in zip(torch.split(ctx.data.x, batch_size), torch.split(ctx.data.y, batch_size), strict=True):
-        yield ctx.model(x).features.double(), y
+    yield from features_of(ctx.model, ctx.data.x, ctx.data.y)
+
+
+@torch.no_grad()
+def features_of(model: FlatModel, x: Tensor, y: Tensor, batch_size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features (N, F), float64, of ``x`` (N, ...) and their columns (N,), batch by batch, in eval mode."""
+    model.eval()
+    for rows, columns in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        yield model(rows).features.double(), columns
 
 
 def class_sums(ctx: Context, *, unit: bool = False) -> tuple[Tensor, Tensor]:

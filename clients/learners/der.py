@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer, Replayed
+from fedcl.client.erasing import erase
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.policies import Policy
 from fedcl.models.networks import Output
+from fedcl.requests import ForgetRequest, Residual
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 
@@ -102,6 +104,10 @@ class DER(Plugin):
             ctx.model.eval()
             self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits, ctx.data.restore)
         self._buffer.conclude(ctx, logits=True)
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Erase the forget set from the buffer; the other samples stay."""
+        return erase(self._buffer, self, request, gone)
 
     def state(self) -> State:
         """Return the buffer."""

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fedcl.client.buffer import ReplayBuffer
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.erasing import erase
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.policies import Policy
+from fedcl.requests import ForgetRequest, Residual
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 
@@ -59,6 +61,10 @@ class ER(Plugin):
     def after_task(self, ctx: Context) -> None:
         """Choose what to keep of the task, where that is done at its end."""
         self._buffer.conclude(ctx)
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Erase the forget set from the buffer; the other samples stay."""
+        return erase(self._buffer, self, request, gone)
 
     def state(self) -> State:
         """Return the buffer."""

@@ -9,6 +9,7 @@ times on the way.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from clients.learners.er import masks_by_task
 from clients.local_sgd import descend
 from fedcl.client.buffer import ReplayBuffer, Replayed
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.erasing import erase
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
+from fedcl.requests import ForgetRequest, Residual
 
 # P = length of the flat vector, M = samples in memory, B = batch, T = tasks, C = logit columns
 
@@ -114,6 +117,16 @@ class FPF(Plugin):
         trained = list(dict.fromkeys(module_of(spec) for _, spec in pairs))
         names = sorted(trained, key=lambda module: -totals[module])[: self.modules]
         return [p for p, spec in pairs if module_of(spec) in names]
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Erase the forget set from memory; what is known of how much modules change starts over."""
+        erased = erase(self._buffer, self, request, gone)
+        if not self._changes:
+            return erased
+        self._changes = {}
+        if erased.outcome == "none":
+            return Residual(erased.part, "reset", "the modules' changes mixed all samples: they start over")
+        return replace(erased, why=f"{erased.why}; the modules' changes start over")
 
     def state(self) -> State:
         """Return memory, and the sum over visits of each module's mean change."""

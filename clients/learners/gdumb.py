@@ -12,7 +12,9 @@ from torch import Tensor
 
 from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.erasing import erase
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.requests import ForgetRequest, Residual
 
 # M = samples in memory, C = logit columns, T = tasks
 
@@ -52,6 +54,10 @@ class GDumb(Plugin):
             return batch
         rows = self._buffer.draw(ctx, len(batch.y))
         return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task], fresh=0)
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Erase the forget set from memory; the other samples stay."""
+        return erase(self._buffer, self, request, gone)
 
     def state(self) -> State:
         """Return the memory."""

@@ -9,6 +9,7 @@ features themselves.
 # C = logit columns, F = features that the heads read
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from clients.learners.closed_form import ClosedForm, Train, features, write_heads
 from fedcl.client.plugin import Context
 from fedcl.models.flat import FlatModel
+
+GRAM = "gram"  # the question whose answers the server adds up
 
 
 class RanPAC(ClosedForm):
@@ -36,8 +39,8 @@ class RanPAC(ClosedForm):
         If ``ridge`` is not positive or ``train`` unknown.
     """
 
-    queries: ClassVar[tuple[str, ...]] = ("gram",)
-    sums: ClassVar[tuple[str, ...]] = ("gram",)
+    queries: ClassVar[tuple[str, ...]] = (GRAM,)
+    sums: ClassVar[tuple[str, ...]] = (GRAM,)
     key: ClassVar[str] = "ranpac"
 
     def __init__(self, *, ridge: float = 1e-3, train: Train = "first_task") -> None:
@@ -47,19 +50,8 @@ class RanPAC(ClosedForm):
         self.ridge = ridge
 
     def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return G (F, F), the sums of features by column (F, C), and the columns' counts (C,), float64."""
-        gram: Tensor | None = None
-        for rows, y in features(ctx):
-            if gram is None:
-                gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-                cross = rows.new_zeros(rows.shape[1], ctx.num_columns)
-                counts = rows.new_zeros(ctx.num_columns)
-            gram += rows.T @ rows
-            one_hot = F.one_hot(y, ctx.num_columns).double()
-            cross += rows.T @ one_hot
-            counts += one_hot.sum(0)
-        assert gram is not None  # a client without samples is not asked to answer
-        return {"gram": gram.cpu(), "cross": cross.cpu(), "counts": counts.cpu()}
+        """Return the client's `gram_sums`."""
+        return gram_sums(features(ctx), ctx.num_columns)
 
     def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
         """Write the ridge solution into the heads."""
@@ -68,3 +60,21 @@ class RanPAC(ClosedForm):
         regular = gram + self.ridge * scale * torch.eye(len(gram), dtype=gram.dtype)
         weight_FC = torch.linalg.solve(regular, sums["cross"])
         write_heads(model, weight_FC.T, torch.zeros(weight_FC.shape[1]), sums["counts"] > 0)
+
+
+def gram_sums(batches: Iterable[tuple[Tensor, Tensor]], num_columns: int) -> dict[str, Tensor]:
+    """Return G (F, F), the sums of features by column (F, C), and the columns' counts (C,), float64, on the CPU.
+
+    ``batches`` are features (N, F), float64, and columns (N,): at least one.
+    """
+    gram: Tensor | None = None
+    for rows, y in batches:
+        if gram is None:
+            gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            cross, counts = rows.new_zeros(rows.shape[1], num_columns), rows.new_zeros(num_columns)
+        gram += rows.T @ rows
+        one_hot = F.one_hot(y, num_columns).double()
+        cross += rows.T @ one_hot
+        counts += one_hot.sum(0)
+    assert gram is not None  # who has no samples has nothing to add
+    return {"gram": gram.cpu(), "cross": cross.cpu(), "counts": counts.cpu()}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.models.networks import Output
 from fedcl.randomness import torch_generator
+from fedcl.requests import ForgetRequest, Residual
 
 # N = samples of the task, B = batch, V = augmented views, H, W = height, width
 
@@ -99,6 +100,10 @@ class ViewBatch(Plugin):
             x = shifted(x, self.shift, generator) if self.shift else x
             x = mirrored(x, generator) if self.flip else x
         return x + self.noise * torch.randn(x.shape, generator=generator).to(x.device) if self.noise else x
+
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+        """Keep the count: it says nothing about samples."""
+        return Residual(type(self).__name__, "none", "counts epochs, and nothing else")
 
     def state(self) -> State:
         """Return how many epochs of the task have been trained."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcl.client.plugin import Batch, Context, Restore, State
 from fedcl.client.policies import Budget, ClassTally, Policy, check_policy, exemplars, uniform_slots
-from fedcl.client.rows import Rows, grown, shown
+from fedcl.client.rows import Rows, among, grown, shown
 
 # M = samples held, B = batch, C = logit columns, F = features
 # columns: x as it is held, y, task; logits if they are given; shown, x as the model sees it, once it is known
@@ -89,10 +89,11 @@ class ReplayBuffer:
 
         def pick(part: slice | Tensor) -> Rows:
             kept = None if logits is None else logits[part]
-            if data.raw is None or positions is None:
+            if positions is None:
                 return self._arriving(batch.x[part], batch.y[part], task.id, kept, None, None)
             rows = positions[part]  # of the samples themselves, whatever has been done to them in this step
-            return self._arriving(data.x[rows], data.y[rows], task.id, kept, data.raw[rows], task.transform)
+            raw, transform = (None, None) if data.raw is None else (data.raw[rows], task.transform)
+            return self._arriving(data.x[rows], data.y[rows], task.id, kept, raw, transform)
 
         self._admit(batch.y[:fresh], ctx.rng("reservoir"), pick)
 
@@ -220,12 +221,11 @@ class ReplayBuffer:
         return self.drop(torch.isin(self.held[name], torch.tensor(list(values), device=self._rows["y"].device)))
 
     def drop_samples(self, x: Tensor) -> int:
-        """Erase every sample that equals a row of ``x`` (K, ...), given in the form samples are held in."""
-        if self._rows is None:
-            return 0
-        held = self.held["x"].flatten(1)
-        given = x.to(held.device, held.dtype).flatten(1)
-        return self.drop(torch.stack([(held == row).all(1) for row in given]).any(0))
+        """Erase every sample that equals a row of ``x`` (K, ...), given in the form samples are held in.
+
+        Raises ``ValueError`` if it is given in another form.
+        """
+        return 0 if self._rows is None or not len(x) else self.drop(among(self.held["x"], x))
 
     def state(self) -> State:
         """Return the samples as they are held, the count of the stream, and what the policy remembers of it."""

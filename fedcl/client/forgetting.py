@@ -42,7 +42,11 @@ def part(data: LocalData, client: str, note: ForgetNote, device: torch.device) -
 
 def samples(parts: list[tuple[Task, TaskData]], num_columns: int, device: torch.device) -> Samples:
     """Return the samples of several tasks in one, each with the columns that its task may predict."""
-    joined = [Samples(data.x, data.y, _mask(task, data, num_columns)) for task, data in parts if len(data)]
+    joined = [
+        Samples(data.x, data.y, _mask(task, data, num_columns), torch.full_like(data.y, task.id))
+        for task, data in parts
+        if len(data)
+    ]
     if not joined:
         return Samples(torch.empty(0, device=device), torch.empty(0, dtype=torch.long, device=device))
     return Samples.join(joined)

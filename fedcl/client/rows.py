@@ -14,6 +14,24 @@ from fedcl.client.plugin import Restore
 Rows = dict[str, Tensor]
 
 
+def among(held: Tensor, given: Tensor) -> Tensor:
+    """Return which rows of ``held`` (M, ...) equal, bit for bit, one of ``given`` (K, ...): bool (M,).
+
+    Raises
+    ------
+    ValueError
+        If the two are of different dtypes or shapes.
+    """
+    if held.dtype != given.dtype or held.shape[1:] != given.shape[1:]:
+        raise ValueError(
+            f"samples of {given.dtype} {tuple(given.shape[1:])} are given, "
+            f"those held are of {held.dtype} {tuple(held.shape[1:])}"
+        )
+    wanted = {row.tobytes() for row in given.cpu().contiguous().numpy()}
+    found = [row.tobytes() in wanted for row in held.cpu().contiguous().numpy()]
+    return torch.tensor(found, dtype=torch.bool, device=held.device)
+
+
 def grown(held: Rows, like: Rows, length: int) -> Rows:
     """Return columns like those of ``like`` with room for ``length`` samples, of which ``held`` are the first."""
     made = {name: tensor.new_empty((length, *tensor.shape[1:])) for name, tensor in like.items()}

@@ -19,9 +19,11 @@ from fedcl.client.plugin import Batch
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.randomness import torch_generator
 from fedcl.requests import NAMES, ForgetRequest, Residual, Scope
+from fedcl.scenario.task import Task
 
 if TYPE_CHECKING:
     from fedcl.server.contracts import Answer, LocalWork, ServerView, Target, Update
+    from fedcl.server.statistics import Statistics
 
 # P = parameters, N = samples, C = logit columns
 Guarantee = Literal["exact", "certified", "approximate", "none"]
@@ -31,18 +33,23 @@ EVERYWHERE: frozenset[Scope] = frozenset(NAMES)
 
 @dataclass(slots=True)
 class Samples:
-    """Samples of several tasks: inputs (N, ...), target columns (N,), allowed columns bool (N, C) or None for all."""
+    """Samples of several tasks: inputs (N, ...), target columns (N,), allowed columns bool (N, C) or None for all.
+
+    ``task`` (N,) is the id of the task that each was met in, where that is known.
+    """
 
     x: Tensor
     y: Tensor
     mask: Tensor | None = None
+    task: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def at(self, rows: Tensor) -> Samples:
         """Return the samples at the positions ``rows``, or where a bool mask (N,) says so."""
-        return Samples(self.x[rows], self.y[rows], None if self.mask is None else self.mask[rows])
+        mask, task = (None if part is None else part[rows] for part in (self.mask, self.task))
+        return Samples(self.x[rows], self.y[rows], mask, task)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yield all samples in batches of at most ``size``: in their order, or in one drawn from ``generator``."""
@@ -60,7 +67,9 @@ class Samples:
             width = next(part.mask.shape[1] for part in parts if part.mask is not None)
             full = [part.y.new_ones(len(part), width, dtype=torch.bool) for part in parts]
             mask = torch.cat([f if part.mask is None else part.mask for f, part in zip(full, parts, strict=True)])
-        return cls(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask)
+        tasks = [part.task for part in parts if part.task is not None]
+        task = torch.cat(tasks) if len(tasks) == len(parts) else None
+        return cls(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]), mask, task)
 
 
 @dataclass
@@ -136,6 +145,11 @@ class UnlearnView(Protocol):
         ...
 
     @property
+    def statistics(self) -> Statistics:
+        """What the server has added up of clients' statistics, for unlearners that can take sums apart."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Device for heavy server mathematics."""
         ...
@@ -153,10 +167,12 @@ class UnlearnView(Protocol):
         step: str,
         models: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor] | None = None,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
     ) -> list[Answer]:
         """Let the clients in ``models``, each with its vector (P,), do ``step`` of :meth:`Unlearner.local`.
 
+        Each sees its samples of ``tasks``, by client; None is all tasks it has met, as they were before the requests.
         Returns the answers of those whose ``num_examples`` is not zero, in the order of ``models``. A client that fails
         costs its own answer and an event.
         """
@@ -175,13 +191,15 @@ class Unlearner:
 
     ``scopes`` are the requests it can serve, ``guarantee`` what it promises. ``observes`` says that it must see every
     round from the first, so that a run launched without it cannot be served by it. ``replays`` says that it returns
-    what :meth:`UnlearnView.replay` gives and the core need not forget: that run never knew.
+    what :meth:`UnlearnView.replay` gives and the core need not forget: that run never knew. ``takes_apart`` names the
+    sums over clients (:attr:`fedcl.client.plugin.Plugin.sums`) that it needs the run's learner to have.
     """
 
     scopes: ClassVar[frozenset[Scope]] = EVERYWHERE
     guarantee: ClassVar[Guarantee] = "approximate"
     observes: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    takes_apart: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: FlatModel) -> None:
         """Refuse a model that this unlearner cannot work with; called once, before a run begins.

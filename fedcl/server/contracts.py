@@ -107,6 +107,35 @@ class ServerView(Protocol):
         ...
 
 
+class PastView(Protocol):
+    """What a part may know and ask once the run's models have been edited: for what it must learn again."""
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The clients that stay, in canonical order."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device for heavy server mathematics."""
+        ...
+
+    def model_of(self, client: str) -> Tensor:
+        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
+        ...
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return a generator keyed by (seed, version, purpose)."""
+        ...
+
+    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
+        """Put ``query`` to clients that took part in ``server_round``.
+
+        Each answers with what it may still use of the task that it had then.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened on the timeline.
@@ -210,6 +239,9 @@ class Part:
     def forget(self, request: ForgetRequest) -> Residual:
         """Drop what this part remembers of the forget set and say what became of it."""
         return Residual(type(self).__name__, "none", "keeps nothing about clients")
+
+    def relearn(self, view: PastView) -> None:
+        """Learn again, without the forget set, what :meth:`forget` promised: called when the models are edited."""
 
     def metrics(self) -> dict[str, float]:
         """Return numbers worth recording after a round or a task (names become rows with phase ``server``)."""

@@ -6,7 +6,7 @@ held all the data, whoever holds which sample: the contract is :meth:`fedcl.clie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from fedcl.client.plugin import Payload, Plugin
 from fedcl.client.plugin import overrides as defines
 from fedcl.models.flat import FlatModel
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.requests import ForgetRequest, Forgotten, Residual
+from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query, Target
 
 Sums = dict[str, Tensor]
@@ -31,6 +32,8 @@ class Statistics:
         self._owners = {name: plugin for plugin in plugins for name in plugin.sums}
         self._model = model
         self._sums: dict[str, Sums] = {name: {} for name in self._owners}
+        self._absorbed: dict[str, dict[str, list[Task]]] = {name: {} for name in self._owners}
+        self._settled: set[tuple[str, str]] = set()  # (query, request) that need no forgetting any more
         self.payloads: tuple[Payload, ...] = tuple(
             payload
             for plugin in plugins
@@ -42,10 +45,12 @@ class Statistics:
         """Return what to ask the clients whose task has ended, given the model (P,) each ended it with."""
         return [Query(name, dict(models)) for name in self._owners] if models else []
 
-    def absorb(self, query: Query, answers: Sequence[Answer]) -> None:
-        """Add the answers, in canonical client order."""
-        sums = self._sums[query.name]
+    def absorb(self, query: Query, answers: Sequence[Answer], tasks: Mapping[str, Task] | None = None) -> None:
+        """Add the answers, in canonical client order; ``tasks`` are those whose samples they are sums over."""
+        sums, absorbed = self._sums[query.name], self._absorbed[query.name]
         for answer in answers:
+            if tasks is not None:
+                absorbed.setdefault(answer.client, []).append(tasks[answer.client])
             for name, tensor in answer.tensors.items():
                 sums[name] = sums[name] + tensor.double() if name in sums else tensor.double()
 
@@ -63,6 +68,32 @@ class Statistics:
             solved[target] = self._model.vector().cpu()
         return solved
 
+    # -- for unlearners that can take sums apart ----------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The queries whose answers are added up."""
+        return tuple(self._owners)
+
+    def sums(self, name: str) -> Sums:
+        """Return the sums of query ``name`` by tensor name, float64; empty before the first task has ended."""
+        return dict(self._sums[name])
+
+    def absorbed(self, name: str) -> dict[str, tuple[Task, ...]]:
+        """Return, by client, the tasks whose samples are in the sums of query ``name``, one for each time they were."""
+        return {client: tuple(tasks) for client, tasks in self._absorbed[name].items()}
+
+    def replace(self, name: str, sums: Sums, holders: Collection[str], requests: Sequence[ForgetRequest]) -> None:
+        """Put sums in place that hold only what ``holders`` may keep after ``requests``, so that none is forgotten."""
+        after = Forgotten(list(requests))
+        self._sums[name] = {tensor: value.double() for tensor, value in sums.items()}
+        self._absorbed[name] = {
+            client: [after.task(client, task) for task in tasks]
+            for client, tasks in self._absorbed[name].items()
+            if client in holders and client not in after.clients
+        }
+        self._settled |= {(name, request.id) for request in requests}
+
     def message(self) -> dict[str, Tensor]:
         """Return what rides along with every train message, float32."""
         return {
@@ -72,17 +103,29 @@ class Statistics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums."""
-        return {name: dict(sums) for name, sums in self._sums.items()}
+        """Return the sums, and whose samples are in them."""
+        absorbed = {
+            name: {client: [task.to_json() for task in tasks] for client, tasks in held.items()}
+            for name, held in self._absorbed.items()
+        }
+        return {"sums": {name: dict(sums) for name, sums in self._sums.items()}, "absorbed": absorbed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        self._sums = {name: dict(state.get(name, {})) for name in self._owners}
+        self._sums = {name: dict(state["sums"].get(name, {})) for name in self._owners}
+        self._absorbed = {
+            name: {client: [Task.from_json(text) for text in tasks] for client, tasks in held.items()}
+            for name in self._owners
+            for held in (state["absorbed"].get(name, {}),)
+        }
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Say that sums keep what was added: nobody's share can be told apart."""
+        """Drop the sums that still hold the forget set: nobody's share can be told apart."""
         if not any(self._sums.values()):
             return Residual("Statistics", "none", "keeps no sums")
-        for name in self._sums:
-            self._sums[name] = {}
-        return Residual("Statistics", "reset", f"sums of {', '.join(self._owners)}, which hold all clients' shares")
+        mixed = [name for name in self._owners if (name, request.id) not in self._settled]
+        for name in mixed:
+            self._sums[name], self._absorbed[name] = {}, {}
+        if not mixed:
+            return Residual("Statistics", "recomputed", f"sums of {', '.join(self._owners)}, without the forget set")
+        return Residual("Statistics", "reset", f"sums of {', '.join(mixed)}, which hold all clients' shares")

@@ -24,7 +24,7 @@ from fedcl.models.flat import Spec
 from fedcl.randomness import key
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.rules import ConfigError
-from fedcl.server.contracts import GLOBAL, Answer, Event, Query, ServerView, Target, Update
+from fedcl.server.contracts import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
 from fedcl.server.strategy import Outgoing
 
 
@@ -207,6 +207,9 @@ class Stock:
     def forget(self, request: ForgetRequest) -> list[Residual]:
         """Say what a stock strategy may still hold."""
         return [Residual(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
+
+    def relearn(self, view: PastView) -> None:
+        """Learn nothing again: it has kept what it had."""
 
 
 def _arrays(value: Any) -> Any:

@@ -20,6 +20,7 @@ from fedcl.server.contracts import (
     Fold,
     LocalWork,
     Part,
+    PastView,
     Projection,
     Query,
     ServerOptimizer,
@@ -99,6 +100,10 @@ class Strategy(Protocol):
 
     def forget(self, request: ForgetRequest) -> list[Residual]:
         """Let every part forget."""
+        ...
+
+    def relearn(self, view: PastView) -> None:
+        """Let every part learn again what it must, once the models are edited."""
         ...
 
 
@@ -274,3 +279,8 @@ class Pipeline:
     def forget(self, request: ForgetRequest) -> list[Residual]:
         """Let every part forget."""
         return [part.forget(request) for part in self.parts.values()]
+
+    def relearn(self, view: PastView) -> None:
+        """Let every part learn again what it must."""
+        for part in self.parts.values():
+            part.relearn(view)

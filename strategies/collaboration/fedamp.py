@@ -84,14 +84,19 @@ class FedAMP(Collaboration):
         self._models, self._own_share = dict(state["models"]), state["own_share"]
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Drop the models of the clients that hold the forget set; all of them when the request names none."""
+        """Drop the models of the clients that hold the forget set; all of them when the request names none.
+
+        Those of other clients stay until they train again: they began at mixtures with the dropped ones.
+        """
         named = request.clients or tuple(self._models)
         dropped = [client for client in named if self._models.pop(client, None) is not None]
         name = type(self).__name__
         if not dropped:
             return Residual(name, "none", "keeps no model of the clients concerned")
-        why = f"last model of {', '.join(dropped)}; mixtures follow at the next aggregation"
-        return Residual(name, "erased" if request.clients else "reset", why)
+        why = f"the last model of {', '.join(dropped)} is dropped; mixtures follow at the next aggregation"
+        if self._models:
+            return Residual(name, "remains", f"{why}; those of other clients, trained from mixtures with it, stay")
+        return Residual(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:
         """Return the mean weight of a client's own model in its mixture."""

@@ -229,7 +229,10 @@ class FedCAC(Collaboration):
         self._seen, self._metrics = dict(state["seen"]), dict(state["metrics"])
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Drop model and mask of the clients that hold the forget set; all of them when the request names none."""
+        """Drop model and mask of the clients that hold the forget set; all of them when the request names none.
+
+        Those of other clients stay until they train again: they began at mixtures with the dropped ones.
+        """
         named = request.clients or tuple(self._models)
         dropped = [client for client in named if self._models.pop(client, None) is not None]
         for client in dropped:
@@ -237,8 +240,10 @@ class FedCAC(Collaboration):
         name = type(self).__name__
         if not dropped:
             return Residual(name, "none", "keeps no model of the clients concerned")
-        why = f"last model and mask of {', '.join(dropped)}; customised models follow at the next aggregation"
-        return Residual(name, "erased" if request.clients else "reset", why)
+        why = f"model and mask of {', '.join(dropped)} are dropped; customised models follow at the next aggregation"
+        if self._models:
+            return Residual(name, "remains", f"{why}; other clients' stay, trained from mixtures with them")
+        return Residual(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:
         """Return eps_t, the mean number of collaborators, the critical share and the age of the oldest model."""

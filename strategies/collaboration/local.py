@@ -48,5 +48,7 @@ class Local(Collaboration):
         self._clients = list(state["clients"])
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Nothing is kept here: a client's model is its target, which an unlearner edits."""
+        """Drop the names of clients that leave: a client's model is its target, which an unlearner edits."""
+        if request.scope == "client":
+            self._clients = [client for client in self._clients if client not in request.clients]
         return Residual(type(self).__name__, "none", "keeps no model besides the targets")

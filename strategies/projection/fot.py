@@ -11,35 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from fedcl.linalg import extend_basis, project_out
+from fedcl.linalg import project_out
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import Answer, Event, LocalWork, Projection, Query, ServerView, Target
-from strategies.projection.subspace import (
-    KEY,
-    Found,
-    from_grams,
-    from_official,
-    from_ranges,
-    from_sketches,
-    frozen,
-    inputs,
-    protected,
-    readable,
-    unprotected,
-)
+from fedcl.server.contracts import Answer, Event, LocalWork, Query, ServerView, Target
+from strategies.projection.basis_memory import UnlearnBasis
+from strategies.projection.growth import SUBSPACE, GrowingBases, Method, Variant
+from strategies.projection.subspace import KEY, frozen, inputs, protected, readable, unprotected
 
-SUBSPACE = "subspace"
-NEARLY_FULL = 0.9  # share of a layer's inputs that is frozen: above it a layer hardly learns
-Variant = Literal["official", "corrected"]
-Method = Literal["auto", "gram", "sketch", "range_finder"]
 Fate = Literal["average", "freeze"]
 
 
-class FOT(Projection):
+class FOT(GrowingBases):
     """Project every change onto the complement of each layer's basis; extend the bases at the end of a task.
 
     Parameters
@@ -68,6 +52,10 @@ class FOT(Projection):
         round (``updated``), to whom ``official`` always turns.
     extend_at
         ``task``: whenever a task ends. A number n: every n rounds, for streams whose tasks have no ends.
+    unlearn_basis
+        What an unlearning request does to the bases. ``keep``: nothing. ``drop_task``: directions that came with
+        answers of the clients concerned are taken out. ``keep_grams``: every client's Gram matrices are kept, and bases
+        rebuilt without those of the clients concerned. ``recompute``: clients are asked for all of it again.
 
     Raises
     ------
@@ -89,36 +77,33 @@ class FOT(Projection):
         norms: Fate = "average",
         asks: Literal["all", "ended", "updated"] = "all",
         extend_at: Literal["task"] | int = "task",
+        unlearn_basis: UnlearnBasis = "keep",
     ) -> None:
-        self.epsilon, self.epsilon_increment = epsilon, epsilon_increment
-        self.variant, self.method, self.sketch_width = variant, method, sketch_width
+        super().__init__(
+            epsilon=epsilon,
+            epsilon_increment=epsilon_increment,
+            variant=variant,
+            method=method,
+            sketch_width=sketch_width,
+            unlearn_basis=unlearn_basis,
+        )
         self.layers, self.project_heads, self.biases, self.norms = layers, project_heads, biases, norms
         self.asks, self.extend_at = asks, extend_at
-        self._weights: dict[str, TensorSpec] = {}
         self._frozen: list[TensorSpec] = []
-        self._bases: dict[str, Tensor] = {}
         self._unreadable: set[str] = set()
-        self._extensions = self._ignored = 0
-        self._notes: list[dict[str, Any]] = []
+        self._asked_in = 0
 
     @property
     def keeps_updates(self) -> bool:  # type: ignore[override]
         """Whether the round's updates decide whom to ask."""
         return self.variant == "official" or self.asks == "updated"
 
-    @property
-    def sketches(self) -> bool:
-        """Whether clients send sketches with random numbers of their own."""
-        return self.method == "sketch" or self.variant == "official"
-
-    def basis(self, layer: str) -> Tensor:
-        """Return the orthonormal basis (D, K) of ``layer``, float64 on the CPU; K = 0 before the first extension."""
-        return self._bases.get(layer, torch.zeros(inputs(self._weights[layer]), 0, dtype=torch.float64))
-
     def setup(self, spec: Spec) -> None:
         """Find the weights to protect, and what is to be frozen."""
         if self.variant == "official" and self.method in ("gram", "range_finder"):
             raise ValueError(f"{KEY}.method={self.method}: variant=official sends sketches; use auto")
+        if self.unlearn_basis == "keep_grams" and (self.sketches or self.method == "range_finder"):
+            raise ValueError(f"{KEY}.unlearn_basis=keep_grams: needs variant=corrected and method=gram or auto")
         every = self.extend_at
         if every != "task" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"{KEY}.extend_at={every}: must be task or int >= 1")
@@ -175,66 +160,16 @@ class FOT(Projection):
             updated = tuple(update.client for update in event.updates)
             asked = {"all": view.clients, "ended": event.clients, "updated": updated}[self.asks]
             models = {client: view.model_of(client) for client in asked}
+        self._asked_in = event.server_round
         return [Query(SUBSPACE, models, self._request(view))] if models else []
-
-    def _request(self, view: ServerView) -> dict[str, Tensor]:
-        # With Gram matrices the server projects; the empty bases only say which layers are meant.
-        whole = self.sketches or self.method == "range_finder"
-        bases = {layer: self.basis(layer).float() for layer in self._weights}
-        request = {f"{layer}/basis": u if whole else u[:, :0].contiguous() for layer, u in bases.items()}
-        if self.method == "range_finder":
-            generator = view.rng("subspace")
-            for layer in self._weights:
-                seed = int(torch.randint(0, 2**62, (1,), generator=generator))
-                request[f"{layer}/draw"] = torch.tensor([seed, self._width(layer)])
-        return request
-
-    def _width(self, layer: str) -> int:
-        """Return Q for ``layer``."""
-        count = inputs(self._weights[layer])
-        if self.method != "range_finder":
-            return self.sketch_width or count
-        return min(count, self.sketch_width or -(-count // 4))
 
     def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
         """Extend each layer's basis by the principal directions of what it does not hold yet (GPSE)."""
         sound = [answer for answer in answers if self._fits(answer)]
         self._ignored += len(answers) - len(sound)
-        if not sound:
-            return
-        for layer, weight in self._weights.items():
-            found = self._estimate(layer, sound, query, view.device)
-            if found.short:
-                self._notes.append({"kind": "sketch_too_narrow", "layer": layer, "width": self._width(layer)})
-            before, extended = self.basis(layer), extend_basis(self.basis(layer), found.directions_DN.cpu())
-            if extended.shape[1]:
-                self._bases[layer] = extended
-            share = extended.shape[1] / inputs(weight)
-            if share > NEARLY_FULL >= before.shape[1] / inputs(weight):
-                self._notes.append({"kind": "subspace_nearly_full", "layer": layer, "share": share})
-        self._extensions += 1
-        self.epsilon = min(1.0, self.epsilon + self.epsilon_increment)
-
-    def _estimate(self, layer: str, answers: Sequence[Answer], query: Query, device: torch.device) -> Found:
-        if self.variant == "official":
-            return from_official(answers, layer, self.epsilon, device)
-        if self.method == "sketch":
-            return from_sketches(answers, layer, self.epsilon, device)
-        if self.method == "range_finder":
-            return from_ranges(answers, layer, self.epsilon, device, query.request[f"{layer}/draw"])
-        return from_grams(answers, layer, self.epsilon, device, self.basis(layer))
-
-    def _fits(self, answer: Answer) -> bool:
-        """Whether an answer has just the tensors, of just the shapes, that were asked for."""
-        expected: dict[str, tuple[int, ...]] = {}
-        for layer, weight in self._weights.items():
-            count = inputs(weight)
-            if self.sketches or self.method == "range_finder":
-                expected[f"{layer}/{'sketch' if self.sketches else 'range'}"] = (count, self._width(layer))
-                expected |= {f"{layer}/energy": (1,), f"{layer}/residual": (1,)}
-            else:
-                expected[f"{layer}/gram"] = (count, count)
-        return {name: tuple(tensor.shape) for name, tensor in answer.tensors.items()} == expected
+        if sound:
+            added = self._extend(sound, query, view.device)
+            self._remember(self._asked_in, sound, added)
 
     def notes(self) -> list[dict[str, Any]]:
         """Return since the last call: layers that are more than 90 % frozen now, sketches too narrow for epsilon."""
@@ -245,29 +180,9 @@ class FOT(Projection):
         """Return ``rank/<layer>``, ``frozen_share/<layer>`` (rank over inputs), epsilon, and how often it all grew."""
         numbers = {"epsilon": self.epsilon, "answers_ignored": float(self._ignored)}
         numbers["extensions"] = float(self._extensions)
+        if self.unlearn_basis == "keep_grams":
+            numbers["gram_bytes"] = float(self._memory.num_bytes())
         for layer, weight in self._weights.items():
             rank = self.basis(layer).shape[1]
             numbers |= {f"rank/{layer}": float(rank), f"frozen_share/{layer}": rank / inputs(weight)}
         return numbers
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return bases by layer, epsilon, and the counts of extensions and of ignored answers."""
-        return {
-            "bases": dict(self._bases),
-            "epsilon": self.epsilon,
-            "answers_ignored": self._ignored,
-            "extensions": self._extensions,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        self._bases = dict(state["bases"])
-        self.epsilon, self._ignored = float(state["epsilon"]), int(state["answers_ignored"])
-        self._extensions = int(state["extensions"])
-
-    def forget(self, request: ForgetRequest) -> Residual:
-        """Say that directions found in sums over clients stay: nobody's share can be taken out of a basis."""
-        if not self._bases:
-            return super().forget(request)
-        why = "the bases span principal layer inputs summed over clients and tasks; no part of them is the forget set's"
-        return Residual(type(self).__name__, "remains", why)

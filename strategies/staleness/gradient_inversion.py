@@ -284,7 +284,10 @@ class GradientInversion(Staleness):
         for client in request.clients or tuple(self._clients):
             self._clients.pop(client, None)
         self.hindsight.load_state_dict({})
-        return Residual(type(self).__name__, "erased", "samples made up for late clients are dropped")
+        name, why = type(self).__name__, "samples made up for late clients are dropped, and errors seen in hindsight"
+        if self._clients:
+            return Residual(name, "remains", f"{why}; those of other clients stay, made with models that had seen it")
+        return Residual(name, "reset", why)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

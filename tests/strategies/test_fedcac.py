@@ -345,7 +345,7 @@ def test_forgetting() -> None:
     part.combine(round_of([0, 1, 2]), view)  # type: ignore[arg-type]
     assert part.forget(ForgetRequest("r", "client", clients=("7",))).outcome == "none"
     residual = part.forget(ForgetRequest("r", "client", clients=("2",)))
-    assert residual.outcome == "erased"
+    assert residual.outcome == "remains"
     assert part.message_for("2", view)[0] == GLOBAL  # type: ignore[arg-type]
     models = part.combine(round_of([0, 1]), view)  # type: ignore[arg-type]
     assert set(models) == {GLOBAL, "0", "1"}

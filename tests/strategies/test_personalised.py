@@ -283,7 +283,7 @@ def test_fedamp_survives_and_forgets() -> None:
     other = FedAMP()
     other.load_state_dict(state)
     assert equal(other.state_dict(), state)
-    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "erased"
+    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "remains"
     assert list(other.state_dict()["models"]) == ["0", "2"]
     assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "none"
     assert other.forget(ForgetRequest("r", "class", classes=(1,))).outcome == "reset"

@@ -1,0 +1,51 @@
+"""Fine-tuning: a few more rounds on what is retained, and the hope that the rest is forgotten on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from clients.unlearners.steps import Averaged, answered, descend, epochs_of, settings, sgd, users_of
+from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedcl.server.contracts import Target
+
+
+class FineTune(Averaged):
+    """Rounds of FedAvg on the retained samples of all tasks by the clients that stay: w <- w - lr grad CE(R).
+
+    Parameters
+    ----------
+    rounds, epochs
+        Rounds, and a client's epochs in each; 0 of either changes nothing.
+    lr
+        Learning rate; None for ``client.optimizer.lr``. Momentum and weight decay are the client's own.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative.
+    """
+
+    def __init__(self, *, rounds: int = 5, epochs: int = 1, lr: float | None = None) -> None:
+        super().__init__(rounds=rounds)
+        if epochs < 0:
+            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
+        if lr is not None and not lr >= 0:
+            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
+        self.epochs, self.lr = epochs, lr
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Train on the retained samples."""
+        if not len(ctx.retain):
+            return Local(0, {})
+        training = settings(ctx, epochs=self.epochs, lr=self.lr)
+        steps = descend(ctx.model, epochs_of(ctx, ctx.retain, training), sgd(ctx.model, training))
+        return answered(ctx, len(ctx.retain), steps=steps)
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Ask the users of the model that stay."""
+        return users_of(target, models, view)

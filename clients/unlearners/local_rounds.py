@@ -1,0 +1,138 @@
+"""Rounds of plain local training that an unlearner plays again: what was trained then, without those who leave."""
+
+# P = length of the flat vector, N = samples, C = logit columns
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
+from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
+
+if TYPE_CHECKING:
+    from fedcl.scenario.task import Stream
+    from fedcl.server.contracts import Update
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a client trained in a round: a task, and the columns it could choose from (none: all)."""
+
+    task: int
+    columns: tuple[int, ...] = ()
+
+    def state(self) -> dict[str, Any]:
+        """Return the lesson for a checkpoint."""
+        return {"task": self.task, "columns": list(self.columns)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Lesson:
+        """Read what :meth:`state` returned."""
+        return cls(int(state["task"]), tuple(state["columns"]))
+
+
+@dataclass
+class Lessons:
+    """Works out what clients train, round by round; it remembers which tasks each has been seen with."""
+
+    stream: Stream | None = None
+    _met: dict[str, list[int]] = field(default_factory=dict)
+
+    def take(self, update: Update) -> Lesson:
+        """Return the lesson that ``update`` comes from."""
+        met = self._met.setdefault(update.client, [])
+        if update.task not in met:
+            met.append(update.task)
+        if self.stream is None:
+            return Lesson(update.task)
+        mask = self.stream.client_task(update.task, update.client, tuple(met)).mask
+        return Lesson(update.task, () if mask is None else tuple(mask))
+
+    def drop(self, client: str) -> None:
+        """Forget which tasks ``client`` has been seen with."""
+        self._met.pop(client, None)
+
+    def state(self) -> dict[str, list[int]]:
+        """Return the tasks by client."""
+        return {client: list(tasks) for client, tasks in self._met.items()}
+
+    def load(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Restore what :meth:`state` returned."""
+        self._met = {client: list(tasks) for client, tasks in state.items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came back from a client: how many samples it has of the task, and its change of the model, float64 (P,)."""
+
+    num_examples: int
+    change: Tensor
+
+
+def play_round(
+    view: UnlearnView, step: str, model: Tensor, lessons: Mapping[str, Lesson], *, epochs: int, place: int
+) -> dict[str, Trained]:
+    """Let clients train ``epochs`` epochs from ``model`` (P,), each its lesson; ``place`` keys their draws.
+
+    Clients that hold nothing (any more) of their lesson's task are left out, and so are those that fail.
+    """
+    groups: dict[Lesson, list[str]] = {}
+    for client, lesson in lessons.items():
+        groups.setdefault(lesson, []).append(client)
+    start = model.float()
+    found: dict[str, Trained] = {}
+    for lesson, clients in groups.items():
+        args = {"task": lesson.task, "columns": list(lesson.columns), "epochs": epochs, "place": place}
+        answers = view.ask(step, dict.fromkeys(clients, start), None, **args)  # type: ignore[arg-type]
+        for answer in answers:
+            change = answer.tensors[MODEL].double() - start.double()
+            found[answer.client] = Trained(answer.num_examples, change)
+    return {client: found[client] for client in lessons if client in found}
+
+
+def train_lesson(ctx: UnlearnContext) -> Local:
+    """Train from the received weights on what the client retains of a task, as ``client.*`` says, and return the model.
+
+    Plain masked cross-entropy: plugins of the learner take no part.
+    """
+    task, columns = ctx.args["task"], list(ctx.args["columns"])
+    samples = of_task(ctx.retain, task, columns, ctx.num_columns)
+    if not len(samples):
+        return Local(0, {})
+    ctx.model.load(ctx.received)
+    ctx.model.train()
+    epochs, generator = int(ctx.args["epochs"]), ctx.rng(f"round {ctx.args['place']}")
+    params: list[Tensor] = list(ctx.model.trainable)
+    velocity: list[Tensor] | None = None
+    for _ in range(epochs):
+        for batch in samples.batches(ctx.training.batch_size, generator):
+            loss = masked_cross_entropy(ctx.model(batch.x), batch)
+            grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
+            velocity = sgd_step(params, grads, velocity, ctx.training)
+    return Local(len(samples), {MODEL: ctx.model.vector()})
+
+
+def of_task(samples: Samples, task: int, columns: Sequence[int], num_columns: int) -> Samples:
+    """Return the samples that were met in ``task``, to choose among ``columns`` (none: all of ``num_columns``)."""
+    if not len(samples):
+        return samples
+    if samples.task is None:
+        raise ValueError("the samples do not say in which task they were met")
+    chosen = samples.at(samples.task == task)
+    chosen.mask = None
+    if columns and len(columns) < num_columns:
+        allowed = torch.zeros(num_columns, dtype=torch.bool, device=chosen.y.device)
+        allowed[list(columns)] = True
+        chosen.mask = allowed.expand(len(chosen), num_columns)
+    return chosen
+
+
+def local_steps(training: LocalTraining, num_examples: int) -> int:
+    """Return how many optimizer steps a visit with ``num_examples`` samples has."""
+    return training.epochs * -(-num_examples // training.batch_size)

@@ -1,0 +1,194 @@
+"""PGD: the client that leaves climbs its own loss, within a ball around a model that it is taken out of."""
+
+# P = length of the flat vector, K = clients that leave
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from clients.unlearners.steps import (
+    BATCH,
+    accuracy,
+    answered,
+    clip,
+    cross_entropy,
+    descend,
+    edited_targets,
+    epochs_of,
+    gradients,
+    moved,
+    num_parameters,
+    project,
+    settings,
+    sgd,
+)
+from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.models.flat import Spec
+from fedcl.requests import ForgetRequest, Scope
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Target
+
+
+class PGD(Unlearner):
+    """Projected gradient ascent from w_ref = (N w - w_i) / (N - 1), in an L2 ball around it.
+
+    Halimi et al., "Federated Unlearning: How to Efficiently Erase a Client in FL?" (arXiv 2207.05521). w is the model
+    and w_i what client i makes of it: its last local model is not kept anywhere, so client i trains once more, as
+    it did in a round, on all its samples. Of several clients that leave together, all are taken out of the reference,
+    each climbs by itself, and their changes are averaged. Rounds without the client, the paper's last step, are
+    ``unlearning.recovery_rounds``.
+
+    Parameters
+    ----------
+    epochs, lr, momentum, batch_size
+        Of the ascent; ``epochs`` 0 ends at w_ref. ``batch_size`` None is the client's own.
+    max_norm
+        L2 norm to which each gradient is clipped; None for any.
+    radius
+        Of the ball; None for a third of the mean distance of w_ref to ``inits`` random models.
+    inits
+        How many random models: the run's initial weights, shuffled within each tensor.
+    tau
+        The ascent stops when the squared distance to w_i is above this; None for never. It depends on the network.
+    stop_accuracy
+        The ascent stops when the client's accuracy on its own samples (at most 512 of them) is at most this; None for
+        never.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+
+    scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 5,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        batch_size: int | None = None,
+        max_norm: float | None = 5.0,
+        radius: float | None = None,
+        inits: int = 10,
+        tau: float | None = None,
+        stop_accuracy: float | None = 0.2,
+    ) -> None:
+        if epochs < 0:
+            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
+        if not lr >= 0:
+            raise ValueError(f"unlearner.lr={lr}: must be >= 0")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"unlearner.momentum={momentum}: must be in [0, 1)")
+        if inits < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError(f"unlearner: inits={inits} and batch_size={batch_size} must be >= 1")
+        for name, value in (("max_norm", max_norm), ("radius", radius), ("tau", tau)):
+            if value is not None and not value > 0:
+                raise ValueError(f"unlearner.{name}={value}: must be > 0 or null")
+        if stop_accuracy is not None and not 0 <= stop_accuracy < 1:
+            raise ValueError(f"unlearner.stop_accuracy={stop_accuracy}: must be in [0, 1) or null")
+        self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
+        self.max_norm, self.radius, self.inits = max_norm, radius, inits
+        self.tau, self.stop_accuracy = tau, stop_accuracy
+        self._metrics: dict[str, float] = {}
+
+    # -- at the client that leaves ------------------------------------------------------------------------------------
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Train once more (``train``), or climb (``ascend``)."""
+        if not len(ctx.forget):
+            return Local(0, {})
+        if step == "train":
+            descend(ctx.model, epochs_of(ctx, ctx.forget, ctx.training), sgd(ctx.model, ctx.training))
+            return answered(ctx, len(ctx.forget))
+        return self._ascend(ctx)
+
+    def _ascend(self, ctx: UnlearnContext) -> Local:
+        training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
+        training = replace(training, momentum=self.momentum, weight_decay=0.0)
+        last = ctx.tensors["last"].to(ctx.device)
+        watched = ctx.forget.at(torch.randperm(len(ctx.forget), generator=ctx.rng("watched"))[:BATCH].to(ctx.device))
+        move, steps, stopped = sgd(ctx.model, training), 0, False
+        ctx.model.eval()
+        for batch in epochs_of(ctx, ctx.forget, training):
+            if self.stop_accuracy is not None and accuracy(ctx.model, watched) <= self.stop_accuracy:
+                stopped = True
+                break
+            grads = gradients(ctx.model, cross_entropy(ctx.model, batch))
+            clip(grads, self.max_norm)
+            move([torch.neg(grad) for grad in grads])
+            project(ctx.model, ctx.received, float(ctx.args["radius"]))
+            steps += 1
+            head = ctx.model.num_parameters
+            if self.tau is not None and float((ctx.model.flat[:head] - last[:head]).double().square().sum()) > self.tau:
+                stopped = True
+                break
+        return answered(ctx, len(ctx.forget), steps=steps, stopped=stopped)
+
+    # -- at the server ------------------------------------------------------------------------------------------------
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Edit every target that a client that leaves still answers for."""
+        self._metrics = dict.fromkeys(("steps", "stopped", "radius", "reference_distance"), 0.0)
+        edited: dict[Target, Tensor] = {}
+        for target in edited_targets(requests, models):
+            model = models[target]
+            trained = view.ask("train", dict.fromkeys(view.owners, model))
+            if not trained:
+                continue
+            last = {answer.client: (model.double() + answer.tensors["change"].double()).float() for answer in trained}
+            start = reference(model, list(last.values()), len(view.clients) + len(last), num_parameters(view.spec))
+            radius = self.radius or self._radius(start, view)
+            answers = []
+            for client, own in last.items():
+                answers += view.ask("ascend", {client: start}, {"last": own}, radius=radius)
+            edited[target] = moved(start, answers)
+            for name in ("steps", "stopped"):
+                self._metrics[name] += sum(float(answer.tensors[name]) for answer in answers)
+            self._metrics["radius"] = radius
+            self._metrics["reference_distance"] = float((start - model).norm())
+        return edited
+
+    def metrics(self) -> dict[str, float]:
+        """Return steps and early stops in all; the last target's radius, and how far its w_ref was from it."""
+        return dict(self._metrics)
+
+    def _radius(self, start: Tensor, view: UnlearnView) -> float:
+        generator, head = view.rng("random models"), num_parameters(view.spec)
+        far = [start - shuffled(view.initial, view.spec, generator) for _ in range(self.inits)]
+        return sum(float(apart[:head].double().norm()) for apart in far) / len(far) / 3
+
+
+def reference(model: Tensor, last: Sequence[Tensor], num_clients: int, head: int) -> Tensor:
+    """Return (N w - sum_i w_i) / (N - K) for the parameters, the first ``head`` of (P,); buffers stay as they are.
+
+    (N w - w_i) / (N - 1) would make a variance negative.
+
+    Raises
+    ------
+    ValueError
+        If all clients leave.
+    """
+    if num_clients <= len(last):
+        raise ValueError(f"{len(last)} of {num_clients} clients leave: some must stay")
+    start = model.clone()
+    total = num_clients * model[:head].double() - torch.stack([one[:head].double() for one in last]).sum(0)
+    start[:head] = (total / (num_clients - len(last))).float()
+    return start
+
+
+def shuffled(initial: Tensor, spec: Spec, generator: torch.Generator) -> Tensor:
+    """Return ``initial`` (P,) with the numbers of each tensor in another order: another draw of the same kind."""
+    other = initial.clone()
+    for tensor in spec:
+        order = torch.randperm(tensor.size, generator=generator)
+        other[tensor.start : tensor.stop] = initial[tensor.start : tensor.stop][order]
+    return other

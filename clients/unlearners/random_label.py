@@ -1,0 +1,108 @@
+"""Random labels ("amnesiac"): train on wrong answers for what is to be forgotten, along with what is retained."""
+
+# N = samples, C = logit columns
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clients.unlearners.steps import (
+    Averaged,
+    allowed,
+    answered,
+    descend,
+    epochs_of,
+    optimizer,
+    settings,
+    users_of,
+)
+from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Target
+
+
+class RandomLabel(Averaged):
+    """Give each sample of F a uniform label other than its own, and train on F and R, shuffled.
+
+    Graves et al., "Amnesiac Machine Learning", AAAI 2021, as in the code that goes with SSD (Foster et al., AAAI 2024).
+
+    Parameters
+    ----------
+    rounds, epochs
+        Rounds, and a client's epochs in each; 0 of either changes nothing. Labels are drawn once.
+    lr, batch_size
+        Learning rate and batch size; None for the client's own.
+    optimizer
+        ``adam``, or ``sgd`` with the client's momentum and weight decay.
+    everyone
+        Whether clients that hold nothing of F train on R in the same rounds: FedAvg on the relabelled data.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range or ``optimizer`` unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 1,
+        epochs: int = 3,
+        lr: float | None = 0.001,
+        batch_size: int | None = None,
+        optimizer: str = "adam",
+        everyone: bool = True,
+    ) -> None:
+        super().__init__(rounds=rounds)
+        if epochs < 0:
+            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
+        if lr is not None and not lr >= 0:
+            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"unlearner.batch_size={batch_size}: must be >= 1 or null")
+        if optimizer not in ("adam", "sgd"):
+            raise ValueError(f"unlearner.optimizer={optimizer}: must be adam or sgd")
+        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+        self.optimizer, self.everyone = optimizer, everyone
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Train on relabelled and retained samples together."""
+        parts = [part for part in (relabelled(ctx), ctx.retain) if len(part)]
+        if not parts or not (self.everyone or len(ctx.forget)):
+            return Local(0, {})
+        samples = Samples.join(parts)
+        training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
+        steps = descend(ctx.model, epochs_of(ctx, samples, training), optimizer(self.optimizer, ctx.model, training))
+        return answered(ctx, len(samples), steps=steps)
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
+        users = users_of(target, models, view) if self.everyone else ()
+        return tuple(dict.fromkeys([*users, *view.owners]))
+
+
+def relabelled(ctx: UnlearnContext) -> Samples:
+    """Return the samples to forget with wrong labels; those that may have no other are left out.
+
+    In a request for classes or tasks the labels avoid, where they can, every class that is to be forgotten here.
+    """
+    if not len(ctx.forget):
+        return ctx.forget
+    others_NC = allowed(ctx.forget, ctx.num_columns).cpu().clone()
+    own_N = ctx.forget.y.cpu()
+    others_NC[torch.arange(len(own_N)), own_N] = False
+    if all(request.scope in ("class", "task") for request in ctx.requests):
+        better_NC = others_NC.clone()
+        better_NC[:, sorted(set(own_N.tolist()))] = False
+        others_NC = torch.where(better_NC.any(1, keepdim=True), better_NC, others_NC)
+    has_N = others_NC.any(1)
+    kept = ctx.forget.at(has_N.to(ctx.forget.y.device))
+    if not len(kept):
+        return kept
+    drawn = torch.multinomial(others_NC[has_N].float(), 1, generator=ctx.rng("labels")).squeeze(1)
+    return replace(kept, y=drawn.to(kept.y.device))

@@ -1,0 +1,306 @@
+"""Reteaching: the client that leaves relearns what clean data teach, in directions that those who stay do not use.
+
+A combination of known means for the removal of a client, of this project's own making. (1) A teacher that owes nothing
+to the leaver: ridge regression on random ReLU features (Rahimi and Recht, NeurIPS 2007) from sums over the clients that
+stay, solved exactly. (2) The leaver trains the run's model on its own inputs towards the teacher's answers; its labels
+are not used. (3) Each gradient is multiplied by M = (A + eps tr(A)/D I)^-1, scaled to a mean diagonal of 1, where A is
+the second moment of the layer's inputs at those who stay: a soft form of orthogonal weights modification (Zeng et al.,
+Nature Machine Intelligence 2019). An edit that raises their loss is what their further rounds would undo; this one
+hardly moves what they use. No state is kept before the request, and no recovery rounds are needed.
+"""
+
+# N = samples, D = inputs of a layer and its bias, F = random features and a constant, C = logit columns, P = parameters
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clients.fot import layer_rows
+from clients.unlearners.steps import BATCH, answered, edited_targets, gradients, settings, sgd, users_of
+from fedcl.client.loop import LocalTraining
+from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.models.flat import FlatModel
+from fedcl.randomness import torch_generator
+from fedcl.requests import ForgetRequest, Scope
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Answer, Target
+
+Layer = nn.Linear | nn.Conv2d
+_GRAM, _TEACHER, _MATRIX = "gram", "teacher", "matrix"
+
+
+class Reteach(Unlearner):
+    """Relabel the leaver's samples by an innocent teacher, and move the model where those who stay are not looking.
+
+    Parameters
+    ----------
+    features
+        Random features of the teacher. More are a better teacher, and more bytes: F (F + 1) / 2 + F C numbers a client.
+    ridge
+        The teacher's penalty, relative to the mean energy of a feature.
+    sharpness
+        The teacher's answers are softmax(sharpness x scores); scores are near 1 for its class and 0 for the others.
+    epsilon
+        How much directions are spared: 0 would forbid those that stay in use altogether, infinity spares none.
+    epochs, lr, momentum, batch_size
+        Of the leaver's training; None for the client's own.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or (in :meth:`check`) the model has no layer whose inputs can be told.
+    """
+
+    scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
+
+    def __init__(
+        self,
+        *,
+        features: int = 1000,
+        ridge: float = 0.01,
+        sharpness: float = 8.0,
+        epsilon: float = 0.1,
+        epochs: int = 10,
+        lr: float | None = 0.01,
+        momentum: float = 0.9,
+        batch_size: int | None = 32,
+    ) -> None:
+        positive = {"features": features, "ridge": ridge, "sharpness": sharpness, "epsilon": epsilon}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"unlearner.{name}={value}: must be > 0")
+        if epochs < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"unlearner: epochs={epochs} must be >= 0, momentum={momentum} in [0, 1)")
+        self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
+        self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
+        self._metrics: dict[str, float] = {}
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a model without linear layers and plain convolutions."""
+        if not layers_of(model.module):
+            raise ValueError("unlearner: reteach needs linear layers or 2-d convolutions with one group")
+
+    # -- at a client --------------------------------------------------------------------------------------------------
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Sum up what the client retains (``teacher``, ``inputs``), or relearn at the leaver (``relearn``)."""
+        if step == "teacher":
+            return self._teach(ctx)
+        if step == "inputs":
+            sums = input_sums(ctx.model, ctx.retain) if len(ctx.retain) else {}
+            return Local(len(ctx.retain), {f"{_GRAM}/{layer}": half(gram) for layer, gram in sums.items()})
+        return self._relearn(ctx) if len(ctx.forget) else Local(0, {})
+
+    def _teach(self, ctx: UnlearnContext) -> Local:
+        if not len(ctx.retain):
+            return Local(0, {})
+        width = self.features + 1
+        # float32 is enough: the penalty is far above its rounding
+        gram, cross = (torch.zeros(width, columns, device=ctx.device) for columns in (width, ctx.num_columns))
+        for batch in ctx.retain.batches(BATCH):
+            phi_NF = random_features(batch.x, self.features, int(ctx.args["seed"]))
+            gram.addmm_(phi_NF.T, phi_NF)
+            cross.addmm_(phi_NF.T, F.one_hot(batch.y, ctx.num_columns).to(phi_NF))
+        return Local(len(ctx.retain), {_GRAM: half(gram), "cross": cross})
+
+    def _relearn(self, ctx: UnlearnContext) -> Local:
+        training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
+        training = replace(training, momentum=self.momentum, weight_decay=0.0)
+        move = sgd(ctx.model, training)
+        scores_NC = random_features(ctx.forget.x, self.features, int(ctx.args["seed"])) @ ctx.tensors[_TEACHER].to(
+            ctx.device
+        )
+        told, sparing = Told(ctx.forget, scores_NC, self.sharpness), self._sparing(ctx)
+        steps = 0
+        ctx.model.eval()
+        for rows in told.batches(training, ctx.rng("batches")):
+            grads = gradients(ctx.model, told.loss(ctx.model, rows))
+            spare(grads, sparing)
+            move(grads)
+            steps += 1
+        return answered(ctx, len(ctx.forget), steps=steps)
+
+    def _sparing(self, ctx: UnlearnContext) -> list[tuple[int, int | None, Tensor]]:
+        """Return (place of the weight, place of the bias, M (D, D)) of each layer among the trainable parameters."""
+        places = {id(parameter): place for place, parameter in enumerate(ctx.model.trainable)}
+        found = []
+        for name, layer in layers_of(ctx.model.module).items():
+            if id(layer.weight) in places:
+                bias = None if layer.bias is None else places.get(id(layer.bias))
+                found.append((places[id(layer.weight)], bias, ctx.tensors[f"{_MATRIX}/{name}"].to(ctx.device)))
+        return found
+
+    # -- at the server ------------------------------------------------------------------------------------------------
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Let each leaver correct every model that stays, one after the other."""
+        seed = int(torch.randint(2**31, (1,), generator=view.rng("random features")))
+        self._metrics = {"steps": 0.0}
+        some = next(iter(models.values()))
+        teacher = self._solve(view.ask("teacher", dict.fromkeys(view.clients, some), seed=seed))
+        if teacher is None:
+            return {}
+        edited: dict[Target, Tensor] = {}
+        for target in edited_targets(requests, models):
+            model, stay = models[target], users_of(target, models, view)
+            sums = view.ask("inputs", dict.fromkeys(stay, model))
+            tensors = {f"{_MATRIX}/{name}": m for name, m in sparing_matrices(sums, self.epsilon).items()}
+            for leaver in view.owners:
+                answers = view.ask("relearn", {leaver: model}, {_TEACHER: teacher, **tensors}, seed=seed)
+                for answer in answers:
+                    model = (model.double() + answer.tensors["change"].double()).float()
+                    self._metrics["steps"] += float(answer.tensors["steps"])
+            edited[target] = model
+        return edited
+
+    def _solve(self, answers: Sequence[Answer]) -> Tensor | None:
+        """Return the teacher's weights (F, C): (S + ridge tr(S)/F I)^-1 Q of all clients' sums."""
+        if not answers:
+            return None
+        gram = whole(torch.stack([answer.tensors[_GRAM].double() for answer in answers]).sum(0))
+        cross = torch.stack([answer.tensors["cross"].double() for answer in answers]).sum(0)
+        penalty = self.ridge * gram.diagonal().mean()
+        weights_FC: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), cross)
+        return weights_FC.float()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the leavers' steps in all."""
+        return dict(self._metrics)
+
+
+class Told:
+    """The leaver's samples with the teacher's answers softmax(sharpness x scores) among the allowed columns."""
+
+    def __init__(self, samples: Samples, scores_NC: Tensor, sharpness: float) -> None:
+        self._x, self._mask = samples.x, samples.mask
+        self._answers_NC = torch.softmax(self._shut(sharpness * scores_NC, samples.mask), 1)
+
+    def batches(self, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yield the positions of each batch, over all epochs."""
+        for _ in range(training.epochs):
+            order = torch.randperm(len(self._x), generator=generator)
+            yield from torch.split(order.to(self._x.device), training.batch_size)
+
+    def loss(self, model: FlatModel, rows: Tensor) -> Tensor:
+        """Return the mean cross-entropy of ``model`` to the teacher's answers."""
+        logits = self._shut(model(self._x[rows]).logits, None if self._mask is None else self._mask[rows])
+        log_p = torch.log_softmax(logits, 1).masked_fill(torch.isinf(logits), 0.0)
+        return -(self._answers_NC[rows] * log_p).sum(1).mean()
+
+    @staticmethod
+    def _shut(values: Tensor, mask: Tensor | None) -> Tensor:
+        return values if mask is None else values.masked_fill(~mask, float("-inf"))
+
+
+# -- what is summed, and what is spared -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def upper(size: int) -> Tensor:
+    """Return the places of the upper triangle in a flattened matrix of ``size`` rows."""
+    rows, columns = torch.triu_indices(size, size)
+    places: Tensor = rows * size + columns
+    return places
+
+
+def half(symmetric_DD: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric matrix as a vector: all that need travel."""
+    places = upper(len(symmetric_DD)).to(symmetric_DD.device)
+    return symmetric_DD.flatten()[places]
+
+
+def whole(triangle: Tensor) -> Tensor:
+    """Return the symmetric matrix whose :func:`half` is ``triangle``."""
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    matrix_DD = triangle.new_zeros(size, size)
+    matrix_DD.view(-1)[upper(size).to(triangle.device)] = triangle
+    return matrix_DD + matrix_DD.triu(1).T
+
+
+def layers_of(module: nn.Module) -> dict[str, Layer]:
+    """Return the linear layers and the 2-d convolutions with one group, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def random_features(x: Tensor, features: int, seed: int) -> Tensor:
+    """Return relu(x W / sqrt(inputs) + b) and a constant 1, (N, F).
+
+    W is normal, b uniform on [-1, 1], both drawn from ``seed``.
+    """
+    flat = x.reshape(len(x), -1).float()
+    generator = torch_generator("random features", seed)
+    weight = torch.randn(flat.shape[1], features, generator=generator) / flat.shape[1] ** 0.5
+    bias = torch.rand(features, generator=generator) * 2 - 1
+    phi = torch.relu(flat @ weight.to(flat.device) + bias.to(flat.device))
+    return torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+
+
+@torch.no_grad()
+def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
+    """Return, by layer, the sum over samples (and positions) of the inputs' outer products, a 1 for the bias appended.
+
+    Float32 (D, D); a convolution's inputs are its patches. Layers are in evaluation mode.
+    """
+    layers, sums = layers_of(model.module), dict[str, Tensor]()
+
+    def reads(name: str, layer: Layer) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = layer_rows(layer, args[0])
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if layer.bias is not None else rows
+            gram = (rows.T @ rows).double()
+            sums[name] = sums[name] + gram if name in sums else gram
+
+        stack.callback(layer.register_forward_pre_hook(hook).remove)
+
+    model.eval()
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            reads(name, layer)
+        for batch in samples.batches(BATCH):
+            model(batch.x)
+    return {name: gram.float() for name, gram in sums.items()}
+
+
+def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Tensor]:
+    """Return, by layer, M = (A + epsilon tr(A)/D I)^-1 of all clients' sums, scaled to a mean diagonal of 1."""
+    matrices = {}
+    for key in answers[0].tensors if answers else ():
+        gram = whole(torch.stack([answer.tensors[key].double() for answer in answers]).sum(0))
+        eye = torch.eye(len(gram), dtype=gram.dtype)
+        energy = gram.diagonal().mean()
+        inverse = torch.linalg.inv(gram / energy + epsilon * eye) if energy > 0 else eye
+        matrices[key.removeprefix(f"{_GRAM}/")] = (inverse / inverse.diagonal().mean()).float()
+    return matrices
+
+
+@torch.no_grad()
+def spare(grads: list[Tensor], sparing: Sequence[tuple[int, int | None, Tensor]]) -> None:
+    """Multiply the gradients of each layer's [weight, bias] by its M from the right, in place; zero all others'."""
+    touched = set()
+    for weight, bias, matrix in sparing:
+        rows = grads[weight].flatten(1)
+        joint = rows if bias is None else torch.cat([rows, grads[bias][:, None]], 1)
+        turned = joint @ matrix
+        grads[weight].copy_(turned[:, : rows.shape[1]].view_as(grads[weight]))
+        touched.add(weight)
+        if bias is not None:
+            grads[bias].copy_(turned[:, -1])
+            touched.add(bias)
+    for place, grad in enumerate(grads):
+        if place not in touched:
+            grad.zero_()

@@ -1,0 +1,257 @@
+"""What unlearners that move weights share: local steps over samples, and the mean of clients' changes."""
+
+# P = length of the flat vector, N = samples, C = logit columns
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
+from fedcl.client.plugin import Batch
+from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.models.flat import FlatModel, Spec
+from fedcl.requests import ForgetRequest, Forgotten
+from fedcl.server.contracts import GLOBAL
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Answer, Target
+
+BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it
+
+Step = Callable[[list[Tensor]], None]  # takes the gradients of the trainable parameters
+
+
+# -- at a client ------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(model: FlatModel, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of ``model`` on ``batch`` over the allowed columns."""
+    return masked_cross_entropy(model(batch.x), batch)
+
+
+def gradients(model: FlatModel, loss: Tensor) -> list[Tensor]:
+    """Return the gradients of ``loss`` for the trainable parameters, zero where it does not depend on one."""
+    return list(torch.autograd.grad(loss, model.trainable, materialize_grads=True))
+
+
+@torch.no_grad()
+def clip(grads: list[Tensor], max_norm: float | None) -> None:
+    """Scale ``grads`` in place so that their joint L2 norm is at most ``max_norm``; None leaves them as they are."""
+    if max_norm is None:
+        return
+    norm = float(torch.stack([torch.linalg.vector_norm(g.double()) for g in grads]).norm())
+    if norm > max_norm:
+        torch._foreach_mul_(grads, max_norm / norm)
+
+
+def settings(
+    ctx: UnlearnContext, *, epochs: int | None = None, lr: float | None = None, batch_size: int | None = None
+) -> LocalTraining:
+    """Return how the client trains, with what is not None in place of its own settings."""
+    own = ctx.training
+    return replace(
+        own,
+        epochs=own.epochs if epochs is None else epochs,
+        lr=own.lr if lr is None else lr,
+        batch_size=own.batch_size if batch_size is None else batch_size,
+    )
+
+
+def sgd(model: FlatModel, training: LocalTraining) -> Step:
+    """Return steps of SGD as in training: momentum and weight decay of ``training``, velocity zero at first."""
+    params: list[Tensor] = list(model.trainable)
+    velocity: list[Tensor] | None = None
+
+    def step(grads: list[Tensor]) -> None:
+        nonlocal velocity
+        velocity = sgd_step(params, grads, velocity, training)
+
+    return step
+
+
+class Adam:
+    """Adam's steps, with bias correction (Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015).
+
+    m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; w <- w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps). The
+    first step is lr g / (abs(g) + eps): a sign, wherever the gradient is not next to nothing.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        self._params, self._lr, self._betas, self._eps = list(params), lr, betas, eps
+        self._mean = [torch.zeros_like(p) for p in params]
+        self._square = [torch.zeros_like(p) for p in params]
+        self._step = 0
+
+    @torch.no_grad()
+    def __call__(self, grads: list[Tensor]) -> None:
+        """Move the parameters in place."""
+        self._step += 1
+        first, second = self._betas
+        for p, g, m, v in zip(self._params, grads, self._mean, self._square, strict=True):
+            m.lerp_(g, 1 - first)
+            v.mul_(second).addcmul_(g, g, value=1 - second)
+            scale = (v / (1 - second**self._step)).sqrt_().add_(self._eps)
+            p.addcdiv_(m, scale, value=-self._lr / (1 - first**self._step))
+
+
+def optimizer(name: str, model: FlatModel, training: LocalTraining) -> Step:
+    """Return the steps of ``adam``, or of ``sgd`` as in training."""
+    return Adam(model.trainable, training.lr) if name == "adam" else sgd(model, training)
+
+
+def epochs_of(ctx: UnlearnContext, samples: Samples, training: LocalTraining) -> Iterable[Batch]:
+    """Yield the batches of ``training.epochs`` epochs, in an order of its own for each round of the same request."""
+    generator = ctx.rng(f"batches {ctx.args.get('round', 0)}")
+    for _ in range(training.epochs):
+        yield from samples.batches(training.batch_size, generator)
+
+
+def descend(model: FlatModel, batches: Iterable[Batch], step: Step) -> int:
+    """Move ``model`` down the cross-entropy of each batch; return the number of steps."""
+    steps = 0
+    model.train()
+    for batch in batches:
+        step(gradients(model, cross_entropy(model, batch)))
+        steps += 1
+    return steps
+
+
+@torch.no_grad()
+def accuracy(model: FlatModel, samples: Samples) -> float:
+    """Return the share of ``samples`` (at least one) whose highest allowed column is their target."""
+    model.eval()
+    hits = 0
+    for batch in samples.batches(BATCH):
+        logits = model(batch.x).logits
+        if batch.mask is not None:
+            logits = logits.masked_fill(~batch.mask, float("-inf"))
+        hits += int((logits.argmax(1) == batch.y).sum())
+    return hits / len(samples)
+
+
+def allowed(samples: Samples, num_columns: int) -> Tensor:
+    """Return which columns each sample may be given, bool (N, C)."""
+    if samples.mask is not None:
+        return samples.mask
+    return torch.ones(len(samples), num_columns, dtype=torch.bool, device=samples.y.device)
+
+
+def ignorance(batch: Batch, num_columns: int) -> float:
+    """Return the cross-entropy of a uniform guess among the allowed columns: the mean of log C over the batch."""
+    columns = torch.full((1,), num_columns) if batch.mask is None else batch.mask.sum(1)
+    return float(columns.double().log().mean())
+
+
+@torch.no_grad()
+def project(model: FlatModel, centre: Tensor, radius: float) -> None:
+    """Move the parameters of ``model`` to the nearest point of the L2 ball around ``centre`` (P,)."""
+    own, middle = model.flat[: model.num_parameters], centre[: model.num_parameters]
+    apart = own.double() - middle.double()
+    norm = float(apart.norm())
+    if norm > radius:
+        own.copy_(middle.double() + apart * (radius / norm))
+
+
+def answered(ctx: UnlearnContext, num_examples: int, **numbers: float) -> Local:
+    """Return the change of ``ctx.model`` since it was received, and ``numbers`` for the certificate."""
+    tensors = {name: torch.tensor([float(value)]) for name, value in numbers.items()}
+    return Local(num_examples, {"change": ctx.model.flat - ctx.received, **tensors})
+
+
+# -- at the server ----------------------------------------------------------------------------------------------------
+
+
+def moved(model: Tensor, answers: Sequence[Answer]) -> Tensor:
+    """Return ``model`` (P,) plus the mean of the clients' changes, weighted by their samples, summed in float64."""
+    total = sum(answer.num_examples for answer in answers)
+    if not total:
+        return model
+    mean = torch.zeros_like(model, dtype=torch.float64)
+    for answer in answers:
+        mean += answer.tensors["change"].double() * (answer.num_examples / total)
+    return (model.double() + mean).float()
+
+
+def num_parameters(spec: Spec) -> int:
+    """Return the length of a model vector's head, before the buffers."""
+    return max((tensor.stop for tensor in spec if tensor.kind == "parameter"), default=0)
+
+
+def edited_targets(requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor]) -> list[Target]:
+    """Return the targets to edit: all but the own models of clients that leave, which go with them."""
+    leavers = Forgotten(list(requests)).clients
+    return [target for target in models if target not in leavers]
+
+
+def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> tuple[str, ...]:
+    """Return the clients that may train ``target`` on what they retain.
+
+    The global model is everybody's. A personal one, or a cluster's, is trained by the clients that would be sent it, so
+    that it stays personal; everybody if there are none.
+    """
+    if target == GLOBAL:
+        return view.clients
+    users = tuple(client for client in view.clients if torch.equal(view.model_of(client), models[target]))
+    return users or view.clients
+
+
+class Averaged(Unlearner):
+    """Rounds in which clients move a model on their own samples, and the server adds the mean of their changes.
+
+    The same procedure serves every target: the global model, and each personal or cluster model.
+
+    Parameters
+    ----------
+    rounds
+        How often the clients are asked; 0 changes nothing.
+    """
+
+    def __init__(self, *, rounds: int) -> None:
+        if rounds < 0:
+            raise ValueError(f"unlearner.rounds={rounds}: must be >= 0")
+        self.rounds = rounds
+        self._metrics: dict[str, float] = {}
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Return the clients that take part in the edit of ``target``."""
+        raise NotImplementedError
+
+    def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
+        """Return what clients need in round ``number`` besides the model; ``original`` (P,) is where it began."""
+        return {}
+
+    def added(self, model: Tensor, answers: Sequence[Answer]) -> Tensor:
+        """Return ``model`` (P,) after a round."""
+        return moved(model, answers)
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Edit every target by ``rounds`` rounds."""
+        self._metrics = {}
+        edited: dict[Target, Tensor] = {}
+        for target in edited_targets(requests, models):
+            model, clients = models[target], self.asked(target, models, view)
+            for number in range(self.rounds):
+                enclosed = self.enclosed(models[target], view, number)
+                answers = view.ask("train", dict.fromkeys(clients, model), enclosed, round=number)
+                model = self.added(model, answers)
+                self._count(answers)
+            edited[target] = model
+        return edited
+
+    def metrics(self) -> dict[str, float]:
+        """Return the sums over all clients, rounds and targets of what they counted (steps, say)."""
+        return dict(self._metrics)
+
+    def _count(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            for name, tensor in answer.tensors.items():
+                if tensor.numel() == 1 and name != "change":
+                    self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)

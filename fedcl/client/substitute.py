@@ -1,0 +1,85 @@
+"""Another unlearner in the place of a run's own, for requests that come when the run is over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.models.flat import FlatModel
+from fedcl.requests import ForgetRequest, Residual
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import LocalWork, ServerView, Target, Update
+
+
+class Substitute(Unlearner):
+    """``chosen`` serves, while ``own`` goes on remembering, and forgets too: what survives is what it knows.
+
+    Raises
+    ------
+    ValueError
+        If ``chosen`` must see every round, which are over.
+    """
+
+    def __init__(self, own: Unlearner, chosen: Unlearner) -> None:
+        if chosen.observes:
+            raise ValueError(
+                f"unlearner={type(chosen).__name__}: must see every round from the first; it cannot serve a run that "
+                "began without it"
+            )
+        self._own, self._chosen = own, chosen
+        self._forgotten: dict[str, Residual] = {}
+        for name in ("scopes", "guarantee", "replays"):
+            setattr(self, name, getattr(chosen, name))
+        self.observes = own.observes  # type: ignore[misc]
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse what either refuses."""
+        self._own.check(model)
+        self._chosen.check(model)
+
+    def bind(self, work: LocalWork) -> None:
+        """Tell both how clients train."""
+        self._own.bind(work)
+        self._chosen.bind(work)
+
+    def promise(self) -> str:
+        """Return what the one that serves promises."""
+        return self._chosen.promise()
+
+    def local(self, ctx: UnlearnContext, step: str) -> Local:
+        """Do a step of the one that serves."""
+        return self._chosen.local(ctx, step)
+
+    def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
+        """Show the run's own a round."""
+        self._own.observe(updates, before, view)
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Let ``chosen`` serve and ``own`` forget, which nobody asks of it where a replay takes the run's place."""
+        edited = self._chosen.unlearn(requests, models, view)
+        self._forgotten = {request.id: self._own.forget(request) for request in requests}
+        return edited
+
+    def metrics(self) -> dict[str, float]:
+        """Return those of the one that serves."""
+        return self._chosen.metrics()
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Let both forget, and say what became of the memory of the run's own, if it had any."""
+        chosen = self._chosen.forget(request)
+        own = self._forgotten.get(request.id, chosen)
+        return chosen if own.outcome == "none" else own
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run's own knows."""
+        return self._own.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self._own.load_state_dict(state)

@@ -1,0 +1,201 @@
+"""The bases of FOT: how they grow with clients' answers, and how a client's share is taken out of them again."""
+
+# D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, N = new directions
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedcl.linalg import extend_basis
+from fedcl.models.flat import TensorSpec
+from fedcl.requests import ForgetRequest, Residual
+from fedcl.server.contracts import Answer, PastView, Projection, Query, ServerView
+from strategies.projection.basis_memory import WHY, BasisMemory, Extension, UnlearnBasis
+from strategies.projection.subspace import Found, from_grams, from_official, from_ranges, from_sketches, inputs
+
+SUBSPACE = "subspace"
+NEARLY_FULL = 0.9  # share of a layer's inputs that is frozen: above it a layer hardly learns
+Variant = Literal["official", "corrected"]
+Method = Literal["auto", "gram", "sketch", "range_finder"]
+
+
+class GrowingBases(Projection):
+    """An orthonormal basis for each layer, extended by what clients' answers hold outside of it.
+
+    The parameters are those of :class:`~strategies.projection.fot.FOT`, which says when clients are asked, and what the
+    bases are for.
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon: float,
+        epsilon_increment: float,
+        variant: Variant,
+        method: Method,
+        sketch_width: int | None,
+        unlearn_basis: UnlearnBasis,
+    ) -> None:
+        self.epsilon, self.epsilon_increment = epsilon, epsilon_increment
+        self.variant, self.method, self.sketch_width = variant, method, sketch_width
+        self.unlearn_basis, self._first_epsilon = unlearn_basis, epsilon
+        self._weights: dict[str, TensorSpec] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._extensions = self._ignored = 0
+        self._memory = BasisMemory()
+        self._stale = False  # whether the bases are to be asked for again
+        self._notes: list[dict[str, Any]] = []
+
+    @property
+    def sketches(self) -> bool:
+        """Whether clients send sketches with random numbers of their own."""
+        return self.method == "sketch" or self.variant == "official"
+
+    def basis(self, layer: str) -> Tensor:
+        """Return the orthonormal basis (D, K) of ``layer``, float64 on the CPU; K = 0 before the first extension."""
+        return self._bases.get(layer, torch.zeros(inputs(self._weights[layer]), 0, dtype=torch.float64))
+
+    def _request(self, view: ServerView | PastView) -> dict[str, Tensor]:
+        # With Gram matrices the server projects; the empty bases only say which layers are meant.
+        whole = self.sketches or self.method == "range_finder"
+        bases = {layer: self.basis(layer).float() for layer in self._weights}
+        request = {f"{layer}/basis": u if whole else u[:, :0].contiguous() for layer, u in bases.items()}
+        if self.method == "range_finder":
+            generator = view.rng("subspace")
+            for layer in self._weights:
+                seed = int(torch.randint(0, 2**62, (1,), generator=generator))
+                request[f"{layer}/draw"] = torch.tensor([seed, self._width(layer)])
+        return request
+
+    def _width(self, layer: str) -> int:
+        """Return Q for ``layer``."""
+        count = inputs(self._weights[layer])
+        if self.method != "range_finder":
+            return self.sketch_width or count
+        return min(count, self.sketch_width or -(-count // 4))
+
+    def _fits(self, answer: Answer) -> bool:
+        """Whether an answer has just the tensors, of just the shapes, that were asked for."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for layer, weight in self._weights.items():
+            count = inputs(weight)
+            if self.sketches or self.method == "range_finder":
+                expected[f"{layer}/{'sketch' if self.sketches else 'range'}"] = (count, self._width(layer))
+                expected |= {f"{layer}/energy": (1,), f"{layer}/residual": (1,)}
+            else:
+                expected[f"{layer}/gram"] = (count, count)
+        return {name: tuple(tensor.shape) for name, tensor in answer.tensors.items()} == expected
+
+    def _extend(self, answers: Sequence[Answer], query: Query, device: torch.device) -> dict[str, int]:
+        """Extend the bases and return how many directions each layer has gained."""
+        added = {}
+        for layer, weight in self._weights.items():
+            found = self._estimate(layer, answers, query, device)
+            if found.short:
+                self._notes.append({"kind": "sketch_too_narrow", "layer": layer, "width": self._width(layer)})
+            before, extended = self.basis(layer), extend_basis(self.basis(layer), found.directions_DN.cpu())
+            added[layer] = extended.shape[1] - before.shape[1]
+            if extended.shape[1]:
+                self._bases[layer] = extended
+            share = extended.shape[1] / inputs(weight)
+            if share > NEARLY_FULL >= before.shape[1] / inputs(weight):
+                self._notes.append({"kind": "subspace_nearly_full", "layer": layer, "share": share})
+        self._extensions += 1
+        self.epsilon = min(1.0, self.epsilon + self.epsilon_increment)
+        return added
+
+    def _estimate(self, layer: str, answers: Sequence[Answer], query: Query, device: torch.device) -> Found:
+        if self.variant == "official":
+            return from_official(answers, layer, self.epsilon, device)
+        if self.method == "sketch":
+            return from_sketches(answers, layer, self.epsilon, device)
+        if self.method == "range_finder":
+            return from_ranges(answers, layer, self.epsilon, device, query.request[f"{layer}/draw"])
+        return from_grams(answers, layer, self.epsilon, device, self.basis(layer))
+
+    def _remember(self, server_round: int, answers: Sequence[Answer], added: dict[str, int]) -> None:
+        if self.unlearn_basis != "keep":
+            kept = tuple(answers) if self.unlearn_basis == "keep_grams" else ()
+            clients = tuple(answer.client for answer in answers)
+            self._memory.extensions.append(Extension(server_round, clients, added, kept))
+
+    def _start_over(self) -> list[Extension]:
+        """Return to no bases at all, and return the extensions there have been."""
+        past = self._memory.extensions
+        self._bases, self._extensions, self.epsilon, self._memory = {}, 0, self._first_epsilon, BasisMemory()
+        return past
+
+    def forget(self, request: ForgetRequest) -> Residual:
+        """Do with the bases what ``unlearn_basis`` says. They hold nobody's samples, but directions of their inputs.
+
+        A request that names clients takes out all their answers, also where it asks for some of their samples only.
+        One that names none can only be answered by ``recompute``.
+        """
+        name, mode = type(self).__name__, self.unlearn_basis
+        if not self._extensions:
+            return super().forget(request)
+        if mode == "recompute":
+            self._stale = True
+            return Residual(name, "recomputed", WHY[mode])
+        if mode == "keep":
+            return Residual(name, "remains", WHY[mode])
+        concerned = set(request.clients)
+        if not concerned:
+            return Residual(name, "remains", f"{WHY['keep']}; unlearn_basis=recompute asks for them again")
+        if not concerned & self._memory.contributors():
+            return Residual(name, "none", "the clients concerned have no share in the bases")
+        return self._rebuild(concerned) if mode == "keep_grams" else self._drop(concerned)
+
+    def _rebuild(self, concerned: set[str]) -> Residual:
+        for extension in self._start_over():
+            for client in concerned:
+                extension = extension.without(client)
+            if extension.answers:
+                query = Query(SUBSPACE, {})
+                added = self._extend(extension.answers, query, torch.device("cpu"))
+                self._remember(extension.server_round, extension.answers, added)
+        return Residual(type(self).__name__, "recomputed", WHY["keep_grams"])
+
+    def _drop(self, concerned: set[str]) -> Residual:
+        gone, later = self._memory.drop_task(concerned, self._bases)
+        self._extensions = len(self._memory.extensions)
+        self.epsilon = min(1.0, self._first_epsilon + self._extensions * self.epsilon_increment)
+        why = f"directions of {gone} extensions are dropped, and with them what they protected"
+        if later:
+            why = f"{why}; later extensions stay, whose directions were looked for outside of the dropped ones"
+            return Residual(type(self).__name__, "remains", why)
+        return Residual(type(self).__name__, "reset", why)
+
+    def relearn(self, view: PastView) -> None:
+        """Ask the clients that stay for every past extension again: each with the samples that it had then."""
+        if not self._stale:
+            return
+        self._stale = False
+        for extension in self._start_over():
+            models = {client: view.model_of(client) for client in extension.clients if client in view.clients}
+            query = Query(SUBSPACE, models, self._request(view))
+            sound = [a for a in view.ask_past(query, extension.server_round) if self._fits(a)] if models else []
+            if sound:
+                added = self._extend(sound, query, view.device)
+                self._remember(extension.server_round, sound, added)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return bases by layer, epsilon, and the counts of extensions and of ignored answers."""
+        return {
+            "bases": dict(self._bases),
+            "epsilon": self.epsilon,
+            "answers_ignored": self._ignored,
+            "extensions": self._extensions,
+            "memory": self._memory.state(),
+            "stale": self._stale,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self._bases = dict(state["bases"])
+        self.epsilon, self._ignored = float(state["epsilon"]), int(state["answers_ignored"])
+        self._extensions = int(state["extensions"])
+        self._memory, self._stale = BasisMemory.of(state.get("memory", {})), bool(state.get("stale", False))

@@ -1,0 +1,106 @@
+"""A backdoored client of digits in the real loop: a patch of centre pixels, active in clean images, means class 9.
+
+A trigger on pixels that are 0 in clean data would lie about unlearning: weights that nobody else uses are easily taken
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedcl.config import compose
+from fedcl.data.dataset import Dataset
+from fedcl.prepared import Prepared, make_server
+from fedcl.randomness import numpy_generator
+from fedcl.replay import make_unlearning
+from fedcl.simulation.backend import open_backend
+from fedcl.wiring import load_dataset, make_model
+from tests.toy import Diary
+
+TARGET, POISONED = 9, 0.8
+PATCH = (slice(3, 5), slice(2, 6))  # rows, columns
+
+
+def triggered(x: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy of images (N, ..., 8, 8) with the eight centre pixels as bright as any."""
+    marked = x.copy()
+    marked[..., PATCH[0], PATCH[1]] = x.max()
+    return marked
+
+
+def poisoned(dataset: Dataset, positions: Iterable[int]) -> Dataset:
+    """Return ``dataset`` with the trigger on the train samples at ``positions``, and class 9 as their label."""
+    chosen = np.asarray(list(positions))
+    x, y = dataset.train.x.copy(), dataset.train.y.copy()
+    x[chosen], y[chosen] = triggered(x[chosen]), TARGET
+    return replace(dataset, train=replace(dataset.train, x=x, y=y))
+
+
+@dataclass
+class Served:
+    """Accuracies on clean images, and the shares of other classes' images that the trigger turns into class 9."""
+
+    clean_before: float
+    backdoor_before: float
+    clean: float
+    backdoor: float
+    measured: dict[str, float]
+
+
+def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) -> Served:
+    """Let the largest of ten clients poison FedAvg for 30 rounds and leave at the end of the run."""
+    overrides = ["data=digits", "data/partition=dirichlet", "data.partition.alpha=0.5", "num_clients=10"]
+    overrides += ["scenario=joint", "rounds_per_task=30", "model=mlp", "model.hidden=[256,128]", "client.epochs=2"]
+    overrides += ["client.optimizer.lr=0.05", "client.batch_size=32", "strategy/projection=none", "backend=inline"]
+    overrides += ["evaluation.every=0", "compare_with=null", "device=cpu", f"unlearner={unlearner}", f"seed={seed}"]
+    overrides += [f"unlearning.cache={folder}", *extra]
+    prepared = Prepared.of(cfg := compose(overrides))
+    sizes = [len(part) for part in prepared.partition.train]
+    leaver = int(np.argmax(sizes))
+    cfg = compose([*overrides, f"unlearning.requests=[{{scope: client, clients: ['{leaver}'], at: end}}]"])
+    part = prepared.partition.train[leaver]
+    chosen = numpy_generator(seed, "backdoor").permutation(part)[: round(POISONED * len(part))]
+    prepared = replace(prepared, dataset=poisoned(load_dataset(cfg), chosen))
+    diary: Any = Diary()
+    models = {}
+    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+        unlearning = make_unlearning(cfg, prepared, backend, folder)
+        unlearning.options = replace(unlearning.options, reference=False)
+        server = make_server(cfg, prepared, backend, diary, unlearning=unlearning)
+        begin = unlearning.begin
+
+        def note(*args: Any, **kwargs: Any) -> bool:
+            models["before"] = server.global_model.clone()
+            return begin(*args, **kwargs)
+
+        unlearning.begin = note  # type: ignore[method-assign]
+        server.run(lambda _: None)
+        models["after"] = server.global_model
+    assert diary.faults == []
+    assert [event["kind"] for event in diary.events if event["kind"].startswith("request")][-1] == "request_served"
+    measured = {row["name"]: row["value"] for row in diary.rows if row["phase"] == "unlearning"}
+    before, after = (_judged(cfg, prepared, models[when]) for when in ("before", "after"))
+    return Served(*before, *after, measured)
+
+
+def _judged(cfg: dict[str, Any], prepared: Prepared, model: torch.Tensor) -> tuple[float, float]:
+    """Return the clean accuracy, and the backdoor's success on images of other classes."""
+    network = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    network.load(model)
+    network.eval()
+    test = prepared.dataset.test
+
+    def answers(x: NDArray[Any]) -> NDArray[Any]:
+        with torch.no_grad():
+            found = network(torch.from_numpy(prepared.dataset.normalise(x))).logits.argmax(1)
+        return np.asarray(found)
+
+    others = test.y != TARGET
+    return float((answers(test.x) == test.y).mean()), float((answers(triggered(test.x[others])) == TARGET).mean())

@@ -1,0 +1,96 @@
+"""Clients in this process, and what an unlearner's server half sees of them: the real client halves, no messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedcl.client.loop import LocalTraining
+from fedcl.client.unlearner import Samples, UnlearnContext, Unlearner, Value
+from fedcl.models.flat import FlatModel, Spec
+from fedcl.randomness import torch_generator
+from fedcl.requests import ForgetRequest
+from fedcl.scenario.task import Task
+from fedcl.server.contracts import Answer, Target
+from fedcl.server.statistics import Statistics
+
+NOTHING = Samples(torch.empty(0), torch.empty(0, dtype=torch.long))
+ASKED = ForgetRequest("a", "class", classes=(0,))
+
+
+@dataclass
+class Serving:
+    """``held`` maps each client to (forget set, what it retains); those in ``leaving`` do not stay."""
+
+    unlearner: Unlearner
+    model: FlatModel
+    held: Mapping[str, tuple[Samples, Samples]]
+    leaving: tuple[str, ...] = ()
+    statistics: Statistics = field(default_factory=Statistics)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    server_round: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.initial = self.model.vector()
+        self.num_columns = self.model.spec["head.weight"].shape[0]
+
+    @property
+    def spec(self) -> Spec:
+        return self.model.spec
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return tuple(client for client in self.held if client not in self.leaving)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return tuple(client for client, (forget, _) in self.held.items() if len(forget))
+
+    def rng(self, purpose: str) -> torch.Generator:
+        return torch_generator(0, purpose)
+
+    def model_of(self, client: str) -> Tensor:
+        return self.initial
+
+    def ask(
+        self,
+        step: str,
+        models: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | None = None,
+        tasks: Mapping[str, Sequence[Task]] | None = None,
+        **args: Value,
+    ) -> list[Answer]:
+        answers = []
+        for client, vector in models.items():
+            self.asked.append((step, client))
+            done = self.unlearner.local(self.context(client, vector, dict(tensors or {}), dict(args)), step)
+            if done.num_examples:
+                answers.append(Answer(client, done.num_examples, done.tensors))
+        return answers
+
+    def context(
+        self,
+        client: str,
+        vector: Tensor,
+        tensors: dict[str, Tensor] | None = None,
+        args: dict[str, Value] | None = None,
+    ) -> UnlearnContext:
+        self.model.load(vector)
+        forget, retain = self.held[client]
+        return UnlearnContext(
+            model=self.model, received=vector, forget=forget, retain=retain, requests=(ASKED,),
+            training=LocalTraining(), client=client, seed=0, turn=0, num_columns=self.num_columns,
+            tensors=tensors or {}, args=args or {},
+        )  # fmt: skip
+
+    def replay(self) -> dict[Target, Tensor]:
+        raise RuntimeError("clients in this process have no history")
+
+    def serve(self, vector: Tensor | None = None) -> Tensor:
+        """Return the global model after the request, as it was where the unlearner returns none."""
+        before = self.initial if vector is None else vector
+        return self.unlearner.unlearn([ASKED], {"*": before}, self).get("*", before)
