@@ -1,4 +1,4 @@
-"""The command line: run, resume, report, list, bench.
+"""The command line: run, resume, forget, verify, report, list, bench, deploy.
 
 Heavy libraries are imported inside the command that needs them, so that help and mistakes are answered at once.
 
@@ -21,6 +21,7 @@ from types import FrameType
 
 from fedcl import __version__
 from fedcl.building import plugin_directories
+from fedcl.deploy.commands import add as add_deploy
 from fedcl.rules import ConfigError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -104,6 +105,24 @@ def _resume(args: argparse.Namespace) -> None:
     print(experiment.resume(run_dir, args.force, args.quiet), flush=True)
 
 
+def _forget(args: argparse.Namespace) -> None:
+    run_dir = _run_folder(args.run_dir)
+    from fedcl.forget import Asked, forget
+
+    chosen = [] if args.unlearner is None else [f"unlearner={args.unlearner}"]
+    lists = (tuple(args.client), tuple(args.classes), tuple(args.samples), tuple(args.task))
+    asked, overrides = Asked(*lists, id=args.id), [*chosen, *args.overrides]
+    print("\n".join(forget(run_dir, asked, overrides, force=args.force, quiet=args.quiet)), flush=True)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    run_dir = _run_folder(args.run_dir)
+    from fedcl.verify import verify
+
+    if not verify(run_dir, replay=not args.no_replay):
+        raise SystemExit(FAILED)
+
+
 def _report(args: argparse.Namespace) -> None:
     run_dir = _run_folder(args.run_dir)
     from fedcl import results
@@ -147,9 +166,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one go; a setting may also stand after an option.
-    if rest and (args.name != "run" or any(text.startswith("-") for text in rest)):
+    takes_settings = args.name in ("run", "forget") or (args.name == "deploy" and args.action in ("run", "local"))
+    if rest and (not takes_settings or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.name == "run":
+    if takes_settings:
         args.overrides = [*args.overrides, *rest]
     return args
 
@@ -183,6 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
     resume.set_defaults(command=_resume)
 
+    _add_forget(commands, quiet)
+    add_deploy(commands, [quiet])
+    verify = commands.add_parser("verify", help="check a run's certificates of what was forgotten")
+    verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    verify.add_argument("--no-replay", action="store_true", help="do not train all over what exact ones claim")
+    verify.set_defaults(command=_verify, config_dir=[])
+
     report = commands.add_parser("report", help="print a run's results and draw its figures", parents=[configs])
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.set_defaults(command=_report)
@@ -196,6 +223,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     bench.set_defaults(command=_bench, config_dir=[])
     return parser
+
+
+def _add_forget(commands: argparse._SubParsersAction[argparse.ArgumentParser], quiet: argparse.ArgumentParser) -> None:
+    forget = commands.add_parser(
+        "forget", help="ask a run to forget a client, a class, samples or a task", parents=[quiet]
+    )
+    forget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    forget.add_argument("--client", action="append", default=[], metavar="ID", help="leaves; or narrows it down")
+    forget.add_argument("--class", action="append", dest="classes", default=[], type=int, metavar="LABEL")
+    forget.add_argument("--samples", default=[], type=_ints, metavar="POSITIONS", help="such as 1,5,9")
+    forget.add_argument("--task", action="append", default=[], type=int, metavar="NUMBER")
+    forget.add_argument("--id", metavar="NAME", help="the request's name, on its certificate")
+    forget.add_argument("--unlearner", metavar="NAME", help="another one than the run's; for a run that is over")
+    forget.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    forget.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting of that unlearner")
+    forget.set_defaults(command=_forget, config_dir=[])
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _add_plugin_paths(config_dirs: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import yaml
 
 from fedcl.building import plugin_directories
 from fedcl.config import compose, config_hash, diff, to_yaml
+from fedcl.inbox import Line, lines
 from fedcl.play import play
 from fedcl.prepared import Prepared
 from fedcl.results import schema
+from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.recorder import write_atomic
 from fedcl.results.report import terminal_report, write_figures
@@ -26,6 +28,7 @@ from fedcl.simulation.backend import FlowerGrid
 from fedcl.wiring import Config, device_of
 
 REFERENCE = schema.REFERENCE
+_SERVING = ("unlearning.in_flight", "unlearning.recovery_rounds", "unlearning.reference")
 _VERSIONS = ("fedcl", "torch", "flwr")  # what decides a run's bits
 
 
@@ -55,7 +58,7 @@ def run(
     return run_dir
 
 
-def resume(run_dir: Path, force: bool, quiet: bool) -> Path:
+def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None) -> Path:
     """Go on with an interrupted run from its last checkpoint; a finished one is only summarised again.
 
     Raises
@@ -64,22 +67,80 @@ def resume(run_dir: Path, force: bool, quiet: bool) -> Path:
         If the folder holds no usable checkpoint, or, without ``force``, if the settings or the versions that decide the
         run's bits have changed since it began.
     """
-    cfg: Config = yaml.safe_load((run_dir / schema.CONFIG).read_text())
-    env = json.loads((run_dir / schema.ENV).read_text())
+    cfg, env = launched(run_dir)
     launch = env["launch"]
-    for folder in launch["plugin_paths"]:
-        if folder not in sys.path:
-            sys.path.append(folder)
     if not force:
-        _refuse_changes(run_dir, cfg, env)
-    if (run_dir / schema.STATUS).read_text().strip() != "done":
-        play(cfg, Prepared.of(cfg), run_dir, quiet=quiet, resuming=True)
+        refuse_changes(run_dir, cfg, env)
+    done = (run_dir / schema.STATUS).read_text().strip() == "done"
+    waiting = unanswered(run_dir)
+    if waiting or not done:
+        prepared = Prepared.of(cfg)
+        # one who came when all rounds were over may have chosen another unlearner
+        over = _next_round(run_dir) == prepared.schedule.num_rounds
+        overrides = next((line.overrides for line in waiting), ()) if over else ()
+        serving = with_unlearner(cfg, launch, overrides)
+        play(serving, prepared, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
     reference = _reference_config(cfg, launch["overrides"], [Path(folder) for folder in launch["config_dirs"]])
     _finish(cfg, reference, run_dir, launch, quiet)
     return run_dir
 
 
-def _refuse_changes(run_dir: Path, cfg: Config, env: dict[str, Any]) -> None:
+def launched(run_dir: Path) -> tuple[Config, dict[str, Any]]:
+    """Return a run's configuration and environment; code of the user's that it named can be found from then on."""
+    cfg: Config = yaml.safe_load((run_dir / schema.CONFIG).read_text())
+    env: dict[str, Any] = json.loads((run_dir / schema.ENV).read_text())
+    for folder in env["launch"]["plugin_paths"]:
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return cfg, env
+
+
+def unanswered(run_dir: Path) -> list[Line]:
+    """Return the requests handed in to a run that its newest checkpoint does not know of."""
+    handed_in, checkpoints = lines(run_dir), Checkpoints(run_dir)
+    if not handed_in or not checkpoints.begun():
+        return handed_in
+    state = checkpoints.load()[0]["server"].get("unlearning", {})
+    answered = state.get("queue", {}).get("answered", {})
+    return [line for line in handed_in if line.fault is None and line.request.to_json() not in answered]
+
+
+def _next_round(run_dir: Path) -> int:
+    checkpoints = Checkpoints(run_dir)
+    return int(checkpoints.load()[0]["server"]["next_round"]) if checkpoints.begun() else 0
+
+
+def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """Return the configuration of a run that is over with another unlearner; itself without ``overrides``.
+
+    What it had planned has been answered by its own, and is left out.
+
+    Raises
+    ------
+    ConfigError
+        If they change anything else, or are wrong.
+    """
+    if not overrides:
+        return cfg
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        if key.split(".")[0] != "unlearner" and key not in _SERVING:
+            raise ConfigError(f"{override}: here only unlearner, unlearner.* and {', '.join(_SERVING)} can be set")
+    composed = compose([*launch["overrides"], *overrides], [Path(folder) for folder in launch["config_dirs"]])
+    settings = {key.partition(".")[2]: composed["unlearning"][key.partition(".")[2]] for key in _SERVING}
+    trusted = sorted({*cfg["trusted_packages"], *composed["trusted_packages"]})
+    own = {"unlearner": composed["unlearner"], "unlearning": {**cfg["unlearning"], **settings, "requests": []}}
+    return {**cfg, **own, "trusted_packages": trusted}
+
+
+def refuse_changes(run_dir: Path, cfg: Config, env: dict[str, Any]) -> None:
+    """Refuse a run whose settings, or the versions that decide its bits, are others now.
+
+    Raises
+    ------
+    ConfigError
+        With the differences.
+    """
     launch = env["launch"]
     now = compose(launch["overrides"], [Path(folder) for folder in launch["config_dirs"]])
     # these depend on where one stands and where the folder lies
@@ -105,7 +166,7 @@ def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[s
         if not resuming:
             folder.mkdir(exist_ok=True)
             _write_launch(reference, folder, launch)
-        play(reference, Prepared.of(reference), folder, quiet=quiet, resuming=resuming)
+        play(reference, Prepared.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
     if reference is not None:
         add_reference(run_dir, folder)
     finished = load(run_dir)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
+from fedcl.client.substitute import Substitute
+from fedcl.crosschecks import is_local
 from fedcl.data.partition import report as partition_report
+from fedcl.inbox import Inbox
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import make_unlearning
@@ -23,9 +26,10 @@ from fedcl.results.progress import Progress
 from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
 from fedcl.rules import ConfigError
+from fedcl.served import AfterServing
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
-from fedcl.wiring import Config
+from fedcl.wiring import Config, make_unlearner
 
 Saved = tuple[Any, dict[str, tuple[int, Any]]]
 
@@ -38,8 +42,13 @@ def play(
     quiet: bool,
     resuming: bool = False,
     grid: FlowerGrid | None = None,
+    inbox: Path | None = None,
+    own: Config | None = None,
 ) -> None:
     """Play the rounds that are still to come, writing everything down, and summarise.
+
+    ``inbox`` is the folder that unlearning requests are handed in to (None: the run's). ``own`` is the configuration of
+    the run itself where ``cfg`` has another unlearner, for requests that come when it is over.
 
     Raises
     ------
@@ -58,19 +67,28 @@ def play(
         stack.enter_context(_status(recorder))
         interruption = stack.enter_context(interruptible())
         backend = stack.enter_context(
-            open_backend(cfg, prepared.dataset, prepared.partition, grid, run_dir / "clients")
+            open_backend(cfg, prepared.dataset, prepared.partition, grid, run_dir / "clients", resuming=resuming)
         )
         unlearning = make_unlearning(cfg, prepared, backend, run_dir)
+        unlearning.queue.inbox = Inbox(inbox or run_dir)
+        if own is not None:
+            unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
         server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
         states = backend.states or MemoryStateStore()
         if saved is not None:
             _restore(server, states, saved)
         else:
-            _report_partition(prepared, recorder, quiet)
+            _report_partition(cfg, prepared, recorder, quiet)
         progress = stack.enter_context(Progress(quiet=quiet))
         after = _AfterRound(cfg, prepared, server, states, recorder, checkpoints, progress, interruption)
+        unlearning.certify = served = AfterServing(cfg, own or cfg, run_dir, server, recorder, after.save_alone)
+        if saved is not None:
+            checkpoints.prune()
+            served.purge()
         started = time.perf_counter()
         server.run(after)
+        while unlearning.begin(server, prepared.schedule.num_rounds, ends=True):
+            pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
         recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
@@ -108,19 +126,24 @@ class _AfterRound:
         if not last:
             self._interruption.raise_if_asked()
 
-    def _save(self, server_round: int) -> None:
+    def save_alone(self) -> None:
+        """Write a checkpoint of the moment, between two rounds, and delete those before it."""
+        if self._every and self._server.state.next_round:  # before the first round there is nothing to go back to
+            self._save(self._server.state.next_round - 1, alone=True)
+
+    def _save(self, server_round: int, *, alone: bool = False) -> None:
         state = {"server": self._server.state_dict(), "offsets": self._recorder.flush()}
         committed = self._server.exchange.committed
         kept = {c: v for c, v in committed.items() if v != NEVER and self._states.has(c, v)}
-        self._checkpoints.save(server_round, state, kept, self._states.load)
+        self._checkpoints.save(server_round, state, kept, self._states.load, alone=alone)
 
 
-def _report_partition(prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
+def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
     stream = prepared.stream
     recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
-    if report["coverage"] < 1.0 and not quiet:
+    if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
 

@@ -23,11 +23,13 @@ from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
-    bind_strategy,
+    bind,
+    check_unlearner,
     client_ids,
     device_of,
     learner_factories,
     load_dataset,
+    local_work,
     make_devices,
     make_model,
     make_queue,
@@ -65,6 +67,8 @@ class Prepared:
         learner_factories(cfg)
         make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
         make_queue(cfg, stream, schedule, dataset)
+        if cfg["unlearning"]["requests"]:
+            check_unlearner(cfg, model)
         return cls(dataset, partition, stream, schedule, clients)
 
 
@@ -80,7 +84,9 @@ def make_server(
     """Wire the server over an open backend."""
     model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
     strategy = make_strategy(cfg, model, backend.nodes)
-    bind_strategy(cfg, strategy, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
+    work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
+    for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
+        bind(part, work)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -90,6 +96,7 @@ def make_server(
         cohorts=backend.cohorts,
         commit_state=backend.states.commit if backend.states is not None else None,
         erase=backend.erase,
+        release=backend.release,
         max_update_norm=cfg["max_update_norm"],
     )
     arrivals = Arrivals(

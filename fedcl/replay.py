@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedcl.client.state import NEVER
@@ -21,7 +23,8 @@ from fedcl.rules import ConfigError
 from fedcl.server.arrivals import VirtualClock
 from fedcl.server.loop import Server
 from fedcl.server.queue import Bounds, RequestQueue
-from fedcl.server.unlearning import Saved, Unlearning, UnlearningOptions
+from fedcl.server.serving import Saved
+from fedcl.server.unlearning import Unlearning, UnlearningOptions
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.tree import clone
 from fedcl.wiring import Config, make_queue, make_unlearner
@@ -72,6 +75,13 @@ class SimulatedReplay:
         saved, states = kept.load()
         return saved["server"], states
 
+    def prune(self, forgotten: Forgotten, until: int) -> None:
+        """Remove all references but the one after ``until`` rounds without what is ``forgotten``."""
+        kept = self._key(forgotten, until)
+        for folder in list(self.cache.iterdir()) if self.cache.is_dir() else ():
+            if folder.name != kept:
+                shutil.rmtree(folder)
+
     def adopt(self, server: Server, saved: Saved) -> None:
         """Let ``server`` and its clients go on from ``saved``, on that run's clock."""
         state, clients = saved
@@ -106,9 +116,18 @@ class SimulatedReplay:
 
     def _key(self, forgotten: Forgotten, until: int) -> str:
         relevant = {name: value for name, value in self.cfg.items() if name not in _IRRELEVANT}
+        relevant["data/content"] = self._content()
         gone = [_anonymous(text) for text in forgotten.state()]
         text = json.dumps([relevant, sorted(gone), until, torch.__version__], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def _content(self) -> str:
+        """Return a hash of the samples and of who holds which: one name of a data set may stand for several."""
+        digest = hashlib.sha256()
+        half = self.prepared.dataset.train
+        for array in (half.x, half.y, *self.prepared.partition.train):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def _anonymous(request: str) -> str:

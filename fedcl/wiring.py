@@ -19,6 +19,7 @@ from fedcl.client.plugin import overrides as defines
 from fedcl.client.probe import Probe
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.client.unlearner import Unlearner
+from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Indices, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
@@ -229,6 +230,18 @@ def make_unlearner(cfg: Config) -> Unlearner:
     return unlearner
 
 
+def check_unlearner(cfg: Config, model: FlatModel) -> None:
+    """Refuse a model, or a learner, that the unlearner cannot work with."""
+    unlearner = make_unlearner(cfg)
+    _checked(functools.partial(unlearner.check, model))
+    missing = sorted(set(unlearner.takes_apart) - set(make_statistics(cfg, model).names))
+    if missing:
+        raise ConfigError(
+            f"unlearner={type(unlearner).__name__}: takes apart the sums of {', '.join(missing)} that a learner lets "
+            f"the server add up; learner={', '.join(cfg['learner'])} has none such"
+        )
+
+
 def make_queue(cfg: Config, stream: Stream, schedule: Schedule, dataset: Dataset) -> RequestQueue:
     """Build the queue of unlearning requests with those that the configuration plans.
 
@@ -237,7 +250,7 @@ def make_queue(cfg: Config, stream: Stream, schedule: Schedule, dataset: Dataset
     ConfigError
         If one of them could never be served.
     """
-    scopes, samples = make_unlearner(cfg).scopes, len(dataset.train.y)
+    scopes, samples = make_unlearner(cfg).scopes, None if is_local(cfg) else len(dataset.train.y)
     bounds = Bounds(participants(cfg), dataset.num_classes, stream.num_tasks, scopes, samples)
     planned = planned_requests(cfg["unlearning"]["requests"], schedule)
     for place, (_, request) in enumerate(planned):
@@ -303,20 +316,19 @@ def make_statistics(cfg: Config, model: FlatModel) -> Statistics:
     return Statistics(plugins, model.twin()) if any(plugin.sums for plugin in plugins) else Statistics()
 
 
-def bind_strategy(
-    cfg: Config,
-    strategy: Pipeline | Stock,
-    model: FlatModel,
-    stream: Stream,
-    schedule: Schedule,
-    input_shape: tuple[int, ...],
-) -> None:
-    """Tell the parts of a pipeline how clients train."""
-    if isinstance(strategy, Pipeline):
-        plugins = [make() for make in learner_factories(cfg).values()]
-        plain = not any(defines(plugin, hook) for plugin in plugins for hook in _CHANGES_LOSS)
-        work = LocalWork(model, local_training(cfg), stream, input_shape, schedule.num_rounds, plain)
-        _checked(lambda: strategy.bind(work))
+def local_work(
+    cfg: Config, model: FlatModel, stream: Stream, schedule: Schedule, input_shape: tuple[int, ...]
+) -> LocalWork:
+    """Return how clients train, for those parts of the server that play it through."""
+    plugins = [make() for make in learner_factories(cfg).values()]
+    plain = not any(defines(plugin, hook) for plugin in plugins for hook in _CHANGES_LOSS)
+    return LocalWork(model, local_training(cfg), stream, input_shape, schedule.num_rounds, plain)
+
+
+def bind(part: Pipeline | Stock | Unlearner, work: LocalWork) -> None:
+    """Tell a strategy's parts, or an unlearner, how clients train; what they cannot work with is the user's to mend."""
+    if not isinstance(part, Stock):
+        _checked(lambda: part.bind(work))
 
 
 def _component(cfg: Config, *path: str) -> Any:

@@ -26,7 +26,9 @@ from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, wr
 # State and payload keys that may stay as they are while nothing goes wrong and nobody is forgotten.
 STEADY = {"answers_ignored", "epoch", "control_epoch"}
 GROUPS = {
-    group: [name for name, _ in list_choices(group)] for group in kinds() if group not in ("experiment", "protocol", "unlearner")
+    group: [name for name, _ in list_choices(group)]
+    for group in kinds()
+    if group not in ("experiment", "protocol", "unlearner")
 }
 SINGLES: list[Choices] = [{group: choice} for group, names in GROUPS.items() for choice in names]
 Pair = frozenset[str]  # of two "group=choice"

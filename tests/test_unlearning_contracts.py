@@ -16,7 +16,7 @@ from fedcl.config import list_choices
 from fedcl.requests import NAMES, Scope
 from fedcl.tree import equal
 from fedcl.wiring import make_unlearner
-from tests.toy import PARTS, Choices, Diary, configure, play, write_files
+from tests.toy import ALONG, PARTS, Choices, Diary, configure, play, write_files
 
 UNLEARNERS = [name for name, _ in list_choices("unlearner")]
 ASKED: dict[Scope, str] = {
@@ -82,7 +82,7 @@ def test_serves_what_it_declares(unlearner: str, scope: Scope, files: dict[str, 
 @pytest.mark.parametrize("unlearner", UNLEARNERS)
 def test_changes_nothing_before_it_is_asked(unlearner: str, files: dict[str, str], tmp_path: Path) -> None:
     scope = next(s for s in NAMES if s in make_unlearner(configure({"unlearner": unlearner}, files, CPU)).scopes)
-    plain = play(configure({}, files, CPU), until=AT - 1)
+    plain = play(configure(ALONG.get(f"unlearner={unlearner}", {}), files, CPU), until=AT - 1)
     asked = play(asking(unlearner, scope, files, tmp_path), until=AT - 1)
     assert asked.hashes == plain.hashes
     assert asked.rows == plain.rows
@@ -105,12 +105,20 @@ COMPANY: list[Choices] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("company", COMPANY, ids=lambda choices: "-".join(choices.values()))
-@pytest.mark.parametrize(("unlearner", "scope"), [s for s in SCOPES if s[1] in ("client", "class")])
-def test_gets_along(unlearner: str, scope: Scope, company: Choices, files: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("unlearner", UNLEARNERS)
+def test_gets_along(unlearner: str, company: Choices, files: dict[str, str], tmp_path: Path) -> None:
+    cfg = configure(ALONG.get(f"unlearner={unlearner}", {}) | {"unlearner": unlearner}, files, CPU)
+    # half of the pairs with a client that leaves, half with a class, where both are served
+    scope: Scope = "client" if (UNLEARNERS.index(unlearner) + COMPANY.index(company)) % 2 else "class"
+    if scope not in make_unlearner(cfg).scopes:
+        scope = "class" if scope == "client" else "client"
+    if ALONG.get(f"unlearner={unlearner}", {}).keys() & company.keys():
+        pytest.skip(f"{unlearner} serves no such run")
     cfg = asking(unlearner, scope, files, tmp_path, company)
     whole = play(cfg)
     assert kinds(whole) == ["request_admitted", "request_served"]
-    assert whole.faults == []
+    # where clients are in tasks of their own, a round may have been that of the one who left
+    assert {fault["kind"] for fault in whole.faults} <= ({"round_skipped"} if "scenario/schedule" in company else set())
     assert all(math.isfinite(row["value"]) for row in whole.rows if row["phase"] == "test")
 
 

@@ -91,12 +91,17 @@ FITS: dict[str, list[str]] = {
 ALONG: dict[str, Choices] = {
     "strategy/collaboration=fedbn": {"model": "resnet8"},
     "model=char_transformer": {"data": "text"},
+    "unlearner=acu": {"learner": "ranpac"},
 }
 # Files that come with no installation: below the folder that FEDCL_DATA names.
 NEEDS = {"data=mnist": "mnist", "data=fashion_mnist": "fashion_mnist", "data=cifar100_subset": "cifar100_subset.npz"}
 # ... and libraries that are no part of an installation for tests.
 LIBRARIES = {"data=hf": "datasets", "data/partition=flwr": "flwr_datasets"}
-ELSEWHERE = {"backend=ray": "tests/simulation starts Ray", "backend=flower": "tests/simulation starts Flower"}
+ELSEWHERE = {
+    "backend=ray": "tests/simulation starts Ray",
+    "backend=flower": "tests/simulation starts Flower",
+    "data/partition=local": "tests/simulation/test_fleet.py has devices with data of their own",
+}
 FAULTS = {"client_failed", "reply_rejected", "round_skipped"}
 
 

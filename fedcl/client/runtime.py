@@ -13,7 +13,7 @@ from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
 from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
 from fedcl.client.probe import ProbeOf
-from fedcl.client.state import ClientStateStore
+from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.flat import FlatModel
@@ -151,6 +151,11 @@ class ClientRuntime:
             store.drop(request.client)
             self.data.drop(request.client)
             return Reply(0, note=residuals_json([Residual("client state", "erased", "the client has left")]))
+        if request.committed == NEVER:
+            self.data.drop(request.client)
+            if self.plugins:
+                store.stage(request.client, request.visit, {})  # the server will name this visit from now on
+            return Reply(0)
         learner, ctx = self._enter(request, store)
         gone = joined([lost for _, lost, _ in part(self.data, request.client, note, self.model.device)])
         self.data.drop(request.client)
@@ -161,6 +166,8 @@ class ClientRuntime:
                 learner[name] = self.plugins[name]()
                 learner[name].load({})
             residuals += outcomes
+        if ctx.is_new_task:
+            del ctx.task_columns[ctx.task.id]  # being told is not training
         self._stage(request, store, learner, ctx)
         return Reply(len(gone), note=residuals_json(residuals))
 

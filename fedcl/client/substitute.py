@@ -32,7 +32,7 @@ class Substitute(Unlearner):
             )
         self._own, self._chosen = own, chosen
         self._forgotten: dict[str, Residual] = {}
-        for name in ("scopes", "guarantee", "replays"):
+        for name in ("scopes", "guarantee", "replays", "takes_apart"):
             setattr(self, name, getattr(chosen, name))
         self.observes = own.observes  # type: ignore[misc]
 

@@ -1,9 +1,9 @@
 """Checkpoints: whole or absent, hashed, never pickled.
 
-``checkpoints/round_000012/`` holds ``state.json`` and ``tensors.safetensors`` with their SHA-256; a client's state is
-one file under ``checkpoints/clients/`` named by its content, so an unchanged one is not written again. ``LATEST`` names
-the newest whole checkpoint and is replaced last. The next checkpoint removes what a killed run left half-written among
-the clients' files.
+``checkpoints/round_000012/``, or ``round_000012_0001/`` after requests served behind that round, holds ``state.json``
+and ``tensors.safetensors`` with their SHA-256; a client's state is one file under ``checkpoints/clients/`` named by its
+content, so an unchanged one is not written again. ``LATEST`` names the newest whole checkpoint and is replaced last.
+The next checkpoint removes what a killed run left half-written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from fedcl.files import write_atomic, write_bytes_atomic
 from fedcl.tree import pack, unpack
 
-_ROUND = re.compile(r"round_\d{6,}")
+_ROUND = re.compile(r"round_\d{6,}(_\d{4,})?")
 _HASH = re.compile(r"[0-9a-f]{64}")
 ClientVersions = Mapping[str, int]  # client -> visit whose state is current
 
@@ -51,9 +51,21 @@ class Checkpoints:
         self._written: dict[tuple[str, int], str] = {}
 
     def save(
-        self, server_round: int, state: Any, clients: ClientVersions, load_client: Callable[[str, int], Any]
+        self,
+        server_round: int,
+        state: Any,
+        clients: ClientVersions,
+        load_client: Callable[[str, int], Any],
+        *,
+        alone: bool = False,
     ) -> None:
-        """Write the checkpoint after ``server_round``; ``load_client`` gives a client's state at a visit."""
+        """Write the checkpoint after ``server_round``; ``load_client`` gives a client's state at a visit.
+
+        One that stays ``alone`` comes after that of the round, and every older one goes: what they hold was to be
+        forgotten. If the process dies in between, :meth:`prune` finishes it.
+        """
+        if alone:
+            self._written.clear()  # what a visit staged may have been replaced
         (self.folder / "clients").mkdir(parents=True, exist_ok=True)
         hashes = {}
         for client, visit in clients.items():
@@ -64,13 +76,26 @@ class Checkpoints:
         self._written = {key: value for key, value in self._written.items() if clients.get(key[0]) == key[1]}
         tree, tensors = pack(state)
         files = {
-            "state.json": json.dumps({"state": tree, "clients": hashes, "round": server_round}).encode(),
+            "state.json": json.dumps(
+                {"state": tree, "clients": hashes, "round": server_round, "alone": alone}
+            ).encode(),
             "tensors.safetensors": save_tensors(_apart(tensors)),
         }
-        name = f"round_{server_round:06d}"
+        name = self._next_name(server_round) if alone else f"round_{server_round:06d}"
         self._write_folder(name, files)
         write_atomic(self.folder / "LATEST", name + "\n")
         self._prune(name)
+
+    def prune(self) -> None:
+        """Remove what a killed process left to be removed; call it before a run goes on."""
+        newest = self._latest()
+        if newest:
+            self._prune(newest)
+
+    def _next_name(self, server_round: int) -> str:
+        base = f"round_{server_round:06d}"
+        name, _, number = self._latest().rpartition("_")
+        return f"{base}_{int(number) + 1 if name == base else 1:04d}"
 
     def begun(self) -> bool:
         """Whether a checkpoint was ever finished: if not, a run starts from its beginning."""
@@ -95,10 +120,14 @@ class Checkpoints:
 
     def _candidates(self) -> list[str]:
         """Names of checkpoints, newest first; those newer than LATEST were not finished."""
-        names = self._names()
-        latest = self.folder / "LATEST"
-        newest = latest.read_text().strip() if latest.is_file() else ""
-        return [name for name in names if name <= newest] if _ROUND.fullmatch(newest) else names
+        names, newest = self._names(), self._latest()
+        return [name for name in names if name <= newest] if newest else names
+
+    def _latest(self) -> str:
+        """Return the name of the newest whole checkpoint, empty if none is named."""
+        path = self.folder / "LATEST"
+        name = path.read_text().strip() if path.is_file() else ""
+        return name if _ROUND.fullmatch(name) else ""
 
     def _read(self, name: str) -> tuple[Any, dict[str, tuple[int, Any]]]:
         folder = self.folder / name
@@ -156,24 +185,30 @@ class Checkpoints:
         return sorted((path.name for path in paths if _ROUND.fullmatch(path.name)), reverse=True)
 
     def _prune(self, newest: str) -> None:
-        """Drop all but the newest checkpoints, damaged ones, and client files that none of the kept ones names."""
-        kept, used = 0, set()
-        for name in (name for name in self._names() if name <= newest):
-            digests = self._digests(name) if kept < self._keep else None
-            if digests is None:
+        """Drop all but the newest checkpoints, damaged ones, and client files that none of the kept ones names.
+
+        None that is older than one that stays alone is kept, nor one that was never finished.
+        """
+        kept, used, alone = 0, set(), False
+        for path in self.folder.glob(".round_*.tmp"):
+            shutil.rmtree(path)
+        for name in self._names():
+            held = self._held(name) if name <= newest and kept < self._keep and not alone else None
+            if held is None:
                 shutil.rmtree(self.folder / name)
             else:
+                digests, alone = held
                 kept += 1
                 used |= digests
         for path in (self.folder / "clients").iterdir():
             if path.stem not in used:
                 path.unlink()
 
-    def _digests(self, name: str) -> set[str] | None:
-        """Return which client files a checkpoint names, or None if it cannot be read."""
+    def _held(self, name: str) -> tuple[set[str], bool] | None:
+        """Return which client files a checkpoint names and whether it stays alone, or None if it cannot be read."""
         try:
-            clients = json.loads((self.folder / name / "state.json").read_bytes())["clients"]
-            return {digest for _, digest in clients.values()}
+            header = json.loads((self.folder / name / "state.json").read_bytes())
+            return {digest for _, digest in header["clients"].values()}, bool(header.get("alone", False))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

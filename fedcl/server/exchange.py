@@ -68,7 +68,8 @@ class Exchange:
 
     ``visits`` counts how often each client was dispatched, ``turns`` how often to train; ``committed`` is its last
     accepted visit. ``cohorts`` says that the grid understands messages to several clients; ``commit_state`` tells a
-    state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients.
+    state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients,
+    ``release`` only what is under way, and the workers' copies.
     ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
     """
 
@@ -79,7 +80,8 @@ class Exchange:
     payloads: Sequence[Payload] = ()
     cohorts: bool = False
     commit_state: CommitState | None = None
-    erase: Callable[[Sequence[str]], None] | None = None
+    erase: Callable[[Sequence[str]], Sequence[str] | None] | None = None
+    release: Callable[[Sequence[str]], None] | None = None
     timeout: float | None = None
     max_update_norm: float | None = None
     visits: dict[str, int] = field(default_factory=dict)
@@ -87,6 +89,11 @@ class Exchange:
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of arrays sent and received so far."""
+        return self.bytes_up + self.bytes_down
 
     def __post_init__(self) -> None:
         self._clients = {node: client for client, node in self.nodes.items()}

@@ -211,7 +211,8 @@ class Server(View):
             self.strategy.absorb(query, self._answers(query, server_round), self)
         models = {client: self.model_of(client) for client in ended}
         for query in self.statistics.queries(models):
-            self.statistics.absorb(query, self._answers(query, server_round))
+            tasks = {client: self._whole_task(client, server_round) for client in ended}
+            self.statistics.absorb(query, self._answers(query, server_round), tasks)
         self._replace(self.strategy.conclude(event, self))
         if ended:
             self._replace(self.statistics.solve(self.state.models))
@@ -262,8 +263,18 @@ class Server(View):
             return [
                 Residual("devices", "remains", "the client's device is told to erase its state when it is in reach")
             ]
-        self.exchange.erase(leavers)
+        away = self.exchange.erase(leavers)
+        if away:
+            why = f"client(s) {', '.join(away)} were not in reach to be told to erase their state"
+            return [Residual("devices", "remains", why)]
         return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
+
+    def cancel(self, clients: Sequence[str]) -> None:
+        """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
+        for client in clients:
+            self.arrivals.flights.pop(client, None)
+        if self.exchange.release is not None:
+            self.exchange.release(clients)
 
     def recover(self, rounds: int) -> int:
         """Play ``rounds`` rounds of the task that was trained last, besides the schedule's; return how many counted."""

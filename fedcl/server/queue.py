@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedcl.requests import NAMES, ForgetRequest, Forgotten, Scope
+
+_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")  # a part of a certificate's file name
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Bounds:
 
     def refusal(self, request: ForgetRequest) -> str | None:
         """Return why ``request`` can never be served in this run, naming what is allowed, or None."""
+        if not _ID.fullmatch(request.id):
+            return f"id={request.id[:80]}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
         if request.scope not in NAMES:
             return f"scope={request.scope}: must be one of {', '.join(NAMES)}"
         if request.scope not in self.scopes:
@@ -49,13 +54,14 @@ class Bounds:
 class RequestQueue:
     """Requests in the order of their arrival.
 
-    ``planned`` pairs each with the round before which it comes; ``inbox`` returns those handed in from outside, old
-    ones among them. ``window`` is how many rounds a request waits for others to be served with it.
+    ``planned`` pairs each with the round before which it comes; ``inbox`` returns those handed in from outside before a
+    round, old ones among them, each with what is wrong with it or None. ``window`` is how many rounds a request waits
+    for others to be served with it.
     """
 
     bounds: Bounds
     planned: Sequence[tuple[int, ForgetRequest]] = ()
-    inbox: Callable[[], Iterable[ForgetRequest]] = tuple
+    inbox: Callable[[int], Iterable[tuple[ForgetRequest, str | None]]] = lambda _: ()
     window: int = 0
     _answered: dict[str, str] = field(default_factory=dict)  # request as text -> what became of it
     _ids: set[str] = field(default_factory=set)
@@ -63,13 +69,13 @@ class RequestQueue:
 
     def take(self, server_round: int, forgotten: Forgotten) -> list[tuple[ForgetRequest, str | None]]:
         """Return the requests that came since the last time, each with why it is refused (None: it is admitted)."""
-        due = [request for at, request in self.planned if at <= server_round]
+        due = [(request, None) for at, request in self.planned if at <= server_round]
         taken = []
-        for request in [*due, *self.inbox()]:
+        for request, fault in [*due, *self.inbox(server_round)]:
             text = request.to_json()
             if text in self._answered:
                 continue
-            why = self._refusal(request, forgotten)
+            why = fault or self._refusal(request, forgotten)
             self._answered[text] = why or ""
             if why is None:
                 self._ids.add(request.id)

@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from fedcl.client.unlearner import Unlearner, Value
-from fedcl.models.flat import Spec
-from fedcl.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
-from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Query, Target, Update
+from fedcl.client.unlearner import Unlearner
+from fedcl.requests import ForgetRequest, Forgotten, Residual
+from fedcl.server.contracts import Target, Update
 from fedcl.server.queue import RequestQueue
-from fedcl.server.statistics import Statistics
-from fedcl.server.strategy import Outgoing
+from fedcl.server.receipt import Panel, Receipt, model_digest
+from fedcl.server.serving import Replay, Saved, ServingView
 
 if TYPE_CHECKING:
     from fedcl.server.loop import Server
-
-Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, and clients' states by visit
-
-
-class Replay(Protocol):
-    """Trains all over without a forget set, and can put the result in the run's place."""
-
-    def run(self, forgotten: Forgotten, until: int) -> Saved:
-        """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
-        ...
-
-    def adopt(self, server: Server, saved: Saved) -> None:
-        """Let ``server`` and its clients go on from ``saved``."""
-        ...
-
-
-class Panel(Protocol):
-    """Measures what serving requests did; a simulation has one, which sees all data."""
-
-    def measure(
-        self,
-        requests: Sequence[ForgetRequest],
-        before: Mapping[Target, Tensor],
-        after: Mapping[Target, Tensor],
-        reference: Mapping[Target, Tensor] | None,
-        met: Sequence[int],
-        earlier: Forgotten,
-    ) -> dict[str, float]:
-        """Return measurements by name; what was forgotten ``earlier`` belongs to none of the sets."""
-        ...
-
-    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
-        """Return the accuracy of ``model`` (P,) on what each of ``requests`` wanted forgotten, by request id."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +33,6 @@ class UnlearningOptions:
     in_flight: Literal["drop", "rebase"] = "drop"
     recovery_rounds: int = 0
     reference: bool = True
-
-
-@dataclass
-class Receipt:
-    """What serving some requests together did: all a certificate says, but for the chain.
-
-    ``first`` is the place of the first of them among all that were ever served, from 1.
-    """
-
-    first: int
-    requests: list[ForgetRequest]
-    server_round: int
-    promise: str
-    before: str
-    after: str
-    model_epoch: int
-    residuals: list[Residual]
-    measurements: dict[str, float]
-    cost: dict[str, float]
 
 
 class Unlearning:
@@ -129,10 +72,12 @@ class Unlearning:
         return bool(due)
 
     def _serve(self, server: Server, requests: list[ForgetRequest], server_round: int) -> None:
-        started, bytes_before = time.perf_counter(), server.exchange.bytes_up + server.exchange.bytes_down
+        started, cpu, traffic = time.perf_counter(), time.process_time(), server.exchange.traffic
         before = dict(server.state.models)
-        view = ServingView(server, requests, server_round, self)
-        edited = self.unlearner.unlearn(requests, dict(before), view)
+        view = ServingView(server, requests, server_round, self.forgotten, self.replay)
+        gone = Forgotten(requests).clients
+        found = self.unlearner.unlearn(requests, dict(before), view)
+        edited = {target: model for target, model in found.items() if target not in gone}
         measurements = {f"unlearner/{name}": value for name, value in self.unlearner.metrics().items()}
         if view.replayed is not None:
             self._adopt(server, view.replayed)
@@ -141,13 +86,14 @@ class Unlearning:
         server.edit(edited)
         if view.replayed is None:
             server.strategy.relearn(view)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         recovered = server.recover(self.options.recovery_rounds)
         self.queue.served(requests)
         self._served += requests
         cost = {
             "seconds": seconds,
-            "bytes": float(server.exchange.bytes_up + server.exchange.bytes_down - bytes_before),
+            "cpu_seconds": cpu,  # of this process: with workers, theirs come on top
+            "bytes": float(server.exchange.traffic - traffic),
             "clients_asked": float(len(view.asked)),
             "steps_asked": float(view.steps),
             "recovery_rounds": float(recovered),
@@ -201,10 +147,11 @@ class Unlearning:
         if self.options.in_flight != "rebase":
             return
         for flight in server.arrivals.flights.values():
-            old, new = before.get(flight.out.target), edited.get(flight.out.target)
             if any(one.scope != "client" and one.concerns(flight.client) for one in requests):
                 continue
-            if old is not None and new is not None:
+            old = before.get(flight.out.target)
+            if old is not None:
+                new = edited.get(flight.out.target, old)
                 flight.rebase(new.double() - old.double(), server.state.model_epoch + 1)
 
     def _measure(
@@ -257,148 +204,3 @@ class Unlearning:
         self.forgotten.requests[:] = Forgotten.of(state["forgotten"]).requests
         self._served = [ForgetRequest.from_json(text) for text in state["served"]]
         self.unlearner.load_state_dict(state["unlearner"])
-
-
-@dataclass
-class ServingView:
-    """What an unlearner may know and do while it serves ``requests`` (:class:`~fedcl.client.unlearner.UnlearnView`)."""
-
-    server: Server
-    requests: Sequence[ForgetRequest]
-    server_round: int
-    unlearning: Unlearning
-    replayed: Saved | None = None
-    asked: set[str] = field(default_factory=set)
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        earlier = [one for one in self.unlearning.forgotten.requests if one not in self.requests]
-        self._before = Forgotten(earlier)
-
-    @property
-    def spec(self) -> Spec:
-        """Layout of a model vector."""
-        return self.server.spec
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """The clients that stay."""
-        return self.server.clients
-
-    @property
-    def owners(self) -> tuple[str, ...]:
-        """The clients that may hold some of the forget set, those that leave among them."""
-        leaving = Forgotten(list(self.requests)).clients
-        mine = [one for one in self.requests if one.scope != "client"]
-        return tuple(
-            client
-            for client in self.server.everybody
-            if client in leaving or (client in self.clients and any(one.concerns(client) for one in mine))
-        )
-
-    @property
-    def initial(self) -> Tensor:
-        """The weights the run began with."""
-        return self.server.initial
-
-    @property
-    def statistics(self) -> Statistics:
-        """What the server has added up of clients' statistics."""
-        return self.server.statistics
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        return self.server.device
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        return self.server.rng(purpose)
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now."""
-        return self.server.model_of(client)
-
-    def ask(
-        self,
-        step: str,
-        models: Mapping[str, Tensor],
-        tensors: Mapping[str, Tensor] | None = None,
-        tasks: Mapping[str, Sequence[Task]] | None = None,
-        **args: Value,
-    ) -> list[Answer]:
-        """Let clients do a step of the unlearner."""
-        self.asked |= models.keys()
-        self.steps += 1
-        query = Query(step, dict(models), dict(tensors or {}))
-        return self.server.exchange.ask(
-            query,
-            lambda _: None,
-            self.server_round,
-            self.server.version,
-            kind="unlearn",
-            note_of=lambda client: self._note(client, dict(args), None if tasks is None else tasks[client]),
-        )
-
-    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
-        """Put ``query`` to clients with what they may still use of the tasks they had in ``server_round``."""
-        tasks = {c: self.server.curriculum.whole_task(c, server_round) for c in query.models if c in self.clients}
-        present = {client: model for client, model in query.models.items() if tasks.get(client) is not None}
-        self.asked |= present.keys()
-        self.steps += 1
-        return self.server.exchange.ask(
-            replace(query, models=present), lambda c: tasks[c], self.server_round, self.server.version
-        )
-
-    def replay(self) -> dict[Target, Tensor]:
-        """Return the models of a run without the forget set."""
-        if self.unlearning.replay is None:
-            raise RuntimeError("unlearner: training all over needs a simulation, or a new run with `exclude`")
-        self.replayed = self.unlearning.replay.run(self.unlearning.forgotten, self.server_round)
-        return dict(self.replayed[0]["models"])
-
-    def forget(self, leavers: Sequence[str]) -> list[Residual]:
-        """Tell the clients that stay and may hold some of the forget set to drop it."""
-        told = [client for client in self.owners if client not in leavers]
-        self.server.cancel(told)  # what they are computing comes from the forget set
-        rounds = max(self.server_round - 1, 0)
-        tasks = {client: self._last_task(client, rounds) for client in told}
-        present = [client for client in told if tasks[client] is not None]
-        outgoing = [Outgoing(client, "", self.server.model_of(client)) for client in present]
-        replies = self.server.exchange.tell(
-            "forget", outgoing, lambda client: tasks[client], rounds, self.server.version, lambda c: self._note(c, {})
-        )
-        self.server.cancel(told)  # a worker may still have the state as it was before
-        found: dict[Residual, int] = {}
-        for reply in replies.values():
-            for residual in residuals_from(reply.note):
-                found[residual] = found.get(residual, 0) + 1
-        return [
-            Residual(f"{residual.part} at {count} client(s)", residual.outcome, residual.why)
-            for residual, count in found.items()
-            if residual.outcome != "none"
-        ]
-
-    def _last_task(self, client: str, server_round: int) -> Task | None:
-        """Return the task a client is in or, if it takes no part just now, the last that it met."""
-        curriculum = self.server.curriculum
-        task, met = curriculum.whole_task(client, server_round), curriculum.schedule.met(client, server_round)
-        return curriculum.met_task(client, met[-1], server_round) if task is None and met else task
-
-    def _note(self, client: str, args: dict[str, Any], tasks: Sequence[Task] | None = None) -> str:
-        if tasks is None:
-            tasks = self._met(client)
-        return ForgetNote(tuple(self.requests), tuple(tasks), args).to_json()
-
-    def _met(self, client: str) -> list[Task]:
-        curriculum, last = self.server.curriculum, self.server_round - 1
-        met = curriculum.schedule.met(client, last) if last >= 0 else ()
-        return [self._before.task(client, curriculum.plain_task(client, task_id, last)) for task_id in met]
-
-
-def model_digest(models: Mapping[Target, Tensor]) -> str:
-    """Return the SHA-256 of models, target by target: what a certificate names a state of the run by."""
-    digest = hashlib.sha256()
-    for target in sorted(models):
-        digest.update(target.encode() + b"\0" + models[target].contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedcl import __version__
+from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
+from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Partition
-from fedcl.messages import MESSAGE_TYPE, hello_content, read_hello
 from fedcl.rules import ConfigError
-from fedcl.server.selection import client_order
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
+from fedcl.simulation.fleet import FleetGrid
 from fedcl.simulation.grid import BaseGrid, InlineGrid
 from fedcl.simulation.host import ClientHost
-from fedcl.wiring import client_ids, client_runtime, simulated_data
+from fedcl.wiring import client_ids, client_runtime, participants, simulated_data
 
 FIRST_NODE = 2  # Flower's node 1 is the server
 RUN_ID = 1
-HELLO_SECONDS = 300.0
-POLL_SECONDS = 0.5
 FlowerGrid = Grid  # for those that pass a grid through without speaking Flower
 
 
@@ -37,7 +35,8 @@ class Backend:
     """An open grid: which node is which client, whether it takes cohort messages, and the client states it keeps.
 
     ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions,
-    ``erase`` drops everything that is kept of clients; None where their devices must do so.
+    ``erase`` drops everything that is kept of clients and returns those whose devices it did not reach, ``release``
+    their messages and what workers have copies of; None where their devices must do so.
     """
 
     grid: Grid
@@ -45,7 +44,8 @@ class Backend:
     cohorts: bool
     states: ClientStateStore | None
     compute: Compute = at_once
-    erase: Callable[[Sequence[str]], None] | None = None
+    erase: Callable[[Sequence[str]], Sequence[str] | None] | None = None
+    release: Callable[[Sequence[str]], None] | None = None
 
 
 @contextmanager
@@ -55,8 +55,12 @@ def open_backend(
     partition: Partition,
     grid: Grid | None = None,
     state_folder: Path | None = None,
+    *,
+    resuming: bool = False,
 ) -> Iterator[Backend]:
     """Open the grid of ``backend.name``, or use the one that Flower has given, and close ours however the run ends.
+
+    A run that is resumed goes on with the devices that are there; a new one waits for ``backend.min_clients``.
 
     With ``backend.state=files`` clients' states are kept under ``state_folder``, which is emptied before: what counts
     of an interrupted run is in its checkpoint.
@@ -69,14 +73,15 @@ def open_backend(
     quiet_environment()
     config = dict(cfg)
     if grid is not None:
-        yield Backend(grid, roster(grid, config["num_clients"]), cohorts=False, states=None)
+        fleet = _fleet(config, dataset, grid, resuming=resuming)
+        yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase)
         return
     if config["backend"]["name"] == "flower":
-        raise ConfigError("backend=flower: Flower starts such a run; use: flwr run . --run-config 'overrides=\"...\"'")
+        raise ConfigError("backend=flower: Flower starts such a run; use: fedcl deploy run DIR")
     own = _own_grid(config, dataset, partition, _state_store(config, state_folder))
     try:
         with identity(RUN_ID):
-            yield Backend(own, own.nodes, True, own.states, own.compute, own.erase)
+            yield Backend(own, own.nodes, True, own.states, own.compute, own.erase, own.release)
     finally:
         own.close()
 
@@ -113,26 +118,18 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     )
 
 
-def roster(grid: Grid, num_clients: int, *, seconds: float = HELLO_SECONDS) -> dict[str, int]:
-    """Wait until ``num_clients`` nodes are there, ask each who it is, and return node by client in canonical order.
-
-    Raises
-    ------
-    ConfigError
-        If too few nodes come in time, or two call themselves the same.
-    """
-    deadline = time.monotonic() + seconds
-    while len(nodes := sorted(grid.get_node_ids())) < num_clients:
-        if time.monotonic() > deadline:
-            raise ConfigError(f"num_clients={num_clients}: only {len(nodes)} nodes came within {seconds:.0f} s")
-        time.sleep(POLL_SECONDS)
-    messages = [Message(hello_content(), dst_node_id=node, message_type=MESSAGE_TYPE["hello"]) for node in nodes]
-    clients: dict[str, int] = {}
-    for reply in grid.send_and_receive(messages, timeout=seconds):
-        if reply.has_error():
-            raise ConfigError(f"node {reply.metadata.src_node_id} does not answer: {reply.error.reason}")
-        client, _, _ = read_hello(reply.content)
-        if client in clients:
-            raise ConfigError(f"two nodes call themselves client {client!r}")
-        clients[client] = reply.metadata.src_node_id
-    return {client: clients[client] for client in sorted(clients, key=client_order)}
+def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool) -> FleetGrid:
+    """Wait for the devices, and agree with each on the run's classes."""
+    agreed = Agreement(dataset.classes, dataset.input_shape, is_local(cfg))
+    backend, clients = cfg["backend"], participants(cfg)
+    fleet = FleetGrid(
+        grid,
+        clients,
+        note=agreed.to_json(),
+        code=__version__,
+        timeout=backend["client_timeout"],
+        max_bytes=backend["max_message_mb"] << 20,
+    )
+    wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
+    fleet.join(at_least=wanted, seconds=backend["join_seconds"])
+    return fleet

@@ -14,6 +14,7 @@ from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, message_with
 from fedcl.simulation.host import ClientHost, Failure, Outcome
+from fedcl.simulation.jobs import without
 
 
 class BaseGrid(Grid):
@@ -32,7 +33,7 @@ class BaseGrid(Grid):
         self.compute: Compute = at_once
         self._run = empty_run(run_id)
         self._next = 0
-        self._sent: dict[str, Message] = {}
+        self._sent: dict[str, Metadata] = {}
         self._done: dict[str, Outcome] = {}
 
     @abstractmethod
@@ -43,8 +44,27 @@ class BaseGrid(Grid):
     def _progress(self, timeout: float | None) -> None:
         """Compute or wait, and put what is finished into ``_done``."""
 
+    @abstractmethod
+    def _cancel(self, clients: frozenset[str]) -> None:
+        """Drop what is queued or being computed for ``clients``, and every copy of their states and samples."""
+
+    def release(self, clients: Sequence[str]) -> None:
+        """Drop the messages of ``clients``, however far they are, and all copies of their states and samples.
+
+        What is under way is neither delivered nor staged when it comes. The states kept here, which count, stay.
+        """
+        gone = frozenset(clients)
+        for message_id, outcome in list(self._done.items()):
+            left = [(client, reply) for client, reply in outcome if client not in gone]
+            if left:
+                self._done[message_id] = left
+            else:
+                del self._done[message_id], self._sent[message_id]
+        self._cancel(gone)
+
     def erase(self, clients: Sequence[str]) -> None:
-        """Drop every state and every message of ``clients``, here and in the workers."""
+        """Drop everything about ``clients``: messages, copies, and their states."""
+        self.release(clients)
         for client in clients:
             self.states.drop(client)
 
@@ -79,7 +99,7 @@ class BaseGrid(Grid):
             message_id = f"{self.run_id}-{self._next}"
             self._next += 1
             ids.append(message_id)
-            self._sent[message_id] = message
+            self._sent[message_id] = message.metadata
             if message.metadata.dst_node_id in known:
                 batch.append((message_id, message.content))
             else:
@@ -106,7 +126,7 @@ class BaseGrid(Grid):
         return [reply for message_id in ids if message_id in self._done for reply in self._deliver(message_id)]
 
     def _deliver(self, message_id: str) -> list[Message]:
-        sent = self._sent.pop(message_id).metadata
+        sent = self._sent.pop(message_id)
         replies = []
         for client, outcome in self._done.pop(message_id):
             metadata = Metadata(
@@ -142,3 +162,12 @@ class InlineGrid(BaseGrid):
         if self._queue:
             message_id, content = self._queue.pop(0)
             self._done[message_id] = list(self._host.run(content))
+
+    def _cancel(self, clients: frozenset[str]) -> None:
+        queue = [(message_id, without(content, clients)) for message_id, content in self._queue]
+        self._queue = [(message_id, content) for message_id, content in queue if content is not None]
+        for message_id, content in queue:
+            if content is None:
+                del self._sent[message_id]
+        for client in clients:
+            self._host.runtime.data.drop(client)

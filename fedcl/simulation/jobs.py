@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 
 from fedcl.messages import VISIT
 
@@ -16,7 +16,7 @@ class Job:
     """A message, or a client's part of one, on its way to a worker.
 
     ``losses`` counts the workers that were lost with it, ``deaths`` those of them that certainly died running it and
-    nothing else.
+    nothing else; ``cancelled`` are clients whose result counts no more, though a worker may be at it.
     """
 
     message_id: str
@@ -26,16 +26,42 @@ class Job:
     size: int
     losses: int = 0
     deaths: int = 0
+    cancelled: set[str] = field(default_factory=set)
+
+    def cancel(self, clients: Collection[str]) -> bool:
+        """Take ``clients`` out of a job that no worker has; say whether it has any left."""
+        stay = [i for i, client in enumerate(self.clients) if client not in clients]
+        if len(stay) < len(self.clients):
+            # a share of the samples, for the order of jobs alone
+            self.size = self.size * len(stay) // len(self.clients)
+            self.clients = [self.clients[i] for i in stay]
+            self.committed = [self.committed[i] for i in stay]
+            self.wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], stay)}
+        return bool(stay)
 
     def split(self) -> list[Job]:
         """Return one job for each client, to find out which of them kills workers."""
         if len(self.clients) == 1:
             return [self]
-        visit = self.wire[VISIT]
         jobs = []
         for i, (client, committed) in enumerate(zip(self.clients, self.committed, strict=True)):
-            alone = {name: visit[name][i : i + 1] for name in ("clients", "visits", "committed", "turns")}
-            wire = {**self.wire, VISIT: ConfigRecord({**visit, **alone})}
+            wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], [i])}
             size = self.size // len(self.clients)
             jobs.append(Job(self.message_id, wire, [client], [committed], size, self.losses))
         return jobs
+
+
+def narrowed(visit: ConfigRecord, places: Sequence[int]) -> ConfigRecord:
+    """Return the record that addresses the clients at ``places`` only."""
+    lists = {name: cast(list[Any], visit[name]) for name in ("clients", "visits", "committed", "turns")}
+    return ConfigRecord({**visit, **{name: [values[i] for i in places] for name, values in lists.items()}})
+
+
+def without(content: RecordDict, clients: Collection[str]) -> RecordDict | None:
+    """Return an instruction for its other clients, itself if it has none of ``clients``, None if it has no other."""
+    visit = cast(ConfigRecord, content[VISIT])
+    addressed = cast(list[str], visit["clients"])
+    stay = [i for i, client in enumerate(addressed) if client not in clients]
+    if len(stay) == len(addressed):
+        return content
+    return RecordDict({**content, VISIT: narrowed(visit, stay)}) if stay else None

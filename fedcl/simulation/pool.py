@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fedcl.rules import ConfigError
 from fedcl.simulation.jobs import Job
@@ -182,3 +183,12 @@ class WorkerPool:
         for slot in self.slots:
             self._ray.kill(slot.actor)
         self.slots = []
+
+
+def demand(classes: Sequence[WorkerClass]) -> dict[str, float]:
+    """Return what all workers together reserve, by Ray's name of the resource."""
+    total: Counter[str] = Counter()
+    for kind in classes:
+        for name, amount in {"CPU": kind.num_cpus, "GPU": kind.num_gpus, **kind.resources}.items():
+            total[name] += cast(int, kind.count * amount)
+    return {name: float(amount) for name, amount in total.items() if amount}

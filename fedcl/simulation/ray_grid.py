@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from fedcl.simulation.compute import on_workers
 from fedcl.simulation.grid import BaseGrid
 from fedcl.simulation.host import Failure, Outcome
 from fedcl.simulation.jobs import Job
-from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool
+from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool, demand
 from fedcl.simulation.worker import Shared, pack_numpy
 from fedcl.tree import unpack
 
@@ -104,12 +104,12 @@ class RayGrid(BaseGrid):
         if classes is None and (workers is not None or (self._owns_ray and address is None)):
             classes = [WorkerClass(workers or os.cpu_count() or 1, num_gpus=gpus)]
         if self._owns_ray:
-            demand = _demand(classes or ())
-            cpus, devices = demand.pop("CPU", 0.0), demand.pop("GPU", 0.0)
-            start_ray(address, workers=cpus, gpus=devices, resources=demand)
+            asked = demand(classes or ())
+            cpus, devices = asked.pop("CPU", 0.0), asked.pop("GPU", 0.0)
+            start_ray(address, workers=cpus, gpus=devices, resources=asked)
         if classes is None:
             classes = [WorkerClass(free_places(gpus), num_gpus=gpus)]
-        check_fits(_demand(classes))
+        check_fits(demand(classes))
         return classes
 
     @property
@@ -209,19 +209,65 @@ class RayGrid(BaseGrid):
         job = slot.calls.pop(call)
         slot.since = time.monotonic()
         for client, (visit, (tree, arrays)) in staged.items():
+            if client in job.cancelled:
+                continue
             tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
             self.states.stage(client, visit, unpack(tree, tensors))
             slot.held.setdefault(client, set()).add(visit)
-        self._collect(job.message_id, outcome)
+        self._collect(job.message_id, [(client, reply) for client, reply in outcome if client not in job.cancelled])
         return None
 
     def _collect(self, message_id: str, outcome: Outcome) -> None:
         """File replies under their message, which is done when each of its clients has one."""
-        outcomes = self._outcomes[message_id]
+        outcomes = self._outcomes.get(message_id)
+        if outcomes is None:
+            return  # all its clients were cancelled
         outcomes.update(outcome)
         if all(reply is not None for reply in outcomes.values()):
             del self._outcomes[message_id]
             self._done[message_id] = [(client, reply) for client, reply in outcomes.items() if reply is not None]
+
+    def _cancel(self, clients: frozenset[str]) -> None:
+        for slot in self._workers.slots:
+            for job in slot.calls.values():
+                job.cancelled |= clients & set(job.clients)
+            for client in clients:
+                slot.held.pop(client, None)
+        self._queue = deque(job for job in self._queue if job.cancel(clients))
+        self._suspects = deque(job for job in self._suspects if job.cancel(clients))
+        for message_id, outcomes in list(self._outcomes.items()):
+            for client in clients & outcomes.keys():
+                del outcomes[client]
+            if outcomes:
+                self._collect(message_id, [])
+            else:
+                del self._outcomes[message_id], self._sent[message_id]
+        self._clear_workers(sorted(clients))
+
+    def _clear_workers(self, clients: Sequence[str]) -> None:
+        """Wait until no worker has a copy of anything of ``clients``: one that is lost meanwhile takes its own along.
+
+        A worker does what it is told in order, so it has ended whatever it had been at before.
+        """
+        waiting = {slot.actor.erase.remote(clients): (slot, slot.actor) for slot in self._workers.ready()}
+        errors = self._ray.exceptions
+        while waiting:
+            done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
+            for call in done:
+                slot, actor = waiting.pop(call)
+                try:
+                    self._ray.get(call, timeout=GET_SECONDS)
+                except errors.RayTaskError:
+                    raise
+                except errors.RayError as error:
+                    if slot.actor is actor:
+                        self._bury(slot, error)
+            for slot in self._workers.stranded():
+                self._bury(slot, ConnectionError("its node is gone"))
+            self._end_overdue()
+            waiting = {call: (slot, actor) for call, (slot, actor) in waiting.items() if slot.actor is actor}
+        for slot in self._workers.ready():
+            self._salvage(slot)  # results that lie ready may hold what was to be dropped
 
     def _salvage(self, slot: Slot) -> None:
         """File the results that a worker finished before its end, so that the first call left is the one it ran."""
@@ -242,11 +288,12 @@ class RayGrid(BaseGrid):
         own_death = own_death and slot.node in self._workers.nodes()
         jobs = list(slot.calls.values())
         self._workers.replace(slot, error)
-        for job in jobs[1:]:
-            self._queue.appendleft(job)
+        self._queue.extendleft(job for job in jobs[1:] if job.cancel(job.cancelled))
         for job in jobs[:1]:
             job.losses += 1
             job.deaths += own_death and len(job.clients) == 1
+            if not job.cancel(job.cancelled):
+                continue
             name = type(error).__name__
             if job.deaths >= DEATH_LIMIT:
                 self._give_up(job, CLIENT_CRASHED, f"the worker died with this client {job.deaths} times: {name}")
@@ -271,7 +318,9 @@ class RayGrid(BaseGrid):
                 continue
             jobs = list(slot.calls.values())
             self._workers.replace(slot, f"no answer within backend.client_timeout={limit:g} s for each client")
-            self._queue.extendleft(jobs[1:])
+            self._queue.extendleft(job for job in jobs[1:] if job.cancel(job.cancelled))
+            if not jobs[0].cancel(jobs[0].cancelled):
+                continue
             if len(jobs[0].clients) == 1:
                 self._give_up(jobs[0], CLIENT_CRASHED, f"no answer within backend.client_timeout={limit:g} s")
             else:
@@ -281,15 +330,6 @@ class RayGrid(BaseGrid):
 def _overdue(slot: Slot, limit: float) -> bool:
     running = next(iter(slot.calls.values()), None)
     return running is not None and time.monotonic() - slot.since > limit * len(running.clients)
-
-
-def _demand(classes: Sequence[WorkerClass]) -> dict[str, float]:
-    """Return what all workers together reserve, by Ray's name of the resource."""
-    total: Counter[str] = Counter()
-    for kind in classes:
-        for name, amount in {"CPU": kind.num_cpus, "GPU": kind.num_gpus, **kind.resources}.items():
-            total[name] += cast(int, kind.count * amount)
-    return {name: float(amount) for name, amount in total.items() if amount}
 
 
 def _user_paths() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Worker:
         from fedcl.wiring import client_runtime, simulated_data  # after the user's own modules can be found
 
         runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
+        self._data = runtime.data
         self._store = _NotingStore()
         self._host = ClientHost(runtime, self._store)
         self._records: OrderedDict[str, Any] = OrderedDict()
@@ -66,6 +67,14 @@ class Worker:
     def compute(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run a pure function for the server."""
         return fn(*args)
+
+    def erase(self, clients: Sequence[str]) -> None:
+        """Drop all copies kept here of the states and samples of ``clients``, and every record kept ready."""
+        for client in clients:
+            self._store.drop(client)
+            self._data.drop(client)
+        self._store.noted.clear()
+        self._records.clear()  # one of them may be a client's own model; those still needed are fetched again
 
     def _record(self, record: Any) -> Any:
         if not isinstance(record, Shared):

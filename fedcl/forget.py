@@ -1,0 +1,142 @@
+"""Asking a run to forget: checked, handed in, and served at once where no round comes any more."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcl.client.substitute import Substitute
+from fedcl.experiment import launched, refuse_changes, resume, with_unlearner
+from fedcl.inbox import hand_in, lines
+from fedcl.prepared import Prepared
+from fedcl.requests import ForgetRequest, Forgotten, Scope
+from fedcl.results import certificate, schema
+from fedcl.results.checkpoint import Checkpoints
+from fedcl.rules import ConfigError
+from fedcl.server.queue import RequestQueue
+from fedcl.wiring import Config, make_queue, make_unlearner
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for; several kinds at once are refused, but for clients that narrow a request down."""
+
+    clients: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
+    tasks: tuple[int, ...] = ()
+    id: str | None = None
+
+    def request(self) -> ForgetRequest:
+        """Return the request.
+
+        Raises
+        ------
+        ConfigError
+            If it names nothing, or several kinds of things.
+        """
+        values: dict[Scope, tuple[int, ...]] = {"class": self.classes, "sample": self.samples, "task": self.tasks}
+        named: list[Scope] = [scope for scope in values if values[scope]]
+        if len(named) > 1 or not (named or self.clients):
+            raise ConfigError("name what to forget: --client, --class, --samples or --task, one of the last three")
+        scope: Scope = named[0] if named else "client"
+        name = self.id or f"{scope}-{secrets.token_hex(4)}"
+        return ForgetRequest(name, scope, self.clients, self.classes, self.samples, self.tasks)
+
+
+def forget(
+    run_dir: Path, asked: Asked, overrides: Sequence[str] = (), *, force: bool = False, quiet: bool = False
+) -> list[str]:
+    """Hand a request in to a run, serve it if the run is over, and return lines that say what was done.
+
+    ``force`` serves also where code or settings have changed since the run. ``quiet`` returns the certificate's path.
+
+    Raises
+    ------
+    ConfigError
+        If the request can be refused by now; nothing has been written then.
+    """
+    request = asked.request()
+    cfg, env = launched(run_dir)
+    status = (run_dir / schema.STATUS).read_text().strip() if (run_dir / schema.STATUS).is_file() else "running"
+    if overrides and status != "done":
+        raise ConfigError(f"{overrides[0]}: another unlearner can serve a run that is over; this one is {status}")
+    serving = with_unlearner(cfg, env["launch"], overrides)
+    over = status == "done"
+    if over:
+        _refuse_over(cfg, serving, run_dir)
+        if not force:
+            refuse_changes(run_dir, cfg, env)
+    if _answered_before(serving, run_dir, request, status):
+        return [f"{request.id}: was asked before, nothing is done again", *_told(run_dir, request)]
+    hand_in(run_dir, request, overrides)
+    if not over:
+        when = "before the next round" if status == "running" else "when the run goes on"
+        return [f"{request.id}: handed in, to be served {when} (after a stop: fedcl resume {run_dir})"]
+    resume(run_dir, force=force, quiet=True)
+    told = _told(run_dir, request)
+    if not told:
+        raise RuntimeError(f"{request.id}: was not served; {run_dir / 'events.jsonl'} says why")
+    return told[-1:] if quiet else told
+
+
+def _refuse_over(cfg: Config, serving: Config, run_dir: Path) -> None:
+    """Refuse what cannot be done to a run that is over."""
+    if cfg["backend"]["name"] == "flower":
+        raise ConfigError("backend=flower: its clients are not in reach any more; hand requests in while it runs")
+    if not Checkpoints(run_dir).begun():
+        raise ConfigError(f"{run_dir}: keeps no checkpoint (checkpoint.every=0), so there is nothing to change")
+    if serving is not cfg:
+        try:
+            Substitute(make_unlearner(cfg), make_unlearner(serving))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status: str) -> bool:
+    """Say whether the very request came before; refuse it where the run would.
+
+    A run that is going on is not looked into: there, what has left meanwhile is refused as an event.
+    """
+    prepared = Prepared.of(cfg)
+    queue = make_queue(cfg, prepared.stream, prepared.schedule, prepared.dataset)
+    forgotten, next_round = Forgotten(), -1
+    if status != "running" and Checkpoints(run_dir).begun():
+        state = Checkpoints(run_dir).load()[0]["server"]
+        next_round = state["next_round"]
+        if "unlearning" in state:
+            queue.load_state_dict(state["unlearning"]["queue"])
+            forgotten = Forgotten.of(state["unlearning"]["forgotten"])
+    text = request.to_json()
+    before = _met(queue, run_dir)
+    if any(text == one.to_json() for one in before) or text in queue.state_dict()["answered"]:
+        return True
+    queue.inbox = lambda _: [*((line.request, line.fault) for line in lines(run_dir)), (request, None)]
+    why = {one.to_json(): reason for one, reason in queue.take(next_round, forgotten)}[text]
+    if why is not None:
+        raise ConfigError(why)
+    return False
+
+
+def _met(queue: RequestQueue, run_dir: Path) -> list[ForgetRequest]:
+    """Return the requests that are planned or handed in."""
+    return [*(one for _, one in queue.planned), *(line.request for line in lines(run_dir) if line.fault is None)]
+
+
+def _told(run_dir: Path, request: ForgetRequest) -> list[str]:
+    """Return what the certificate of a request says, in a few lines; nothing if there is none."""
+    for finding in certificate.read(run_dir):
+        content: dict[str, Any] = finding.content
+        if content and content["request"]["id"] == request.id:
+            remains = [row for row in content["residuals"] if row["outcome"] == "remains"]
+            return [
+                f"{request.id}: served before round {content['server_round']} by {content['unlearner']['name']}",
+                f"guarantee: {content['guarantee']}",
+                *(f"remains: {row['part']}: {row['why']}" for row in remains),
+                f"cost: {content['cost'].get('seconds', 0.0):.1f} s, {content['cost'].get('bytes', 0.0):.0f} bytes",
+                str(run_dir / certificate.FOLDER / finding.name),
+            ]
+    return []
