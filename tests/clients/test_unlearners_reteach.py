@@ -1,0 +1,128 @@
+"""Reteaching: the teacher's closed form, the directions it spares, and that the leaver's labels do not matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from clients.unlearners.reteach import (
+    Reteach,
+    half,
+    input_sums,
+    layers_of,
+    random_features,
+    spare,
+    sparing_matrices,
+    whole,
+)
+from fedcl.client.unlearner import Samples
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import MLP, LeNet, build_model
+from fedcl.randomness import torch_generator
+from fedcl.requests import ForgetRequest
+from fedcl.server.contracts import Answer
+from tests.clients.serving import NOTHING, Serving
+
+CLASSES, INPUTS = 3, 4
+
+
+def mlp() -> FlatModel:
+    return FlatModel(build_model(lambda: MLP(input_shape=(INPUTS,), heads=(CLASSES,), hidden=(5,)), seed=0))
+
+
+def drawn(purpose: str, count: int = 12) -> Samples:
+    generator = torch_generator(purpose)
+    x = torch.randn(count, INPUTS, generator=generator)
+    return Samples(x, torch.randint(CLASSES, (count,), generator=generator))
+
+
+def serving(unlearner: Reteach, leaver: Samples) -> Serving:
+    held = {"0": (NOTHING, drawn("a")), "1": (NOTHING, drawn("b", 7)), "2": (leaver, NOTHING)}
+    return Serving(unlearner, mlp(), held, leaving=("2",))
+
+
+def test_half_a_symmetric_matrix_is_all_of_it() -> None:
+    matrix = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    assert half(matrix).tolist() == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(whole(half(matrix)), matrix)
+
+
+def test_inputs_are_summed_with_a_one_for_the_bias() -> None:
+    model, samples = mlp(), drawn("a")
+    sums = input_sums(model, samples)
+    read = torch.cat([samples.x, torch.ones(12, 1)], 1)
+    assert list(sums) == list(layers_of(model.module)) == ["hidden.0", "head"]
+    torch.testing.assert_close(sums["hidden.0"], read.T @ read)
+    assert sums["head"].shape == (6, 6)
+    assert float(sums["head"][-1, -1]) == 12
+
+
+def test_a_convolution_is_summed_over_its_patches() -> None:
+    model = FlatModel(build_model(lambda: LeNet(input_shape=(1, 16, 16), heads=(2,)), seed=0))
+    sums = input_sums(model, Samples(torch.rand(2, 1, 16, 16, generator=torch_generator("x")), torch.zeros(2).long()))
+    assert sums["conv1"].shape == (26, 26)
+    assert float(sums["conv1"][-1, -1]) == 2 * 12 * 12  # two images, 12 x 12 places each
+
+
+def test_directions_in_use_are_spared_and_others_are_not() -> None:
+    # of two inputs, those who stay use the first alone: energies 2 and 0, mean 1
+    answers = [Answer("0", 1, {"gram/head": half(torch.diag(torch.tensor([2.0, 0.0])))})]
+    matrix = sparing_matrices(answers, 0.1)["head"]
+    raw = torch.tensor([1 / 2.1, 1 / 0.1])
+    torch.testing.assert_close(matrix, torch.diag(raw / raw.mean()))
+    grads = [torch.ones(1, 2), torch.ones(3)]
+    spare(grads, [(0, None, matrix)])
+    torch.testing.assert_close(grads[0], matrix.diagonal()[None])
+    assert not bool(grads[1].any())  # of no layer that is known: it stays as it is
+
+
+def test_the_teacher_is_ridge_regression_on_everybodys_features() -> None:
+    unlearner = Reteach(features=8)
+    view = serving(unlearner, drawn("leaver"))
+    solved = unlearner._solve(view.ask("teacher", dict.fromkeys(view.clients, view.initial), seed=5))
+    pooled = Samples.join([drawn("a"), drawn("b", 7)])
+    phi = random_features(pooled.x, 8, 5).double()
+    gram, cross = phi.T @ phi, phi.T @ torch.nn.functional.one_hot(pooled.y, CLASSES).double()
+    penalty = 0.01 * gram.trace() / 9 * torch.eye(9, dtype=torch.float64)
+    assert solved is not None
+    torch.testing.assert_close(solved.double(), torch.linalg.solve(gram + penalty, cross), rtol=1e-3, atol=1e-4)
+
+
+def served(leaver: Samples, **settings: float) -> Tensor:
+    view = serving(Reteach(features=16, **settings), leaver)  # type: ignore[arg-type]
+    asked = ForgetRequest("r", "client", clients=("2",))
+    return view.unlearner.unlearn([asked], {"*": view.initial}, view)["*"]
+
+
+def test_the_leavers_labels_do_not_matter() -> None:
+    leaver = drawn("leaver")
+    other = replace(leaver, y=(leaver.y + 1) % CLASSES)
+    edited = served(leaver)
+    assert torch.equal(edited, served(other))
+    assert not torch.equal(edited, mlp().vector())
+
+
+def test_no_epochs_change_nothing() -> None:
+    assert torch.equal(served(drawn("leaver"), epochs=0), mlp().vector())
+
+
+def test_those_who_stay_notice_less_where_their_directions_are_spared() -> None:
+    kept, model = Samples.join([drawn("a"), drawn("b", 7)]), mlp()
+
+    def moved(vector: Tensor) -> float:
+        before, after = mlp(), model
+        after.load(vector)
+        with torch.no_grad():
+            return float((after(kept.x).logits - before(kept.x).logits).norm())
+
+    strict, loose = (served(drawn("leaver", 40), epsilon=epsilon, lr=0.003) for epsilon in (1e-4, 1e4))
+    assert moved(strict) < 0.5 * moved(loose)
+
+
+@pytest.mark.parametrize("setting", ["features", "ridge", "sharpness", "epsilon"])
+def test_numbers_are_held_to_their_range(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"unlearner.{setting}=0: must be > 0"):
+        Reteach(**{setting: 0})
