@@ -1,7 +1,8 @@
 """The client half of the Flower app: a visit is the same code here as in a simulation.
 
 Needs the base dependencies only. What a client does is composed from its own copy of the configuration; the server
-sends names and numbers, never code.
+sends names and numbers, never code. A SuperNode started with ``--node-config 'spec="/path/client.yaml"'`` is a device
+with data and state of its own; without, it is one of Flower's simulated nodes.
 """
 
 from __future__ import annotations
@@ -9,19 +10,32 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcl import __version__
+from fedcl.building import targets_in
+from fedcl.client.device import Agreement, DeviceData, DeviceSpec, device_overrides, read_spec, refuse_foreign_targets
+from fedcl.client.device import relabel as with_global_labels
+from fedcl.client.device_state import DeviceStateStore
 from fedcl.client.plugin import State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
-from fedcl.config import compose
-from fedcl.messages import CHANGES_STATE, hello_reply, record_tensors, reply_content, requests, tensors_record
+from fedcl.messages import (
+    CHANGES_STATE,
+    Request,
+    content_bytes,
+    hello_reply,
+    record_tensors,
+    reply_content,
+    requests,
+    tensors_record,
+)
 from fedcl.tree import pack, unpack
-from fedcl.wiring import client_ids, client_runtime, load_dataset, simulated_data, split_dataset
+from fedcl.wiring import Config, client_ids, client_runtime, load_dataset, simulated_data, split_dataset
 
 app = ClientApp()
 
@@ -67,6 +81,8 @@ class ContextStateStore:
 @functools.lru_cache(maxsize=2)
 def _runtime(overrides: str) -> ClientRuntime:
     """Build what runs visits: once a process, not once a message."""
+    from fedcl.config import compose
+
     torch.set_num_threads(1)
     cfg = compose(shlex.split(overrides))
     dataset = load_dataset(cfg)
@@ -79,6 +95,9 @@ def _runtime(overrides: str) -> ClientRuntime:
 @app.query()
 def answer(message: Message, context: Context) -> Message:
     """Answer any message of a fedcl server."""
+    spec = context.node_config.get("spec")
+    if spec is not None:
+        return on_device(message, context, read_spec(Path(str(spec))))
     runtime = _runtime(str(context.run_config.get("overrides", "")))
     client = str(context.node_config["partition-id"])
     request = next(requests(message.content))
@@ -90,3 +109,72 @@ def answer(message: Message, context: Context) -> Message:
     if request.kind in CHANGES_STATE:
         store.commit(client, request.committed)
     return Message(reply_content(runtime.visit(request, store), live=False), reply_to=message)
+
+
+def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
+    """Answer a message on a device with data and state of its own.
+
+    Raises
+    ------
+    ValueError
+        If the message is too large, for somebody else, or was here before; ConfigError if the device is not set up.
+    """
+    size = content_bytes(message.content)
+    if size > spec.max_message_bytes:
+        allowed = spec.max_message_bytes >> 20
+        raise ValueError(f"client {spec.client}: a message of {size} bytes; max_message_mb={allowed} in client.yaml")
+    asked = list(requests(message.content))
+    if len(asked) != 1:
+        raise ValueError(f"client {spec.client}: a message for {len(asked)} clients; a device is one")
+    request, run = asked[0], str(context.run_config.get("run", "")) or f"run-{context.run_id}"
+    sent = str(context.run_config.get("overrides", ""))
+    store = DeviceStateStore(spec.state, run, spec.client)
+    store.refuse_if_left()
+    if request.kind == "hello":
+        agreed = Agreement.from_json(request.note)
+        held = _device_runtime(_device_config(sent, spec, store), spec, agreed).data.num_examples(spec.client)
+        store.agree(agreed.to_json())
+        return Message(hello_reply(spec.client, held, __version__), reply_to=message)
+    if request.client != spec.client:
+        raise ValueError(f"the message is for client {request.client!r}, this is client {spec.client!r}")
+    runtime = _device_runtime(_device_config(sent, spec, store), spec, Agreement.from_json(store.agreed()))
+    return Message(_visit(runtime, store, request, int(context.run_config.get("attempt", 0))), reply_to=message)
+
+
+def _visit(runtime: ClientRuntime, store: DeviceStateStore, request: Request, attempt: int) -> RecordDict:
+    if request.kind in CHANGES_STATE:
+        store.enter(attempt, request.visit)
+        store.commit(request.client, request.committed)
+    reply = runtime.visit(request, store)
+    if request.kind == "forget":
+        store.forgot(request.visit)
+    return reply_content(reply, live=False)
+
+
+def _device_config(sent: str, spec: DeviceSpec, store: DeviceStateStore) -> Config:
+    """Return the run's configuration, composed from this device's own copy when the run first spoke to it."""
+    key = json.dumps([sent, repr(spec), __version__])
+    kept = store.kept_config(key)
+    if kept is not None:
+        return kept
+    from fedcl.config import CONFIG_DIR, compose
+
+    cfg = compose(device_overrides(shlex.split(sent), spec))
+    if not spec.trusted_packages:
+        refuse_foreign_targets(targets_in(cfg), CONFIG_DIR)
+    store.keep_config(key, cfg)
+    return cfg
+
+
+def _device_runtime(cfg: Config, spec: DeviceSpec, agreed: Agreement) -> ClientRuntime:
+    """Build what runs this device's visits."""
+    torch.set_num_threads(spec.threads)
+    agreed.check(spec)
+    dataset = load_dataset(cfg)
+    if spec.data is not None:
+        dataset = with_global_labels(dataset, agreed, spec.client)
+        return client_runtime(cfg, DeviceData(dataset, spec.client), dataset)
+    clients = client_ids(cfg)
+    if spec.client not in clients:
+        raise ValueError(f"client {spec.client}: the run's clients are {clients[0]} to {clients[-1]}")
+    return client_runtime(cfg, simulated_data(dataset, split_dataset(cfg, dataset), clients), dataset)

@@ -75,6 +75,21 @@ def _packages_are_names(cfg: Mapping[str, Any]) -> None:
             raise ConfigError(f"trusted_packages={cfg['trusted_packages']}: must be a list of top package names")
 
 
+def _own_data_need_devices(cfg: Mapping[str, Any]) -> None:
+    if not is_local(cfg):
+        return
+    if cfg["backend"]["name"] != "flower":
+        raise ConfigError("data/partition=local: clients with data of their own are devices; use: fedcl deploy run DIR")
+    if any(cfg["exclude"][key] for key in ("samples", "classes")):
+        raise ConfigError("exclude: with data/partition=local the server cannot leave out devices' samples")
+
+
+def is_local(cfg: Mapping[str, Any]) -> bool:
+    """Whether the clients are devices that bring data of their own."""
+    partition = cfg["data"].get("partition") if isinstance(cfg.get("data"), Mapping) else None
+    return isinstance(partition, Mapping) and partition.get("_target_") == "fedcl.data.partition.local"
+
+
 def _worker_classes_are_sound(cfg: Mapping[str, Any]) -> None:
     backend = cfg["backend"]
     classes = backend.get("worker_classes")
@@ -118,5 +133,6 @@ CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
     _exclude_names,
     _rounds_can_close,
     _packages_are_names,
+    _own_data_need_devices,
     _worker_classes_are_sound,
 ]

@@ -274,10 +274,15 @@ def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
     return tensors
 
 
-def hello_content() -> RecordDict:
-    """Return the question that asks a node which client it is."""
+def content_bytes(content: RecordDict) -> int:
+    """Return how many bytes the arrays of a message have, as they came over the wire."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def hello_content(note: str = "") -> RecordDict:
+    """Return the question that asks a node which client it is; ``note`` is what the run expects of it."""
     content = RecordDict()
-    content[VISIT] = visit_record([Request("hello", "", 0, -1, -1, 0, None)])
+    content[VISIT] = visit_record([Request("hello", "", 0, -1, -1, 0, None, note=note)])
     return content
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "dirichlet_client",
     "iid",
     "k_classes",
+    "local",
     "matching_test",
     "report",
     "shards",
@@ -264,3 +265,19 @@ def k_classes(
         for client, piece in zip(owners, np.array_split(members, max(len(owners), 1)), strict=False):
             parts[client].append(piece)
     return with_matching_test([np.concatenate(part) for part in parts], y_train, y_test, num_classes, rng)
+
+
+def local(
+    y_train: Labels,
+    y_test: Labels,
+    *,
+    num_clients: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    train_meta: Meta | None = None,
+    test_meta: Meta | None = None,
+) -> Partition:
+    """Deal nothing: each client is a device that brings its own samples, of which the server knows none."""
+    del y_train, y_test, num_classes, rng, train_meta, test_meta
+    nothing = tuple(np.empty(0, np.int64) for _ in range(num_clients))
+    return Partition(nothing, nothing)

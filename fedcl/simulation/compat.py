@@ -62,6 +62,11 @@ def message_with(metadata: Metadata, outcome: RecordDict | Error) -> Message:
     return message
 
 
+def set_source(message: Message, node_id: int) -> None:
+    """Let ``message`` come from ``node_id``; Flower has a setter for the destination only."""
+    message.metadata.__dict__["_src_node_id"] = node_id
+
+
 def empty_run(run_id: int) -> Any:
     """Return the object that ``Grid.run`` is declared to give."""
     from flwr.supercore.run import Run

@@ -1,0 +1,229 @@
+"""A real device: what its owner has written down for it, and its own samples under the run's global labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from fedcl.client.local_data import PartitionedData
+from fedcl.data.dataset import ArrayDataset, Dataset, Partition
+from fedcl.rules import ConfigError
+
+_KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
+_TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
+# what a server decides for itself or a device decides for itself: of no use here when it comes from the other side
+_NOT_FOR_DEVICES = (
+    "name", "run_dir", "backend", "figures", "compare_with", "checkpoint", "unlearning", "device", "devices",
+    "protocol", "async", "min_replies", "round_retries", "max_update_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """A device's ``client.yaml``.
+
+    ``client`` is the id its state goes by. ``data`` are overrides of the config group ``data`` (``data=npz``,
+    ``data.root=/home/pi/samples.npz``), None for a rehearsal in which each device takes its part of the data that the
+    run names. ``state`` is the folder of client state, ``device`` cpu, cuda or auto.
+    """
+
+    client: str
+    data: tuple[str, ...] | None
+    state: Path
+    device: str = "auto"
+    threads: int = 1
+    max_message_bytes: int = 1 << 29
+    trusted_packages: tuple[str, ...] = ()
+
+
+def read_spec(path: Path) -> DeviceSpec:
+    """Read a ``client.yaml``; relative paths in ``state`` start from its folder.
+
+    Raises
+    ------
+    ConfigError
+        One line naming the file, the key, the value and what is allowed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(_KEYS)}")
+    unknown = sorted(str(key) for key in raw if key not in _KEYS)
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]}: no such key; known: {', '.join(_KEYS)}")
+    client, data, state = str(raw.get("client", "")), raw.get("data"), raw.get("state", "state")
+    if not _ID.fullmatch(client):
+        raise ConfigError(f"{path}: client={client!r}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+    if not isinstance(state, str):
+        raise ConfigError(f"{path}: state={state}: must be a folder")
+    megabytes, threads = _number(path, raw, "max_message_mb", 512), _number(path, raw, "threads", 1)
+    if raw.get("device", "auto") not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"{path}: device={raw['device']}: must be auto, cpu or cuda")
+    trusted = _texts(path, raw.get("trusted_packages") or [], "trusted_packages")
+    return DeviceSpec(
+        client=client,
+        data=None if data is None else _data(path, data),
+        state=(path.parent / Path(state).expanduser()).resolve(),
+        device=raw.get("device", "auto"),
+        threads=threads,
+        max_message_bytes=megabytes << 20,
+        trusted_packages=trusted,
+    )
+
+
+def _number(path: Path, raw: Mapping[str, Any], key: str, default: int) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{path}: {key}={value}: must be int >= 1")
+    return value
+
+
+def _texts(path: Path, value: Any, key: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{path}: {key}={value}: must be a list of texts")
+    return tuple(value)
+
+
+def _data(path: Path, value: Any) -> tuple[str, ...]:
+    overrides = _texts(path, value, "data")
+    for text in overrides:
+        if not re.match(r"data(=|\.)", text):
+            raise ConfigError(f"{path}: data: {text}: must be data=CHOICE or data.KEY=VALUE")
+    if not any(text.startswith("data=") for text in overrides):
+        raise ConfigError(f"{path}: data: one entry must be data=CHOICE, such as data=npz or data=folder")
+    return overrides
+
+
+def device_overrides(sent: Sequence[str], spec: DeviceSpec) -> list[str]:
+    """Return the overrides of a run as this device takes them: names and plain values, in its own configuration.
+
+    Data are the device's own where its ``client.yaml`` says so; nothing that came over the wire names a path on it, a
+    module or a ``_target_``.
+
+    Raises
+    ------
+    ValueError
+        If an override is none that a server may send.
+    """
+    taken = []
+    for text in sent:
+        key, sign, value = text.lstrip("+").partition("=")
+        top = re.split(r"[./]", key)[0]
+        if top in _NOT_FOR_DEVICES or (top == "data" and spec.data is not None):
+            continue
+        if not sign or not _KEY.fullmatch(key) or top in ("trusted_packages", "hydra") or "_target_" in text:
+            raise ValueError(f"override {text!r}: no server may set this on a device")
+        if any(sign in value for sign in ("{", "${", "\\")) or key == "data.root":
+            raise ValueError(f"override {text!r}: a device takes names and plain values only")
+        taken.append(text)
+    own = [*(spec.data or ()), f"device={spec.device}", "compare_with=null", "backend=flower"]
+    return [*taken, *own, f"trusted_packages=[{','.join(spec.trusted_packages)}]"]
+
+
+def refuse_foreign_targets(targets: Sequence[str], config_dir: Path) -> None:
+    """Let a composed configuration build only what this copy of fedcl's own YAML files name.
+
+    Raises
+    ------
+    ValueError
+        Naming a ``_target_`` that none of them has.
+    """
+    own = {name for file in config_dir.rglob("*.yaml") for name in _TARGET.findall(file.read_text(encoding="utf-8"))}
+    foreign = sorted(set(targets) - own)
+    if foreign:
+        raise ValueError(f"_target_={foreign[0]}: is in none of this device's own configurations")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What server and device agree on before a run: global class names in the order of labels, a sample's shape.
+
+    ``local`` says that devices bring their own data.
+    """
+
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    local: bool
+
+    def to_json(self) -> str:
+        """Return it as it travels with the hello."""
+        raw = {"classes": list(self.classes), "input_shape": list(self.input_shape), "local": self.local}
+        return json.dumps(raw, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Agreement:
+        """Read what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it is something else.
+        """
+        try:
+            raw = json.loads(text)
+            classes, shape = tuple(map(str, raw["classes"])), tuple(map(int, raw["input_shape"]))
+            return cls(classes, shape, bool(raw["local"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError("the message does not say which classes the run has") from error
+
+    def check(self, spec: DeviceSpec) -> None:
+        """Refuse a run for whose kind this device is not set up.
+
+        Raises
+        ------
+        ValueError
+            If the run wants devices' own data and this one names none, or the other way round.
+        """
+        if self.local and spec.data is None:
+            raise ValueError(f"client {spec.client}: the run wants devices' own data; set data in client.yaml")
+        if not self.local and spec.data is not None:
+            raise ValueError(f"client {spec.client}: has data of its own; the run must say data/partition=local")
+
+
+def relabel(dataset: Dataset, agreed: Agreement, client: str) -> Dataset:
+    """Return a device's data under the run's global labels: its classes are found by their names.
+
+    Raises
+    ------
+    ValueError
+        If the device has a class that the run does not know, or samples of another shape.
+    """
+    if tuple(dataset.input_shape) != agreed.input_shape:
+        raise ValueError(f"client {client}: samples of shape {dataset.input_shape}, the run has {agreed.input_shape}")
+    label_of = {name: label for label, name in enumerate(agreed.classes)}
+    unknown = [name for name in dataset.classes if name not in label_of]
+    if unknown:
+        known = ", ".join(agreed.classes[:10])
+        raise ValueError(f"client {client}: class {unknown[0]!r} is unknown to the run, which has {known}")
+    to_global = np.array([label_of[name] for name in dataset.classes], np.int64)
+
+    def half(part: ArrayDataset) -> ArrayDataset:
+        y: NDArray[np.int64] = to_global[part.y] if len(part.y) else part.y
+        return ArrayDataset(part.x, y, part.meta)
+
+    return Dataset(half(dataset.train), half(dataset.test), agreed.classes, dataset.scale, dataset.mean, dataset.std)
+
+
+class DeviceData(PartitionedData):
+    """The samples of one device: all of its own files, to positions in which a forget request refers.
+
+    ``drop`` erases the copies kept ready; the files are their owner's, and stay.
+    """
+
+    def __init__(self, dataset: Dataset, client: str) -> None:
+        halves = (np.arange(len(dataset.train), dtype=np.int64), np.arange(len(dataset.test), dtype=np.int64))
+        super().__init__(dataset, Partition((halves[0],), (halves[1],)), (client,))

@@ -1,0 +1,148 @@
+"""``fedcl deploy``: its words on the command line; what does the work is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedcl.deploy.layout import PORT, Fleet
+
+_EXAMPLES = """\
+examples:
+  fedcl deploy local -n 3 learner=er            server and three devices on this machine, with TLS and keys
+  fedcl deploy init fleet --devices 3 --address 192.168.1.10
+  fedcl deploy check fleet
+  fedcl deploy register fleet                   once the server is started
+  fedcl deploy run fleet data/partition=local rounds_per_task=5
+  fedcl deploy resume fleet
+"""
+_LOUD = """\
+*******************************************************************************
+*  --insecure: NO TLS AND NO AUTHENTICATION. Whoever is in this network can   *
+*  read every model and every message, and join in as a device.               *
+*******************************************************************************"""
+
+
+def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Add ``deploy`` and its actions to the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    deploy = commands.add_parser("deploy", help="run on real devices", epilog=_EXAMPLES, formatter_class=raw)
+    actions = deploy.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    init = actions.add_parser("init", help="write everything that a small fleet needs")
+    init.add_argument("folder", type=Path, metavar="DIR")
+    init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
+    init.add_argument("--address", default="127.0.0.1", help="name or IP address by which devices reach the server")
+    init.add_argument("--port", type=int, default=PORT, help=f"the server's only port; {PORT}")
+    init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
+    init.add_argument(
+        "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
+    )
+    init.set_defaults(command=_init)
+
+    check = actions.add_parser("check", help="say what is wrong with a fleet's folder, or a device's")
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.set_defaults(command=_check)
+
+    register = actions.add_parser("register", help="let the started server know the devices' keys, before they start")
+    register.add_argument("folder", type=Path, metavar="DIR")
+    register.set_defaults(command=_register)
+
+    run = actions.add_parser("run", help="run an experiment on the devices", parents=parents)
+    run.add_argument("folder", type=Path, metavar="DIR")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
+    run.set_defaults(command=_run)
+
+    resume = actions.add_parser("resume", help="go on with an interrupted run", parents=parents)
+    resume.add_argument("folder", type=Path, metavar="DIR")
+    resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="which one; the last")
+    resume.set_defaults(command=_resume)
+
+    local = actions.add_parser("local", help="server and devices on this machine, for one run", parents=parents)
+    local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="how many devices; 3")
+    local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder there")
+    local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
+    local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
+    local.set_defaults(command=_local)
+    for action in (init, check, register, run, resume, local):
+        action.set_defaults(config_dir=[])
+
+
+def _init(args: argparse.Namespace) -> None:
+    from fedcl.deploy.init import init
+
+    if args.insecure:
+        print(_LOUD, file=sys.stderr)
+    fleet = init(
+        args.folder,
+        devices=args.devices,
+        address=args.address,
+        port=args.port,
+        insecure=args.insecure,
+        own_certificates=args.own_certificates,
+    )
+    if args.own_certificates and not args.insecure:
+        print(f"put ca.crt, server.crt and server.key into {fleet.server}, and ca.crt into each device's folder")
+    print(fleet.folder)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from fedcl.deploy.check import check
+
+    findings = check(args.folder)
+    for finding in findings:
+        print(f"{'WRONG' if finding.wrong else 'ok':<6}{finding.text}")
+    if any(finding.wrong for finding in findings):
+        raise SystemExit(1)
+
+
+def _register(args: argparse.Namespace) -> None:
+    from fedcl.deploy.submit import refuse_unreachable, register
+
+    fleet = _load(args.folder)
+    refuse_unreachable(fleet)
+    if not fleet.insecure:
+        register(fleet)
+    print(f"{len(fleet.devices)} devices may join")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fedcl.deploy.submit import submit
+
+    fleet = _load(args.folder)
+    _conclude(submit(fleet, args.overrides, quiet=args.quiet), args.quiet)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    from fedcl.deploy.submit import resume
+
+    fleet = _load(args.folder)
+    _conclude(resume(fleet, args.run_dir, quiet=args.quiet), args.quiet)
+
+
+def _local(args: argparse.Namespace) -> None:
+    from fedcl.deploy.local import local
+
+    if args.insecure:
+        print(_LOUD, file=sys.stderr)
+    run_dir = local(args.devices, args.overrides, folder=args.folder, insecure=args.insecure, quiet=args.quiet)
+    _conclude(run_dir, args.quiet)
+
+
+def _load(folder: Path) -> Fleet:
+    fleet = Fleet.load(folder)
+    if fleet.insecure:
+        print(_LOUD, file=sys.stderr)
+    return fleet
+
+
+def _conclude(run_dir: Path, quiet: bool) -> None:
+    """Show what a simulation shows at its end."""
+    if not quiet:
+        from fedcl import results
+        from fedcl.results.report import terminal_report
+
+        print(terminal_report(results.load(run_dir)))
+    print(run_dir, flush=True)

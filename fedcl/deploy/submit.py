@@ -1,0 +1,211 @@
+"""Runs on a fleet: handed to its server, watched to their end, gone on with after an interruption."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
+from fedcl.deploy.processes import environment, tail, unreachable
+from fedcl.files import write_atomic
+from fedcl.rules import ConfigError
+
+CONNECTION = "fleet"  # the name of the server in server/flwr/config.toml
+_STARTED = re.compile(r"run (\d{6,})", re.IGNORECASE)
+_ENDED = ("finished",)
+NOTICE_SECONDS = 100.0  # Flower misses two heartbeats of 30 s before it gives up a ServerApp
+
+
+def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool) -> Path:
+    """Run an experiment on the fleet's devices and return its folder.
+
+    Raises
+    ------
+    ConfigError
+        If the settings are wrong, the server cannot be reached, or the run fails.
+    """
+    from fedcl.config import compose
+
+    clients = [] if any(text.startswith("num_clients=") for text in overrides) else [len(fleet.devices)]
+    given = [*overrides, *(f"num_clients={count}" for count in clients)]
+    cfg = compose([*given, "backend=flower", "compare_with=null"])
+    run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    run_dir = Path(cfg["run_dir"] or fleet.folder / "runs" / f"{cfg['name']}-{run}").resolve()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"run_dir={run_dir}: must be new or empty; or go on with: fedcl deploy resume {fleet.folder}")
+    given = [text for text in given if not text.startswith("run_dir=")]
+    launch = Launch(run, str(run_dir))
+    _play(fleet, launch, {"overrides": shlex.join([*given, f"run_dir={run_dir}"])}, quiet=quiet)
+    return run_dir
+
+
+def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool) -> Path:
+    """Go on with a run, the last one unless ``run_dir`` says otherwise, from its last checkpoint; return its folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, it is over or still running, or the server cannot be reached.
+    """
+    launches = read_launches(fleet)
+    if run_dir is not None:
+        launches = [one for one in launches if Path(one.run_dir) == run_dir.resolve()]
+    if not launches:
+        raise ConfigError(f"{fleet.folder}: no run to go on with")
+    launch = launches[-1]
+    folder = Path(launch.run_dir)
+    if not (folder / "STATUS").is_file():
+        raise ConfigError(f"{folder}: the run never began; start it anew with: fedcl deploy run {fleet.folder}")
+    if _status(folder) == "done":
+        raise ConfigError(f"{folder}: the run is done")
+    refuse_unreachable(fleet)
+    if launch.flower_run and _stays_active(fleet, launch.flower_run, quiet=quiet):
+        raise ConfigError(f"{folder}: still running; stop it with: flwr stop {launch.flower_run} {CONNECTION}")
+    saved = (folder / "overrides.yaml").read_text(encoding="utf-8")
+    given = [json.loads(line[2:]) for line in saved.splitlines() if line.startswith("- ")]
+    again = replace(launch, attempt=launch.attempt + 1)
+    _play(fleet, again, {"overrides": shlex.join(given), "resume": str(folder)}, quiet=quiet)
+    return folder
+
+
+def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
+    """Submit, follow to the end, and raise unless the run is done."""
+    refuse_unreachable(fleet)
+    if not fleet.insecure:
+        register(fleet)
+    write_launch(fleet, launch)
+    texts = {**settings, "run": launch.run}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in texts.items()] + [f"attempt = {launch.attempt}"]
+    run_config = fleet.server / "run.toml"
+    write_atomic(run_config, "\n".join([*lines, ""]))
+    log = fleet.folder / "logs" / f"run-{launch.run}.log"
+    log.parent.mkdir(exist_ok=True)
+    command = ["flwr", "run", str(fleet.server / "app"), CONNECTION, "--run-config", str(run_config), "--stream"]
+    before = _status(Path(launch.run_dir))
+    number = _follow(fleet, launch, command, log, quiet=quiet)
+    status = _status(Path(launch.run_dir))
+    if status != "done":
+        if status == "" or (status == before and launch.attempt == 0):
+            raise ConfigError(f"the run did not begin:\n{tail(log)}")
+        hint = f"go on with: fedcl deploy resume {fleet.folder}"
+        raise ConfigError(f"the run ended early (Flower's run {number}); {hint}\n{tail(log)}")
+
+
+def _follow(fleet: Fleet, launch: Launch, command: Sequence[str], log: Path, *, quiet: bool) -> str:
+    """Write down what the run says until it ends, show its progress, and return Flower's number of it."""
+    number = ""
+    env = {**environment(), **flower_environment(fleet)}
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None  # piped above
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                found = _STARTED.search(line)
+                if not number and found:
+                    number = found[1]
+                    write_launch(fleet, replace(launch, flower_run=number))
+                if not quiet and line.startswith("round "):
+                    print(line, end="", file=sys.stderr, flush=True)
+        except BaseException:
+            process.terminate()
+            if number:
+                flwr(fleet, "stop", number, CONNECTION)
+            raise
+    return number
+
+
+def flower_environment(fleet: Fleet) -> dict[str, str]:
+    """Return the settings under which Flower's command line knows this fleet, and stays quiet."""
+    return {
+        "FLWR_HOME": str(fleet.server / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def flwr(fleet: Fleet, *arguments: str) -> str:
+    """Run a command of Flower's and return what it prints.
+
+    Raises
+    ------
+    ConfigError
+        If it fails.
+    """
+    done = subprocess.run(
+        ["flwr", *arguments],
+        env={**environment(), **flower_environment(fleet)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"flwr {' '.join(arguments)}: {(done.stdout + done.stderr).strip()[-800:]}")
+    return done.stdout
+
+
+def register(fleet: Fleet) -> None:
+    """Let the server know the devices' public keys; those it knows stay."""
+    marker = fleet.server / "registered.json"
+    known: list[str] = json.loads(marker.read_text()) if marker.is_file() else []
+    for key in sorted((fleet.server / "keys").glob("*.pub")):
+        text = key.read_text(encoding="utf-8").strip()
+        if text in known:
+            continue
+        try:
+            flwr(fleet, "supernode", "register", str(key), CONNECTION)
+        except ConfigError as error:
+            if "already" not in str(error).lower():
+                raise
+        known.append(text)
+        write_atomic(marker, json.dumps(known))
+
+
+def _stays_active(fleet: Fleet, number: str, *, quiet: bool) -> bool:
+    """Whether a run is alive: one whose ServerApp was killed counts as running until heartbeats are missed."""
+    deadline = time.monotonic() + NOTICE_SECONDS
+    told = quiet
+    while _is_active(fleet, number):
+        if time.monotonic() > deadline:
+            return True
+        if not told:
+            print("Flower takes the run for running; waiting until it is sure", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(2.0)
+    return False
+
+
+def _is_active(fleet: Fleet, number: str) -> bool:
+    """Whether Flower still plays a run."""
+    answer: dict[str, Any] = json.loads(flwr(fleet, "ls", CONNECTION, "--format", "json"))
+    states = {str(row.get("run-id")): str(row.get("status")) for row in answer.get("runs", [])}
+    return number in states and not states[number].startswith(_ENDED)
+
+
+def refuse_unreachable(fleet: Fleet) -> None:
+    """Refuse to go on without a server; ConfigError says why it cannot be reached."""
+    why = unreachable(fleet)
+    if why is not None:
+        raise ConfigError(f"{why}; start it with: {fleet.server / 'start.sh'}; see also: fedcl deploy check")
+
+
+def _status(run_dir: Path) -> str:
+    file = run_dir / "STATUS"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

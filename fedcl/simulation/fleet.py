@@ -1,0 +1,264 @@
+"""Real devices behind Flower's grid: who is which client now, lost and over-size replies, nodes that come back.
+
+Every client has one number for the whole run, its *seat*; which of Flower's nodes sits there may change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+
+from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello
+from fedcl.requests import ForgetNote, ForgetRequest
+from fedcl.rules import ConfigError
+from fedcl.server.selection import client_order
+from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
+
+FIRST_SEAT = 1 << 20
+REPLY_TOO_LARGE = 100  # beyond Flower's own error codes
+JOIN_SECONDS = 300.0
+ERASE_SECONDS = 120.0
+POLL_SECONDS = 0.5
+Log = Callable[..., None]
+
+
+class FleetGrid(Grid):
+    """Flower's grid, addressed by seats.
+
+    Parameters
+    ----------
+    grid
+        Flower's own.
+    clients
+        The ids of the clients that take part.
+    note
+        What the run expects of a device, sent with the hello.
+    code
+        The version of fedcl that devices must have.
+    timeout
+        Seconds after which a message counts as lost, however alive its device; None: Flower's time to live, 12 hours.
+    max_bytes
+        A reply with more bytes is refused.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        clients: Sequence[str],
+        *,
+        note: str = "",
+        code: str = "",
+        timeout: float | None = None,
+        max_bytes: int = 1 << 29,
+    ) -> None:
+        self._grid, self._note, self._code = grid, note, code
+        self._timeout, self._max_bytes = timeout, max_bytes
+        ordered = sorted(clients, key=client_order)
+        self.nodes: Mapping[str, int] = {client: FIRST_SEAT + place for place, client in enumerate(ordered)}
+        self.samples: dict[str, int] = {}
+        self._node_at: dict[int, int] = {}  # seat -> Flower's node
+        self._greeted: set[int] = set()  # nodes that have been asked who they are
+        self._others: set[str] = set()  # clients that came and take no part in this run
+        self._hellos: dict[str, int] = {}  # hellos under way -> node
+        self._sent: dict[str, int] = {}  # messages under way -> seat
+        self._failed: dict[str, tuple[int, Error]] = {}
+        self._metadata: dict[str, Metadata] = {}
+
+    # -- who is there -------------------------------------------------------------------------------------------------
+
+    def join(self, *, at_least: int, seconds: float = JOIN_SECONDS) -> None:
+        """Wait until every client has said hello; after ``seconds`` go on with ``at_least`` as many.
+
+        Raises
+        ------
+        ConfigError
+            If too few come in time, two call themselves the same, one has another version of fedcl or refuses the run.
+        """
+        deadline = time.monotonic() + seconds
+        while len(self._node_at) < len(self.nodes):
+            self._greet(strict=True)
+            if len(self._node_at) == len(self.nodes):
+                break
+            if time.monotonic() > deadline:
+                missing = sorted((c for c, seat in self.nodes.items() if seat not in self._node_at), key=client_order)
+                if len(self._node_at) >= at_least:
+                    return
+                also = f"; others came: {', '.join(sorted(self._others))}" if self._others else ""
+                raise ConfigError(f"clients {', '.join(missing)}: did not come within {seconds:.0f} s{also}")
+            time.sleep(POLL_SECONDS)
+
+    def _greet(self, *, strict: bool) -> None:
+        """Ask new nodes who they are, and take in what earlier ones answered."""
+        alive = set(self._grid.get_node_ids())
+        self._greeted &= alive
+        new = sorted(alive - self._greeted - set(self._node_at.values()))
+        if new:
+            kind = MESSAGE_TYPE["hello"]
+            messages = [Message(hello_content(self._note), dst_node_id=node, message_type=kind) for node in new]
+            ids = self._grid.push_messages(messages)
+            self._hellos |= {id_: node for id_, node in zip(ids, new, strict=False) if id_ is not None}
+            self._greeted |= set(new)
+        if self._hellos:
+            for reply in self._grid.pull_messages(list(self._hellos)):
+                node = self._hellos.pop(reply.metadata.reply_to_message_id)
+                self._seat(node, reply, alive, strict=strict)
+
+    def _seat(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
+        why, client = None, ""
+        if reply.has_error():
+            why = f"node {node} does not answer: {reply.error.reason}"
+        else:
+            client, samples, code = read_hello(reply.content)
+            seat = self.nodes.get(client)
+            if seat is None:
+                self._others.add(client)
+            elif code != self._code:
+                why = f"client {client} has fedcl {code}, the server {self._code}"
+            elif self._node_at.get(seat, node) != node and self._node_at[seat] in alive:
+                why = f"two nodes call themselves client {client!r}"
+            else:
+                self._node_at[seat] = node
+                self.samples[client] = samples
+        if why is not None and strict and node in alive:
+            raise ConfigError(why)
+        if why is not None:
+            self._greeted.discard(node)  # asked again when something is sent next
+
+    # -- Flower's Grid ------------------------------------------------------------------------------------------------
+
+    def set_run(self, run: Any) -> None:
+        """Set the run, as Flower's grids do."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run this grid works for."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to one seat."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return every seat, taken or not, in canonical client order."""
+        return list(self.nodes.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages and return their ids; one whose device is away is answered with an error."""
+        self._greet(strict=False)
+        ids: list[str] = []
+        for message in messages:  # one by one: Flower refuses a request whose messages together are too large
+            seat = message.metadata.dst_node_id
+            node = self._node_at.get(seat)
+            sent = metadata_of(message)
+            pushed: list[Any] = []
+            if node is not None:
+                message.metadata.dst_node_id = node
+                if self._timeout is not None:
+                    message.metadata.ttl = self._timeout
+                pushed = list(self._grid.push_messages([message]))
+            if pushed and pushed[0] is not None:
+                message_id = str(pushed[0])
+                self._sent[message_id] = seat
+            else:
+                message_id = f"unsent-{seat}-{time.monotonic_ns()}"
+                why = "the device is not connected" if node is None else "Flower could not take the message"
+                self._failed[message_id] = (seat, Error(NODE_UNAVAILABLE, why))
+            self._metadata[message_id] = sent
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are ready among ``message_ids``."""
+        asked = list(message_ids)
+        replies = [self._failure(id_, *self._failed.pop(id_)) for id_ in asked if id_ in self._failed]
+        waiting = [id_ for id_ in asked if id_ in self._sent]
+        if waiting:
+            replies += [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and return their replies; after ``timeout`` seconds, those that are there."""
+        waiting = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting:
+            came = self.pull_messages(waiting)
+            replies += came
+            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            if not waiting or (deadline is not None and time.monotonic() > deadline):
+                break
+            time.sleep(POLL_SECONDS)
+        return replies
+
+    def _checked(self, reply: Message) -> Message:
+        """Return a reply as from its client's seat, or why it is refused."""
+        message_id = reply.metadata.reply_to_message_id
+        seat = self._sent.pop(message_id, None)
+        if seat is None:
+            return reply  # of nobody we asked: the exchange refuses it by its node
+        size = 0 if reply.has_error() else content_bytes(reply.content)
+        if size > self._max_bytes:
+            allowed = self._max_bytes >> 20
+            why = f"a reply of {size} bytes: larger than backend.max_message_mb={allowed}"
+            return self._failure(message_id, seat, Error(REPLY_TOO_LARGE, why))
+        self._metadata.pop(message_id, None)
+        set_source(reply, seat)
+        return reply
+
+    def _failure(self, message_id: str, seat: int, error: Error) -> Message:
+        sent = self._metadata.pop(message_id)
+        metadata = Metadata(
+            run_id=sent.run_id,
+            message_id=f"{message_id}/failed",
+            src_node_id=seat,
+            dst_node_id=sent.src_node_id,
+            reply_to_message_id=message_id,
+            group_id=sent.group_id,
+            created_at=time.time(),
+            ttl=sent.ttl,
+            message_type=sent.message_type,
+        )
+        return message_with(metadata, error)
+
+    # -- leaving ------------------------------------------------------------------------------------------------------
+
+    def erase(self, clients: Sequence[str]) -> list[str]:
+        """Let devices whose clients leave erase their state; return the clients that could not be reached."""
+        kind = MESSAGE_TYPE["forget"]
+        messages = []
+        for client in clients:
+            note = ForgetNote((ForgetRequest("leave", "client", (client,)),), ())
+            request = Request("forget", client, LEAVING, -1, -1, 0, None, note=note.to_json())
+            messages.append(Message(instruction([request], None, None), self.nodes[client], kind))
+        told = {
+            reply.metadata.src_node_id
+            for reply in self.send_and_receive(messages, timeout=ERASE_SECONDS)
+            if not reply.has_error()
+        }
+        return [client for client in clients if self.nodes[client] not in told]
+
+
+LEAVING = 1 << 40  # a visit that no other one follows
+
+
+def metadata_of(message: Message) -> Metadata:
+    """Return a copy of what a message says of itself, before a grid changes it."""
+    said = message.metadata
+    return Metadata(
+        run_id=said.run_id,
+        message_id=said.message_id,
+        src_node_id=said.src_node_id,
+        dst_node_id=said.dst_node_id,
+        reply_to_message_id=said.reply_to_message_id,
+        group_id=said.group_id,
+        created_at=said.created_at,
+        ttl=said.ttl,
+        message_type=said.message_type,
+    )

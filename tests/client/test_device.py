@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedcl.building import targets_in
+from fedcl.client.device import (
+    Agreement,
+    DeviceData,
+    DeviceSpec,
+    device_overrides,
+    read_spec,
+    refuse_foreign_targets,
+    relabel,
+)
+from fedcl.config import CONFIG_DIR, compose
+from fedcl.data.dataset import ArrayDataset, Dataset
+from fedcl.rules import ConfigError
+from fedcl.scenario.task import Task
+
+
+def spec_of(tmp_path: Path, text: str) -> DeviceSpec:
+    (tmp_path / "client.yaml").write_text(text)
+    return read_spec(tmp_path / "client.yaml")
+
+
+def test_a_spec_is_read_and_its_paths_start_from_its_folder(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "client: 3\ndata: [data=npz, data.root=/x.npz]\nstate: kept\nmax_message_mb: 2\n")
+    assert (spec.client, spec.data, spec.state) == ("3", ("data=npz", "data.root=/x.npz"), tmp_path / "kept")
+    assert spec.max_message_bytes == 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("client: ../a\n", "client='../a'"),
+        ("client: a\nstate: 3\n", "state=3"),
+        ("client: a\ndata: [model=mlp]\n", "data: model=mlp"),
+        ("client: a\ndata: [data.root=/x]\n", "one entry must be data=CHOICE"),
+        ("client: a\nthread: 2\n", "thread: no such key"),
+        ("client: a\nthreads: 0\n", "threads=0: must be int >= 1"),
+        ("client: a\ndevice: tpu\n", "device=tpu"),
+        ("- a\n", "must be a mapping"),
+        ("client: [\n", "no YAML"),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_plain_words(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        spec_of(tmp_path, text)
+    assert said in str(raised.value)
+
+
+def test_a_missing_spec_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"client\.yaml: No such file"):
+        read_spec(tmp_path / "client.yaml")
+
+
+def test_a_device_takes_its_own_data_and_device_whatever_the_server_says(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "client: 0\ndata: [data=npz, data.root=/mine.npz]\ndevice: cpu\n")
+    sent = ["data=mnist", "data/partition=local", "data.root=/etc", "device=cuda", "run_dir=/tmp/x", "learner=[er,ewc]"]
+    taken = device_overrides(sent, spec)
+    assert "data.root=/mine.npz" in taken
+    assert "learner=[er,ewc]" in taken
+    assert not {"data=mnist", "data.root=/etc", "device=cuda", "run_dir=/tmp/x"} & set(taken)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "learner.er._target_=os.system",
+        "model._target_=subprocess.Popen",
+        "learner={er: {x: 1}}",
+        "name_of.x=${oc.env:HOME}",
+        "trusted_packages=[os]",
+        "hydra.run.dir=/tmp",
+        "~learner",
+        "data.root=/etc/passwd",
+    ],
+)
+def test_a_server_cannot_name_code_paths_or_secrets(tmp_path: Path, sent: str) -> None:
+    spec = spec_of(tmp_path, "client: 0\n")
+    with pytest.raises(ValueError, match=r"override"):
+        device_overrides([sent], spec)
+
+
+def test_a_target_that_no_yaml_of_ours_has_is_refused() -> None:
+    cfg = compose(["learner=[er,ewc]"])
+    refuse_foreign_targets(targets_in(cfg), CONFIG_DIR)
+    with pytest.raises(ValueError, match=r"_target_=os\.system"):
+        refuse_foreign_targets([*targets_in(cfg), "os.system"], CONFIG_DIR)
+
+
+def toy(classes: tuple[str, ...], y: list[int]) -> Dataset:
+    labels = np.array(y, np.int64)
+    half = ArrayDataset(np.arange(len(y) * 4, dtype=np.float32).reshape(len(y), 4), labels)
+    return Dataset(half, half, classes)
+
+
+def test_labels_are_agreed_by_name() -> None:
+    agreed = Agreement(("ant", "bee", "cat", "dog"), (4,), True)
+    seen = relabel(toy(("cat", "ant"), [0, 1, 1, 0]), Agreement.from_json(agreed.to_json()), "7")
+    assert seen.train.y.tolist() == [2, 0, 0, 2]
+    assert seen.num_classes == 4
+
+
+def test_a_class_or_shape_of_ones_own_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"client 7: class 'eel' is unknown"):
+        relabel(toy(("cat", "eel"), [0, 1]), Agreement(("ant", "cat"), (4,), True), "7")
+    with pytest.raises(ValueError, match=r"client 7: samples of shape \(4,\)"):
+        relabel(toy(("cat",), [0]), Agreement(("cat",), (5,), True), "7")
+
+
+def test_a_device_must_be_set_up_for_the_kind_of_run() -> None:
+    own = DeviceSpec("0", ("data=npz",), Path("/x"))
+    with pytest.raises(ValueError, match="data/partition=local"):
+        Agreement(("a",), (4,), False).check(own)
+    with pytest.raises(ValueError, match=r"set data in client\.yaml"):
+        Agreement(("a",), (4,), True).check(DeviceSpec("0", None, Path("/x")))
+
+
+def test_device_data_has_positions_and_an_empty_task_where_classes_are_missing() -> None:
+    data = DeviceData(
+        relabel(toy(("cat", "ant"), [0, 1, 1, 0]), Agreement(("ant", "bee", "cat"), (4,), True), "7"), "7"
+    )
+    cpu = torch.device("cpu")
+    task = Task(0, (0, 2), (0, 1))
+    held = data.train("7", task, cpu)
+    assert held.positions is not None
+    assert held.positions.tolist() == [0, 1, 2, 3]
+    assert len(data.train("7", Task(1, (1,), (2,)), cpu)) == 0
+    without = data.train("7", Task(0, (0, 2), (0, 1), without_samples=(1, 3)), cpu)
+    assert without.positions is not None
+    assert without.positions.tolist() == [0, 2]
+    data.drop("7")
+    assert data.num_examples("7") == 4

@@ -1,0 +1,119 @@
+"""A fleet's folder, its certificates and commands, without starting anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fedcl.deploy.check import check
+from fedcl.deploy.init import init
+from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
+from fedcl.deploy.processes import free_port
+from fedcl.rules import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(folder: Path, **options: object) -> Fleet:
+    given = {"devices": 2, "address": "127.0.0.1", "port": free_port()} | options
+    return init(folder, **given)  # type: ignore[arg-type]
+
+
+def test_a_fleet_is_written_and_read_again(tmp_path: Path) -> None:
+    fleet = make(tmp_path / "fleet", address="farm.example")
+    assert Fleet.load(tmp_path / "fleet") == fleet
+    certificate = x509.load_pem_x509_certificate((fleet.server / "server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((fleet.ca / "ca.crt").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "farm.example" in names.get_values_for_type(x509.DNSName)
+    for secret in (fleet.ca / "ca.key", fleet.server / "server.key", fleet.device("0") / "key"):
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert not (fleet.device("0") / "ca.key").exists()
+    public = serialization.load_ssh_public_key((fleet.server / "keys" / "1.pub").read_bytes())
+    private = serialization.load_ssh_private_key((fleet.device("1") / "key").read_bytes(), password=None)
+    assert private.public_key() == public
+
+
+def test_every_way_to_start_runs_the_same_script(tmp_path: Path) -> None:
+    fleet = make(tmp_path / "fleet")
+    compose = yaml.safe_load((fleet.folder / "compose.yaml").read_text())
+    assert sorted(compose["services"]) == ["device-0", "device-1", "server"]
+    for service in compose["services"].values():
+        assert service["command"] == ["/bin/sh", "/fleet/start.sh"]
+        assert (fleet.folder / service["volumes"][0].split(":")[0] / "start.sh").is_file()
+    unit = (fleet.device("0") / "fedcl-device.service").read_text()
+    assert "ExecStart=/bin/sh /opt/fedcl/device/start.sh" in unit
+    for folder in (fleet.server, fleet.device("0"), fleet.device("1")):
+        subprocess.run(["/bin/sh", "-n", str(folder / "start.sh")], check=True, timeout=20)
+    assert "--enable-supernode-auth" in (fleet.server / "start.sh").read_text()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    make(tmp_path / "fleet")
+    with pytest.raises(ConfigError, match="must be new or empty"):
+        make(tmp_path / "fleet")
+
+
+@pytest.mark.parametrize(("key", "value"), [("devices", 0), ("port", 70000), ("address", "a b"), ("address", "-x")])
+def test_wrong_options_are_refused(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        make(tmp_path / "fleet", **{key: value})
+
+
+def test_own_certificates_leave_room_that_check_asks_for(tmp_path: Path) -> None:
+    fleet = make(tmp_path / "fleet", own_certificates=True)
+    assert not (fleet.folder / "ca").exists()
+    said = [finding.text for finding in check(fleet.folder) if finding.wrong]
+    assert any(text.endswith("server.crt: is missing; PEM") for text in said)
+    other = make(tmp_path / "other")
+    for name in ("ca.crt", "server.crt", "server.key"):
+        shutil.copy(other.server / name, fleet.server / name)
+    for name in fleet.devices:
+        shutil.copy(other.server / "ca.crt", fleet.device(name) / "ca.crt")
+    assert not [finding.text for finding in check(fleet.folder) if finding.wrong]
+
+
+def test_a_certificate_for_another_host_is_named(tmp_path: Path) -> None:
+    fleet = make(tmp_path / "fleet", address="farm.example")
+    text = (fleet.folder / "fleet.yaml").read_text().replace("farm.example", "barn.example")
+    (fleet.folder / "fleet.yaml").write_text(text)
+    said = "\n".join(finding.text for finding in check(fleet.folder) if finding.wrong)
+    assert "server.crt: is not for barn.example" in said
+
+
+def test_launches_are_kept_and_replaced(tmp_path: Path) -> None:
+    fleet = make(tmp_path / "fleet")
+    write_launch(fleet, Launch("a", "/runs/a"))
+    write_launch(fleet, Launch("b", "/runs/b"))
+    write_launch(fleet, Launch("a", "/runs/a", 1, "123456"))
+    assert [(one.run, one.attempt) for one in read_launches(fleet)] == [("b", 0), ("a", 1)]
+
+
+def test_the_command_line_is_loud_about_insecure_and_plain_about_mistakes(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        given = [sys.executable, "-m", "fedcl", "deploy", *arguments]
+        return subprocess.run(given, capture_output=True, text=True, env=env, check=False, timeout=120)
+
+    made = call("init", str(tmp_path / "bare"), "--devices", "1", "--insecure")
+    assert made.returncode == 0
+    assert "NO TLS AND NO AUTHENTICATION" in made.stderr
+    run = call("run", str(tmp_path / "bare"), "rounds_per_task=1")
+    assert run.returncode == 2
+    assert "NO TLS AND NO AUTHENTICATION" in run.stderr
+    assert "nothing listens at" in run.stderr
+    assert call("check", str(tmp_path)).returncode == 2
+    wrong = call("run", str(tmp_path / "bare"), "learner=nonsense")
+    assert wrong.returncode == 2
+    assert "learner=nonsense: no such choice" in wrong.stderr
+    assert not (tmp_path / "bare" / "runs").exists()

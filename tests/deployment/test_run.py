@@ -1,0 +1,160 @@
+"""Runs over a real SuperLink and real SuperNodes on loopback, with TLS and keys: the numbers of a simulation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedcl.deploy.layout import Fleet, read_launches
+from fedcl.deploy.processes import Processes
+from fedcl.deploy.submit import register, submit
+from fedcl.results import load
+
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
+
+SMALL = ["scenario.num_tasks=2", "strategy/projection=none", "learner=er", "figures=false", "client.optimizer.lr=0.1"]
+Fedcl = Callable[..., "subprocess.CompletedProcess[str]"]
+Up = Callable[[Fleet], Processes]
+
+
+def start(processes: Processes) -> None:
+    processes.start_server()
+    register(processes.fleet)
+    for name in processes.fleet.devices:
+        processes.start_device(name)
+
+
+def own(samples: Path) -> list[str]:
+    return ["data=npz", f"data.root={samples}", "data/partition=local"]
+
+
+def test_three_devices_with_three_files_give_the_numbers_of_one_simulation(
+    make_fleet: Callable[..., Fleet],
+    up: Up,
+    split: Callable[[Fleet], None],
+    samples: Path,
+    run_experiment: Callable[..., Path],
+    metrics_hash: Callable[[Path], str],
+    fedcl: Fedcl,
+) -> None:
+    fleet = make_fleet()
+    split(fleet)
+    mixed = [f"data.root={samples}", "data.partition.alpha=0.3", "num_clients=3", "rounds_per_task=1"]
+    inline = run_experiment("inline", "data=npz", *mixed, *SMALL)
+    start(up(fleet))
+    done = fedcl("deploy", "run", str(fleet.folder), *own(samples), *SMALL, "rounds_per_task=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(done.stdout.splitlines()[-1])
+    assert metrics_hash(folder) == metrics_hash(inline)
+    assert "accuracy/average" in done.stdout
+    assert "round 2/2" in done.stderr
+    for name in fleet.devices:
+        assert list((fleet.device(name) / "state").rglob("visit_*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_killed_device_costs_its_replies_and_comes_back(
+    make_fleet: Callable[..., Fleet], up: Up, split: Callable[[Fleet], None], samples: Path
+) -> None:
+    fleet = make_fleet()
+    split(fleet)
+    processes = up(fleet)
+    start(processes)
+    folder = fleet.folder / "runs" / "killed"
+
+    def disturb() -> None:
+        wait_for(lambda: rounds_done(folder) >= 1)
+        processes.stop("device-1", hard=True)
+        wait_for(lambda: "client_failed" in text_of(folder / "events.jsonl"))
+        processes.start_device("1")
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    overrides = [*own(samples), *SMALL, "rounds_per_task=4", f"run_dir={folder}"]
+    submit(fleet, overrides, quiet=True)
+    thread.join()
+    run = load(folder)
+    failed = run.events[run.events["kind"] == "client_failed"]
+    assert run.status == "done"
+    assert set(failed["client"]) == {"1"}
+    assert len(failed) < 7  # it has come back before the end
+    trained = run.metrics[(run.metrics["client"] == "1") & (run.metrics["phase"] == "train")]
+    assert trained["round"].max() > failed["round"].max()
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_resumed_to_the_numbers_of_an_undisturbed_run(
+    make_fleet: Callable[..., Fleet],
+    up: Up,
+    split: Callable[[Fleet], None],
+    samples: Path,
+    run_experiment: Callable[..., Path],
+    metrics_hash: Callable[[Path], str],
+    fedcl: Fedcl,
+) -> None:
+    fleet = make_fleet(devices=2)
+    split(fleet)
+    mixed = [f"data.root={samples}", "data.partition.alpha=0.3", "num_clients=2", "rounds_per_task=2"]
+    inline = run_experiment("inline", "data=npz", *mixed, *SMALL)
+    processes = up(fleet)
+    start(processes)
+    folder = fleet.folder / "runs" / "cut"
+    command = [sys.executable, "-m", "fedcl", "deploy", "run", str(fleet.folder), *own(samples), *SMALL]
+    command += ["rounds_per_task=2", f"run_dir={folder}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        wait_for(lambda: rounds_done(folder) >= 2)
+        processes.stop("server", hard=True)
+        said, _ = running.communicate(timeout=200)
+    assert running.returncode == 2, said
+    assert f"fedcl deploy resume {fleet.folder}" in said
+    processes.start_server()
+    done = fedcl("deploy", "resume", str(fleet.folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_launches(fleet)[-1].attempt == 1
+    assert metrics_hash(folder) == metrics_hash(inline)
+
+
+@pytest.mark.slow
+def test_local_takes_down_what_it_brought_up(
+    tmp_path: Path, samples: Path, fedcl: Fedcl, end_processes: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCL_TEST_TAG", str(tmp_path))
+    monkeypatch.setenv("FEDCL_DATA", str(samples.parent))
+    folder = tmp_path / "run"
+    given = [f"run_dir={folder}", "rounds_per_task=1", *SMALL]
+    done = fedcl("deploy", "local", "-n", "2", "--dir", str(tmp_path / "fleet"), *given)
+    left = [int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and tagged(pid, tmp_path)]
+    end_processes(f"FEDCL_TEST_TAG={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load(folder).status == "done"
+    assert left == []
+
+
+def tagged(process: Path, tmp_path: Path) -> bool:
+    try:
+        alive = (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return alive and f"FEDCL_TEST_TAG={tmp_path}".encode() in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def rounds_done(folder: Path) -> int:
+    return max((int(p.name.removeprefix("round_")) + 1 for p in (folder / "checkpoints").glob("round_*")), default=0)
+
+
+def text_of(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not come to pass")
+        time.sleep(0.3)

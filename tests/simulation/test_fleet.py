@@ -1,0 +1,161 @@
+"""Devices with their own files: the real client app, one message at a time, over a grid as lossy as Flower's."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcl.config import compose
+from fedcl.experiment import resume, run
+from fedcl.results import load
+from fedcl.rules import ConfigError
+from fedcl.simulation.compat import identity
+from fedcl.wiring import load_dataset, split_dataset
+
+_FILE = Path(__file__).with_name("fleet_of_devices.py")
+_SPEC = importlib.util.spec_from_file_location("fleet_of_devices", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+fleet_of_devices: Any = importlib.util.module_from_spec(_SPEC)
+sys.modules["fleet_of_devices"] = fleet_of_devices
+_SPEC.loader.exec_module(fleet_of_devices)
+
+SHORT = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=2", "learner=[ewc,er]", "figures=false"]
+DEVICES = ["backend=flower", "data/partition=local", "compare_with=null", "checkpoint.min_seconds=0"]
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with identity(fleet_of_devices.RUN_ID):
+        yield
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> dict[str, Path]:
+    """Return the specs of three devices that hold what a simulation's three clients hold."""
+    cfg = compose([*SHORT, "data.partition.alpha=0.3"])
+    dataset = load_dataset(cfg)
+    return dict(fleet_of_devices.write_devices(tmp_path / "devices", dataset, split_dataset(cfg, dataset)))
+
+
+def grid_of(specs: dict[str, Path], overrides: list[str], **more: Any) -> Any:
+    settings = {"overrides": shlex.join(overrides), "run": "r1", "attempt": 0} | more
+    return fleet_of_devices.DirectGrid({100 + i: spec for i, spec in enumerate(specs.values())}, settings)
+
+
+def on_devices(grid: Any, overrides: list[str]) -> Path:
+    return run(compose(overrides), overrides, [], quiet=True, grid=grid)
+
+
+def test_three_files_give_the_numbers_of_one_simulation(
+    tmp_path: Path,
+    devices: dict[str, Path],
+    run_experiment: Callable[..., Path],
+    metrics_hash: Callable[[Path], str],
+) -> None:
+    inline = run_experiment("inline", *SHORT, "data.partition.alpha=0.3")
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
+    grid = grid_of(devices, overrides)
+    folder = on_devices(grid, overrides)
+    assert metrics_hash(folder) == metrics_hash(inline)
+    assert {kind for _, kind in grid.seen} >= {"hello", "train", "task_end"}
+    states = sorted(path.name for path in (devices["1"].parent / "state" / "r1" / "1").iterdir())
+    assert states
+
+
+def test_a_device_that_is_away_costs_its_replies_and_comes_back_as_another_node(
+    tmp_path: Path, devices: dict[str, Path]
+) -> None:
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=er"]
+    grid = grid_of(devices, overrides)
+    push, trained = grid.push_messages, []
+
+    def watched(messages: Any) -> list[str]:
+        kept = list(messages)
+        kinds = [str(one.content.config_records["fedcl"]["kind"]) for one in kept]
+        trained.extend(one.metadata.dst_node_id for one, kind in zip(kept, kinds, strict=True) if kind == "train")
+        if len(trained) == 4:
+            grid.away.add(101)
+        if len(trained) == 7:
+            grid.specs[205] = grid.specs[101]
+        return list(push(kept))
+
+    grid.push_messages = watched
+    folder = on_devices(grid, overrides)
+    events = load(folder).events
+    failed = events[events["kind"] == "client_failed"]
+    assert set(failed["client"]) == {"1"}
+    assert 1 <= (failed["message"] == "train").sum() <= 2
+    assert 205 in trained
+    assert load(folder).status == "done"
+
+
+def test_a_run_is_resumed_with_the_states_that_devices_kept(
+    tmp_path: Path, devices: dict[str, Path], metrics_hash: Callable[[Path], str]
+) -> None:
+    whole = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'whole'}"]
+    straight = on_devices(grid_of(devices, whole, run="straight"), whole)
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
+    grid = grid_of(devices, overrides)
+    push = grid.push_messages
+
+    def dying(messages: Any) -> list[str]:
+        kept = list(messages)
+        if sum(kind == "train" for _, kind in grid.seen) >= 7:
+            raise RuntimeError("the server's machine is gone")
+        return list(push(kept))
+
+    grid.push_messages = dying
+    with pytest.raises(RuntimeError, match="machine is gone"):
+        on_devices(grid, overrides)
+    again = grid_of(devices, overrides, attempt=1)
+    resume(tmp_path / "run", force=False, quiet=True, grid=again)
+    assert metrics_hash(tmp_path / "run") == metrics_hash(straight)
+
+
+def test_a_client_that_leaves_erases_its_state_on_its_device(tmp_path: Path, devices: dict[str, Path]) -> None:
+    ask = "unlearning.requests=[{id: bye, scope: client, clients: [1], at: {round: 2}}]"
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "unlearner=continue_without", ask]
+    grid = grid_of(devices, overrides)
+    on_devices(grid, overrides)
+    assert not list((devices["1"].parent / "state").rglob("*.safetensors"))
+    assert list((devices["0"].parent / "state").rglob("*.safetensors"))
+    after = [kind for node, kind in grid.seen if node == 101]
+    assert after[-1] == "forget"
+
+
+def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:
+    devices["2"].write_text(devices["0"].read_text())
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="two nodes call themselves client '0'"):
+        on_devices(grid_of(devices, overrides), overrides)
+
+
+def test_a_rehearsing_device_is_refused_by_a_run_on_own_data(tmp_path: Path, devices: dict[str, Path]) -> None:
+    devices["2"].write_text('client: "2"\n')
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"set data in client\.yaml"):
+        on_devices(grid_of(devices, overrides), overrides)
+
+
+def test_too_large_messages_and_replies_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:
+    spec = devices["2"]
+    spec.write_text(spec.read_text() + "max_message_mb: 1\n")
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "model.hidden=[600,600]", "learner=finetune"]
+    folder = on_devices(grid_of(devices, overrides), overrides)
+    events = load(folder).events
+    said = events[events["kind"] == "client_failed"]
+    assert set(said["client"]) == {"2"}
+    assert said["reason"].str.contains("max_message_mb=1 in client.yaml").all()
+    tight = [*overrides[:-3], f"run_dir={tmp_path / 'tight'}", *overrides[-2:], "backend.max_message_mb=1"]
+    tight += ["round_retries=0"]
+    with pytest.raises(Exception, match="round"):
+        on_devices(grid_of(devices, tight, run="r2"), tight)
+    lines = (tmp_path / "tight" / "events.jsonl").read_text()
+    assert "larger than backend.max_message_mb=1" in lines
