@@ -17,7 +17,7 @@ from fedcl.inbox import Line, lines
 from fedcl.play import play
 from fedcl.prepared import Prepared
 from fedcl.results import schema
-from fedcl.results.checkpoint import Checkpoints
+from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.recorder import write_atomic
 from fedcl.results.report import terminal_report, write_figures
@@ -100,14 +100,21 @@ def unanswered(run_dir: Path) -> list[Line]:
     handed_in, checkpoints = lines(run_dir), Checkpoints(run_dir)
     if not handed_in or not checkpoints.begun():
         return handed_in
-    state = checkpoints.load()[0]["server"].get("unlearning", {})
+    state = _newest(checkpoints)["server"].get("unlearning", {})
     answered = state.get("queue", {}).get("answered", {})
     return [line for line in handed_in if line.fault is None and line.request.to_json() not in answered]
 
 
 def _next_round(run_dir: Path) -> int:
     checkpoints = Checkpoints(run_dir)
-    return int(checkpoints.load()[0]["server"]["next_round"]) if checkpoints.begun() else 0
+    return int(_newest(checkpoints)["server"]["next_round"]) if checkpoints.begun() else 0
+
+
+def _newest(checkpoints: Checkpoints) -> Any:
+    try:
+        return checkpoints.load()[0]
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[str]) -> Config:

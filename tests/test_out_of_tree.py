@@ -104,7 +104,13 @@ def test_a_strategy_part_and_a_data_source(tmp_path: Path) -> None:
     assert read.summary["accuracy/average"] > 0.9
 
 
-@pytest.mark.parametrize("target", ["os.system", "torch.load", "shutil.rmtree", "fedcl.cli.sys.exit"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("torch.load", "shutil.rmtree", "fedcl.cli.sys.exit")),
+    ],
+)
 def test_code_from_elsewhere_is_not_run(target: str, tmp_path: Path) -> None:
     (tmp_path / "my" / "learner").mkdir(parents=True)
     (tmp_path / "my" / "learner" / "evil.yaml").write_text(f"# Evil.\nevil:\n  _target_: {target}\n")

@@ -82,7 +82,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return play
 
 
-@pytest.mark.parametrize("point", ["line", "checkpoint", "latest", "commit"])
+@pytest.mark.parametrize(
+    "point", ["line", "checkpoint", *(pytest.param(p, marks=pytest.mark.slow) for p in ("latest", "commit"))]
+)
 @pytest.mark.parametrize("mode", list(MODES))
 def test_resumed_after_dying_anywhere_equals_uninterrupted(
     mode: str,
@@ -160,7 +162,9 @@ def test_a_ray_run_killed_by_the_system_is_resumed(
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_finishes_the_round_and_says_so(signum: int, status: int, tmp_path: Path) -> None:
     process = _started(tmp_path / "a", [*LONG, "checkpoint.every=3"])
     process.send_signal(signum)

@@ -52,7 +52,7 @@ sys.exit(main(json.loads(sys.argv[2])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-@pytest.mark.parametrize("limit", [300, 6000], ids=["tables", "checkpoint"])
+@pytest.mark.parametrize("limit", [pytest.param(300, marks=pytest.mark.slow), 6000], ids=["tables", "checkpoint"])
 def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
     limit: int, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
 ) -> None:

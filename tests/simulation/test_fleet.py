@@ -69,6 +69,7 @@ def test_three_files_give_the_numbers_of_one_simulation(
     assert states
 
 
+@pytest.mark.slow
 def test_a_device_that_is_away_costs_its_replies_and_comes_back_as_another_node(
     tmp_path: Path, devices: dict[str, Path]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_device_that_is_away_costs_its_replies_and_comes_back_as_another_node(
     assert load(folder).status == "done"
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_the_states_that_devices_kept(
     tmp_path: Path, devices: dict[str, Path], metrics_hash: Callable[[Path], str]
 ) -> None:

@@ -48,7 +48,7 @@ def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: Play, 
     assert metrics_hash(_ray(tmp_path / "two", 2, *overrides)) == inline
 
 
-@pytest.mark.parametrize("name", ["fedcac", "scaffold"])
+@pytest.mark.parametrize("name", ["fedcac", pytest.param("scaffold", marks=pytest.mark.slow)])
 def test_personal_models_and_payloads_cross_processes(
     name: str, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
 ) -> None:
@@ -110,6 +110,7 @@ def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
     assert metrics_hash(folder) == metrics_hash(inline)
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_costs_its_own_reply_and_bounded_time(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_worker_that_cannot_be_built_stops_the_run_with_its_reason(tmp_path: P
     assert load(tmp_path / "a").status == "failed"
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_they_start_stop_the_run(tmp_path: Path, faulty_dir: Path) -> None:
     _write_broken(faulty_dir, "import os; os._exit(3)")
     with pytest.raises(RuntimeError, match="3 workers in a row died while they started"):
@@ -149,6 +151,7 @@ def _write_broken(folder: Path, statement: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_workers_of_several_classes_share_the_work(tmp_path: Path, run_experiment: Play, metrics_hash: Hash) -> None:
     inline = run_experiment("inline", *SMALL)
     classes = "backend.worker_classes=[{count:1},{count:2,num_cpus:0.5}]"
@@ -209,6 +212,7 @@ def _die_unless_home(home: int) -> int:
     return home
 
 
+@pytest.mark.slow
 def test_the_servers_arithmetic_runs_on_the_workers_with_the_same_bits(tmp_path: Path) -> None:
     cfg = compose([*SMALL, "backend.workers=2", "compare_with=null"])
     prepared = Prepared.of(cfg)

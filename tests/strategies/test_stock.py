@@ -230,8 +230,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole = run_experiment("whole", *chosen)
     save = Checkpoints.save
 
-    def dying(self: Checkpoints, server_round: int, *args: Any) -> None:
-        save(self, server_round, *args)
+    def dying(self: Checkpoints, server_round: int, *args: Any, **options: Any) -> None:
+        save(self, server_round, *args, **options)
         if server_round == 1:
             raise Killed
 

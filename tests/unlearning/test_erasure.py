@@ -244,6 +244,7 @@ TWO = "{id: bob, scope: client, clients: [1], at: {round: 1}}, {id: c2, scope: c
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("unlearner", ["continue_without", "retrain"])
 def test_workers_give_the_same_bits(unlearner: str, data: Path, tmp_path: Path, metrics_hash: Hash) -> None:

@@ -113,6 +113,7 @@ def test_a_run_without_checkpoints_has_nothing_to_change(play: Play, capsys: pyt
     assert "keeps no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_serves_when_it_goes_on(
     play: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str], events_of: Events
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_request_at_the_very_end_is_served(play: Play, monkeypatch: pytest.Mon
     assert verify(folder)
 
 
+@pytest.mark.slow
 def test_the_run_to_compare_with_keeps_nothing_either(tmp_path: Path) -> None:
     from fedcl.config import compose
     from fedcl.experiment import run
@@ -208,6 +210,7 @@ def test_the_run_to_compare_with_keeps_nothing_either(tmp_path: Path) -> None:
     assert load(folder).summary["reference/accuracy/average"] == accuracy
 
 
+@pytest.mark.slow
 def test_a_copied_folder_is_a_run_of_its_own(finished: Path, tmp_path: Path, metrics_hash: Hash) -> None:
     other = Path(shutil.copytree(finished, tmp_path / "other"))
     for folder in (finished, other):
