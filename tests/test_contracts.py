@@ -209,12 +209,12 @@ HERE = {
 ROWS = covering_array(HERE, set(REFUSED))
 
 
-# The array has a row for each pair of the two largest groups; the default run takes a spread of them, -m slow the rest,
-# or every other one where FEDCL_PAIRS says so: what has forty minutes takes the halves in turn.
+# The array has a row for each pair of the two largest groups; the default run takes a spread of them, -m slow the rest.
+# FEDCL_PAIRS=k/n takes every n-th of these from the k-th on: what has forty minutes takes the parts in turn.
 SPREAD = max(1, len(ROWS) // 20)
-TURN = {"all": (0, 1), "even": (0,), "odd": (1,)}[os.environ.get("FEDCL_PAIRS", "all")]
+PART, PARTS_OF = map(int, os.environ.get("FEDCL_PAIRS", "0/1").split("/"))
 QUICK = [row for i, row in enumerate(ROWS) if i % SPREAD == 0]
-OTHERS = [row for i, row in enumerate(ROWS) if i % SPREAD and i % 2 in TURN]
+OTHERS = [row for i, row in enumerate(ROWS) if i % SPREAD and i % PARTS_OF == PART]
 
 
 @pytest.mark.parametrize("row", [*QUICK, *(pytest.param(row, marks=pytest.mark.slow) for row in OTHERS)], ids=label)

@@ -20,6 +20,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_phases_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = write_files(tmp_path)["npz"]
     command = ["run", *SMALL, f"protocol.evaluate_on=['data=npz','data.root={toy}']", f"run_dir={tmp_path / 'out'}"]

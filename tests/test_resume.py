@@ -133,6 +133,7 @@ def _started(folder: Path, overrides: list[str], **environment: str) -> subproce
 LONG = [*SMALL, "rounds_per_task=40", "strategy/projection=none"]
 
 
+@pytest.mark.slow
 def test_a_process_killed_by_the_system_is_resumed(tmp_path: Path, metrics_hash: Hash) -> None:
     whole = tmp_path / "whole"
     run(compose([*LONG, f"run_dir={whole}"]), [*LONG, f"run_dir={whole}"], [], quiet=True)

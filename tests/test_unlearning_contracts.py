@@ -71,6 +71,14 @@ def test_serves_what_it_declares(unlearner: str, scope: Scope, files: dict[str, 
     assert len(whole.hashes) == whole.rounds == 6
     trained = {row["client"] for row in whole.rows if row["phase"] == "train" and row["round"] >= AT}
     assert ("3" in trained) is (scope != "client")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("unlearner", "scope"), [s for s in SCOPES if s[1] == "client" or s[0] == "cdp"])
+def test_serves_once_however_often_the_run_stops(
+    unlearner: str, scope: Scope, files: dict[str, str], tmp_path: Path
+) -> None:
+    whole = play(asking(unlearner, scope, files, tmp_path))
     rest = play(asking(unlearner, scope, files, tmp_path), start=whole.saved[2])  # stopped before the request came
     assert rest.hashes == whole.hashes[2:]
     assert equal(rest.saved[-1], whole.saved[-1])
@@ -96,12 +104,9 @@ CPU = torch.device("cpu")
 # one of each kind of state that a request must get along with
 COMPANY: list[Choices] = [
     {"strategy/collaboration": "fedcac"},
-    {"strategy/collaboration": "ifca"},
-    {"strategy/collaboration": "scaffold"},
     {"strategy/projection": "fot"},
     {"strategy/optimizer": "adam"},
     {"learner": "er"},
-    {"learner": "ewc"},
     {"scenario": "task_incremental"},
     {"scenario/schedule": "asynchronous"},
 ]

@@ -77,6 +77,7 @@ def test_the_model_after_every_round_depends_on_nothing_but_the_configuration(
         assert metrics_hash(folder) == metrics_hash(clean)
 
 
+@pytest.mark.slow
 def test_only_the_client_that_always_kills_its_worker_is_lost(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:

@@ -255,6 +255,7 @@ def test_inversion_needs_to_know_how_clients_train() -> None:
         part.admit([make(3)], View())
 
 
+@pytest.mark.slow
 def test_in_an_asynchronous_run_every_choice_is_its_own(tmp_path: Path) -> None:
     files = write_files(tmp_path)
 

@@ -150,6 +150,7 @@ def test_killed_anywhere_around_serving(
     assert checkpoints == ["round_000003"]
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_without_a_word(whole: Callable[[str], Path], tmp_path: Path, metrics_hash: Hash) -> None:
     from tests.unlearning.conftest import SMALL
 
