@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from fedcl.scenario.task import Task
 from fedcl.server.contracts import GLOBAL, Target
 from fedcl.wiring import Config, device_of, make_model, simulated_data
 
-Sets = dict[Part, list[tuple[Task, TaskData]]]
+Pairs = list[tuple[Task, TaskData]]
+Sets = dict[Part, Pairs]
 RETAINED = 2000  # retain samples that are looked at: enough for a rate to half a percent
 
 
@@ -33,15 +35,20 @@ class SimulatedPanel:
 
     cfg: Config
     prepared: Prepared
-    model: FlatModel
-    random: Tensor
+    _alike: dict[tuple[str, tuple[int, ...]], Pairs] = field(default_factory=dict, init=False, repr=False)
 
-    @classmethod
-    def of(cls, cfg: Config, prepared: Prepared) -> SimulatedPanel:
-        """Build it; ``random`` are weights that have learned nothing, drawn apart from the run's initial ones."""
-        device = device_of(cfg)
-        other = make_model({**cfg, "seed": cfg["seed"] + 1}, prepared.dataset, prepared.stream, torch.device("cpu"))
-        return cls(cfg, prepared, make_model(cfg, prepared.dataset, prepared.stream, device), other.vector())
+    # models are built when a request is measured: most runs never do
+
+    @functools.cached_property
+    def model(self) -> FlatModel:
+        """The run's network; its weights are scratch."""
+        return make_model(self.cfg, self.prepared.dataset, self.prepared.stream, device_of(self.cfg))
+
+    @functools.cached_property
+    def random(self) -> Tensor:
+        """Weights (P,) that have learned nothing, drawn apart from the run's initial ones."""
+        other = {**self.cfg, "seed": self.cfg["seed"] + 1}
+        return make_model(other, self.prepared.dataset, self.prepared.stream, torch.device("cpu")).vector()
 
     def measure(
         self,
@@ -81,11 +88,13 @@ class SimulatedPanel:
         """Return the accuracy of ``model`` (P,) on what each of ``requests`` wanted forgotten, by request id."""
         found = {}
         for request in requests:
-            sets = self._sets([request], met, Forgotten())
-            part_of: Part = "forget_test" if sets["forget_test"] else "forget_train"
-            if sets[part_of]:
-                logits = self._logits({part_of: sets[part_of]}, model)[part_of]
-                found[request.id] = accuracy(logits, torch.cat([data.y for _, data in sets[part_of]]))
+            key = (request.id, tuple(met))
+            if key not in self._alike:  # asked at every evaluation, and the same until another task is met
+                sets = self._sets([request], met, Forgotten())
+                self._alike[key] = sets["forget_test"] or sets["forget_train"]
+            if pairs := self._alike[key]:
+                logits = self._logits({"forget_test": pairs}, model)["forget_test"]
+                found[request.id] = accuracy(logits, torch.cat([data.y for _, data in pairs]))
         return found
 
     # -- samples ------------------------------------------------------------------------------------------------------

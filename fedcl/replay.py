@@ -153,5 +153,5 @@ def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: 
             raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
         queue.bounds = replace(queue.bounds, scopes=frozenset())
     options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
-    panel = None if replay is None else SimulatedPanel.of(cfg, prepared)
+    panel = None if replay is None else SimulatedPanel(cfg, prepared)
     return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

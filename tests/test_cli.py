@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fedcl import __version__, cli
+from fedcl import (
+    __version__,
+    cli,
+    protocol,  # noqa: F401 - imported now it holds the real run, later it might keep the one put in its place below
+)
 from fedcl.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,31 +3,24 @@
 # N = samples, C = logit columns, P = length of the flat vector
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clients.unlearners.steps import (
     BATCH,
-    Averaged,
+    Together,
     allowed,
     answered,
     gradients,
     optimizer,
     settings,
-    users_of,
 )
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
 from fedcl.models.flat import FlatModel
 
-if TYPE_CHECKING:
-    from fedcl.server.contracts import Target
 
-
-class BadTeacher(Averaged):
+class BadTeacher(Together):
     """Minimise KL(l p_bad + (1 - l) p_full || p), where l says whether a sample is to be forgotten.
 
     Chundawat et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023, as in the code that goes with SSD. The bad
@@ -66,21 +59,14 @@ class BadTeacher(Averaged):
         temperature: float = 1.0,
         everyone: bool = True,
     ) -> None:
-        super().__init__(rounds=rounds)
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if lr is not None and not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"unlearner.batch_size={batch_size}: must be >= 1 or null")
-        if optimizer not in ("adam", "sgd"):
-            raise ValueError(f"unlearner.optimizer={optimizer}: must be adam or sgd")
+        super().__init__(
+            rounds=rounds, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, everyone=everyone
+        )
         if not 0 <= retain_share <= 1:
             raise ValueError(f"unlearner.retain_share={retain_share}: must be in [0, 1]")
         if not temperature > 0:
             raise ValueError(f"unlearner.temperature={temperature}: must be > 0")
-        self.epochs, self.lr, self.batch_size, self.optimizer = epochs, lr, batch_size, optimizer
-        self.retain_share, self.temperature, self.everyone = retain_share, temperature, everyone
+        self.retain_share, self.temperature = retain_share, temperature
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Imitate the teachers."""
@@ -103,11 +89,6 @@ class BadTeacher(Averaged):
                 move(gradients(ctx.model, divergence(taught_NC[rows], log_p)))
                 steps += 1
         return answered(ctx, len(samples), steps=steps)
-
-    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
-        users = users_of(target, models, view) if self.everyone else ()
-        return tuple(dict.fromkeys([*users, *view.owners]))
 
     def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
         """Send the bad teacher, and the full one where it is not the model that is sent anyway."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from clients.unlearners.steps import Averaged, answered, descend, epochs_of, settings, sgd, users_of
+from clients.unlearners.steps import Averaged, answered, check, descend, epochs_of, settings, sgd, users_of
 from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ class FineTune(Averaged):
 
     def __init__(self, *, rounds: int = 5, epochs: int = 1, lr: float | None = None) -> None:
         super().__init__(rounds=rounds)
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if lr is not None and not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
+        check(epochs=epochs, lr=lr)
         self.epochs, self.lr = epochs, lr
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:

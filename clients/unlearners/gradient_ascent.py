@@ -11,6 +11,7 @@ import torch
 from clients.unlearners.steps import (
     Averaged,
     answered,
+    check,
     clip,
     cross_entropy,
     epochs_of,
@@ -61,13 +62,7 @@ class GradientAscent(Averaged):
         stop_loss: float | None = None,
     ) -> None:
         super().__init__(rounds=rounds)
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if lr is not None and not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
-        for name, value in (("max_norm", max_norm), ("stop_loss", stop_loss)):
-            if value is not None and not value > 0:
-                raise ValueError(f"unlearner.{name}={value}: must be > 0 or null")
+        check(epochs=epochs, lr=lr, positive={"max_norm": max_norm, "stop_loss": stop_loss})
         self.epochs, self.lr, self.max_norm, self.stop_loss = epochs, lr, max_norm, stop_loss
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clients.unlearners.steps import (
     Averaged,
+    check,
     cross_entropy,
     epochs_of,
     gradients,
@@ -65,15 +66,9 @@ class NegGradPlus(Averaged):
         stop_loss: float | None = None,
     ) -> None:
         super().__init__(rounds=rounds)
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if lr is not None and not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
+        check(epochs=epochs, lr=lr, positive={"max_norm": max_norm, "stop_loss": stop_loss})
         if not 0 <= alpha <= 1:
             raise ValueError(f"unlearner.alpha={alpha}: must be in [0, 1]")
-        for name, value in (("max_norm", max_norm), ("stop_loss", stop_loss)):
-            if value is not None and not value > 0:
-                raise ValueError(f"unlearner.{name}={value}: must be > 0 or null")
         self.epochs, self.lr, self.alpha = epochs, lr, alpha
         self.max_norm, self.stop_loss = max_norm, stop_loss
 

@@ -14,6 +14,7 @@ from clients.unlearners.steps import (
     BATCH,
     accuracy,
     answered,
+    check,
     clip,
     cross_entropy,
     descend,
@@ -80,17 +81,13 @@ class PGD(Unlearner):
         tau: float | None = None,
         stop_accuracy: float | None = 0.2,
     ) -> None:
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0")
+        check(
+            epochs=epochs, lr=lr, batch_size=batch_size, positive={"max_norm": max_norm, "radius": radius, "tau": tau}
+        )
         if not 0 <= momentum < 1:
             raise ValueError(f"unlearner.momentum={momentum}: must be in [0, 1)")
-        if inits < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"unlearner: inits={inits} and batch_size={batch_size} must be >= 1")
-        for name, value in (("max_norm", max_norm), ("radius", radius), ("tau", tau)):
-            if value is not None and not value > 0:
-                raise ValueError(f"unlearner.{name}={value}: must be > 0 or null")
+        if inits < 1:
+            raise ValueError(f"unlearner.inits={inits}: must be >= 1")
         if stop_accuracy is not None and not 0 <= stop_accuracy < 1:
             raise ValueError(f"unlearner.stop_accuracy={stop_accuracy}: must be in [0, 1) or null")
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size

@@ -3,30 +3,23 @@
 # N = samples, C = logit columns
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from clients.unlearners.steps import (
-    Averaged,
+    Together,
     allowed,
     answered,
     descend,
     epochs_of,
     optimizer,
     settings,
-    users_of,
 )
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
-
-if TYPE_CHECKING:
-    from fedcl.server.contracts import Target
+from fedcl.client.unlearner import Local, Samples, UnlearnContext
 
 
-class RandomLabel(Averaged):
+class RandomLabel(Together):
     """Give each sample of F a uniform label other than its own, and train on F and R, shuffled.
 
     Graves et al., "Amnesiac Machine Learning", AAAI 2021, as in the code that goes with SSD (Foster et al., AAAI 2024).
@@ -58,17 +51,9 @@ class RandomLabel(Averaged):
         optimizer: str = "adam",
         everyone: bool = True,
     ) -> None:
-        super().__init__(rounds=rounds)
-        if epochs < 0:
-            raise ValueError(f"unlearner.epochs={epochs}: must be >= 0")
-        if lr is not None and not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0 or null")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"unlearner.batch_size={batch_size}: must be >= 1 or null")
-        if optimizer not in ("adam", "sgd"):
-            raise ValueError(f"unlearner.optimizer={optimizer}: must be adam or sgd")
-        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
-        self.optimizer, self.everyone = optimizer, everyone
+        super().__init__(
+            rounds=rounds, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, everyone=everyone
+        )
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Train on relabelled and retained samples together."""
@@ -79,11 +64,6 @@ class RandomLabel(Averaged):
         training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
         steps = descend(ctx.model, epochs_of(ctx, samples, training), optimizer(self.optimizer, ctx.model, training))
         return answered(ctx, len(samples), steps=steps)
-
-    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
-        users = users_of(target, models, view) if self.everyone else ()
-        return tuple(dict.fromkeys([*users, *view.owners]))
 
 
 def relabelled(ctx: UnlearnContext) -> Samples:

@@ -25,6 +25,28 @@ BATCH = 512  # samples at once where gradients or predictions are summed, which 
 Step = Callable[[list[Tensor]], None]  # takes the gradients of the trainable parameters
 
 
+def check(
+    *,
+    rounds: int = 0,
+    epochs: int = 0,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    optimizer: str = "sgd",
+    positive: Mapping[str, float | None] | None = None,
+) -> None:
+    """Raise ValueError, naming the key, for a number out of its range; what is in ``positive`` must be > 0 or None."""
+    for key, value, right, rule in (
+        ("rounds", rounds, rounds >= 0, ">= 0"),
+        ("epochs", epochs, epochs >= 0, ">= 0"),
+        ("lr", lr, lr is None or lr >= 0, ">= 0 or null"),
+        ("batch_size", batch_size, batch_size is None or batch_size >= 1, ">= 1 or null"),
+        ("optimizer", optimizer, optimizer in ("adam", "sgd"), "adam or sgd"),
+        *((key, value, value is None or value > 0, "> 0 or null") for key, value in (positive or {}).items()),
+    ):
+        if not right:
+            raise ValueError(f"unlearner.{key}={value}: must be {rule}")
+
+
 # -- at a client ------------------------------------------------------------------------------------------------------
 
 
@@ -213,14 +235,13 @@ class Averaged(Unlearner):
     """
 
     def __init__(self, *, rounds: int) -> None:
-        if rounds < 0:
-            raise ValueError(f"unlearner.rounds={rounds}: must be >= 0")
+        check(rounds=rounds)
         self.rounds = rounds
         self._metrics: dict[str, float] = {}
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Return the clients that take part in the edit of ``target``."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say whom it asks")
 
     def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
         """Return what clients need in round ``number`` besides the model; ``original`` (P,) is where it began."""
@@ -255,3 +276,44 @@ class Averaged(Unlearner):
             for name, tensor in answer.tensors.items():
                 if tensor.numel() == 1 and name != "change":
                     self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)
+
+
+class Together(Averaged):
+    """Rounds in which the owners of F train on F and R together and, with ``everyone``, the others on R.
+
+    Parameters
+    ----------
+    rounds, epochs
+        Rounds, and a client's epochs in each; 0 of either changes nothing.
+    lr, batch_size
+        Learning rate and batch size; None for the client's own.
+    optimizer
+        ``adam``, or ``sgd`` with the client's momentum and weight decay.
+    everyone
+        Whether clients that hold nothing of F take part.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range or ``optimizer`` unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int,
+        epochs: int,
+        lr: float | None,
+        batch_size: int | None,
+        optimizer: str,
+        everyone: bool,
+    ) -> None:
+        super().__init__(rounds=rounds)
+        check(epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer)
+        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+        self.optimizer, self.everyone = optimizer, everyone
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
+        users = users_of(target, models, view) if self.everyone else ()
+        return tuple(dict.fromkeys([*users, *view.owners]))

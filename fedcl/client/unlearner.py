@@ -232,7 +232,7 @@ class Unlearner:
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Return the models (P,) to put in place of ``models``; a target that is left out keeps its model."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} serves no request")
 
     def metrics(self) -> dict[str, float]:
         """Return what the last request took or chose (selected share, steps): printed on the certificate."""

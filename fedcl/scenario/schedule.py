@@ -74,7 +74,7 @@ class Itineraries:
 
     def spans(self, client: str) -> Sequence[Span]:
         """Return where ``client`` goes, in order of time."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say where clients go")
 
     def position(self, client: str, server_round: int) -> Position | None:
         """Return the position of ``client`` at the 0-based ``server_round``, None where it takes no part.

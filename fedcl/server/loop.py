@@ -210,8 +210,8 @@ class Server(View):
         for query in self.strategy.queries(event, self):
             self.strategy.absorb(query, self._answers(query, server_round), self)
         models = {client: self.model_of(client) for client in ended}
+        tasks = {client: self._whole_task(client, server_round) for client in ended}
         for query in self.statistics.queries(models):
-            tasks = {client: self._whole_task(client, server_round) for client in ended}
             self.statistics.absorb(query, self._answers(query, server_round), tasks)
         self._replace(self.strategy.conclude(event, self))
         if ended:
@@ -260,9 +260,7 @@ class Server(View):
         state.visited.difference_update(leavers)
         state.late.difference_update(leavers)
         if self.exchange.erase is None:
-            return [
-                Residual("devices", "remains", "the client's device is told to erase its state when it is in reach")
-            ]
+            return [Residual("devices", "remains", "the client's own device keeps its state: it was not told")]
         away = self.exchange.erase(leavers)
         if away:
             why = f"client(s) {', '.join(away)} were not in reach to be told to erase their state"

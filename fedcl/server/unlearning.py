@@ -61,11 +61,13 @@ class Unlearning:
 
         ``ends`` says that no round comes any more, so that nothing can wait.
         """
-        for request, why in self.queue.take(server_round, self.forgotten):
+        taken = self.queue.take(server_round, self.forgotten)
+        for request, why in taken:
             kind = "request_admitted" if why is None else "request_refused"
             fields = {} if why is None else {"reason": why}
             self._note(server, kind, server_round, request=request.id, scope=request.scope, **fields)
-        server.leave(self.forgotten.clients)
+        if taken:
+            server.leave(self.forgotten.clients)
         due = self.queue.due(server_round, now=ends)
         if due:
             self._serve(server, due, server_round)
