@@ -41,6 +41,7 @@ POISONED = 0.8  # share of the leaver's samples that carry the mark
 SEQUENCE = (3, 5, 7, 1)  # classes that are asked to be forgotten one after another, a round apart
 KINDS = ("client", "class", "sample", "sequence")
 Numbers = dict[str, float]
+Look = Callable[[Tensor], Numbers]
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,16 @@ def trained(cfg: dict[str, Any], prepared: Prepared, work: Path) -> Any:
         return clone((state, kept), torch.device("cpu"))
 
 
-def case(bench: Bench, cfg: dict[str, Any], prepared: Prepared, start: Any, work: Path) -> Numbers:
-    """Serve the requests of ``cfg`` and play on; return all measurements."""
+def case(
+    bench: Bench, cfg: dict[str, Any], prepared: Prepared, start: Any, work: Path, look: Look | None = None
+) -> Numbers:
+    """Serve the requests of ``cfg`` and play on; return all measurements.
+
+    ``look`` is what else is measured of a model (P,) besides the panel, at once and later; :class:`Probe` by default.
+    """
     found: Numbers = {}
-    probe = Probe(bench, make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu")), prepared.dataset)
+    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    probe = look or Probe(bench, model, prepared.dataset)
     record: Any = SilentRecord()
     served = 0
     with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
@@ -170,7 +177,7 @@ def case(bench: Bench, cfg: dict[str, Any], prepared: Prepared, start: Any, work
     return found
 
 
-def _after(server: Server, probe: Probe, server_round: int, found: Numbers) -> None:
+def _after(server: Server, probe: Look, server_round: int, found: Numbers) -> None:
     for rounds in AFTER:
         if server_round == AT + rounds - 1:
             found.update({f"+{rounds}/{name}": value for name, value in probe(server.global_model).items()})
@@ -273,6 +280,12 @@ def _sequence(runs: dict[str, dict[str, Numbers]]) -> str:
     return "\n".join(lines)
 
 
+def compact(results: Any) -> str:
+    """Return results as JSON with four significant digits: more would say nothing."""
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.4g}"))
+    return json.dumps(rounded, separators=(",", ":")) + "\n"
+
+
 def main(bench: Bench, description: str) -> None:
     """Read the command line, play, and write results.json and the tables."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,4 +308,4 @@ def main(bench: Bench, description: str) -> None:
         if not args.dry:
             rewrite(bench.folder / "README.md", kind, text)
     if not args.dry:
-        (bench.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (bench.folder / "results.json").write_text(compact(results), encoding="utf-8")

@@ -7,12 +7,14 @@ that people pass around, so it must not be able to name ``torch.load`` or ``os.s
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.machinery
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,16 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
         raise ConfigError(str(error)) from error
 
 
+def builder(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = ()) -> Callable[[], Any]:
+    """Return what builds the component of ``node`` again and again: as `build`, with its checks made once."""
+    params = {name: value for name, value in node.items() if name != TARGET_KEY}
+    first = build(node, at=at, trusted=trusted)
+    found = locate(node[TARGET_KEY], trusted, at)
+    if type(first) is not found or any(isinstance(value, Mapping) for value in params.values()):
+        return functools.partial(build, node, at=at, trusted=trusted)
+    return lambda: found(**copy.deepcopy(params))
+
+
 def locate(target: str, trusted: Collection[str] = (), at: str = "") -> Callable[..., Any]:
     """Import the class or function at a dotted path; arguments and errors as in `build`."""
     place = f"{at}.{TARGET_KEY}={target}" if at else f"{TARGET_KEY}={target}"
@@ -119,6 +131,13 @@ def plugin_directories(config_dirs: Iterable[Path | str] = ()) -> list[Path]:
     for directory in config_dirs:
         folders += [Path(directory).resolve(), Path(directory).resolve().parent]
     return list(dict.fromkeys(folders))
+
+
+def add_plugin_paths(config_dirs: Iterable[Path | str] = ()) -> None:
+    """Let modules of one's own be imported; appended, so that none of them shadows an installed one."""
+    for folder in plugin_directories(config_dirs):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def targets_in(node: Any) -> list[str]:

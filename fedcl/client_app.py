@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcl import __version__
-from fedcl.building import targets_in
+from fedcl.building import add_plugin_paths, targets_in
 from fedcl.client.device import Agreement, DeviceData, DeviceSpec, device_overrides, read_spec, refuse_foreign_targets
 from fedcl.client.device import relabel as with_global_labels
 from fedcl.client.device_state import DeviceStateStore
@@ -26,6 +27,7 @@ from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
 from fedcl.messages import (
     CHANGES_STATE,
+    Reply,
     Request,
     content_bytes,
     hello_reply,
@@ -34,6 +36,7 @@ from fedcl.messages import (
     requests,
     tensors_record,
 )
+from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.tree import pack, unpack
 from fedcl.wiring import Config, client_ids, client_runtime, load_dataset, simulated_data, split_dataset
 
@@ -129,7 +132,8 @@ def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
     request, run = asked[0], str(context.run_config.get("run", "")) or f"run-{context.run_id}"
     sent = str(context.run_config.get("overrides", ""))
     store = DeviceStateStore(spec.state, run, spec.client)
-    store.refuse_if_left()
+    if request.kind == "hello" and store.has_left():  # the server may still have to know that it is here
+        return Message(hello_reply(spec.client, 0, __version__), reply_to=message)
     if request.kind == "hello":
         agreed = Agreement.from_json(request.note)
         held = _device_runtime(_device_config(sent, spec, store), spec, agreed).data.num_examples(spec.client)
@@ -137,6 +141,11 @@ def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
         return Message(hello_reply(spec.client, held, __version__), reply_to=message)
     if request.client != spec.client:
         raise ValueError(f"the message is for client {request.client!r}, this is client {spec.client!r}")
+    if request.kind == "forget" and ForgetNote.from_json(request.note).leaves(spec.client):
+        store.drop(spec.client)  # as often as it is told: the answer may have been lost
+        erased = Residual("client state", "erased", "the client has left")
+        return Message(reply_content(Reply(0, note=residuals_json([erased])), live=False), reply_to=message)
+    store.refuse_if_left()
     runtime = _device_runtime(_device_config(sent, spec, store), spec, Agreement.from_json(store.agreed()))
     return Message(_visit(runtime, store, request, int(context.run_config.get("attempt", 0))), reply_to=message)
 
@@ -153,17 +162,25 @@ def _visit(runtime: ClientRuntime, store: DeviceStateStore, request: Request, at
 
 def _device_config(sent: str, spec: DeviceSpec, store: DeviceStateStore) -> Config:
     """Return the run's configuration, composed from this device's own copy when the run first spoke to it."""
-    key = json.dumps([sent, repr(spec), __version__])
+    if spec.config_dirs:
+        add_plugin_paths(spec.config_dirs)
+    key = json.dumps([sent, repr(spec), _stamps(spec.config_dirs), __version__])
     kept = store.kept_config(key)
     if kept is not None:
         return kept
     from fedcl.config import CONFIG_DIR, compose
 
-    cfg = compose(device_overrides(shlex.split(sent), spec))
+    cfg = compose(device_overrides(shlex.split(sent), spec), spec.config_dirs)
     if not spec.trusted_packages:
-        refuse_foreign_targets(targets_in(cfg), CONFIG_DIR)
+        refuse_foreign_targets(targets_in(cfg), [CONFIG_DIR, *spec.config_dirs])
     store.keep_config(key, cfg)
     return cfg
+
+
+def _stamps(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return what changes when a file in ``folders`` does."""
+    stats = {str(file): file.stat() for folder in folders for file in sorted(folder.rglob("*.yaml"))}
+    return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()]
 
 
 def _device_runtime(cfg: Config, spec: DeviceSpec, agreed: Agreement) -> ClientRuntime:

@@ -41,6 +41,7 @@ __all__ = [
     "diff",
     "kinds",
     "list_choices",
+    "quoted",
     "to_yaml",
 ]
 
@@ -160,7 +161,7 @@ def _split(overrides: Sequence[str], groups: Mapping[str, Mapping[str, Path]]) -
     values: list[Override] = []
     parser = OverridesParser.create()
     for given in overrides:
-        text = _quoted(given)
+        text = quoted(given)
         try:
             override = parser.parse_override(text)
         except (HydraException, ValueError) as error:
@@ -179,7 +180,7 @@ def _split(overrides: Sequence[str], groups: Mapping[str, Mapping[str, Path]]) -
     return choices, values
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return ``compare_with=a=1 b=2`` with its value quoted: overrides inside an override would not parse."""
     key, _, value = text.partition("=")
     if key.strip() != "compare_with" or "=" not in value or value.strip()[:1] in ("'", '"'):

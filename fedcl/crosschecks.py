@@ -126,6 +126,15 @@ def _check_worker_class(place: str, kind: Mapping[str, Any]) -> None:
             raise ConfigError(f"{place}.resources.{name}={value}: must be number > 0, and its name not CPU or GPU")
 
 
+def _target_fits(cfg: Mapping[str, Any]) -> None:
+    target = cfg.get("target_accuracy")
+    if target is not None and cfg["unlearning"]["requests"]:
+        raise ConfigError(
+            f"target_accuracy={target}: must be null where unlearning.requests are planned; a run that may stop early "
+            "cannot promise to serve them"
+        )
+
+
 CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
     _name_is_safe,
     _selection_fits,
@@ -135,4 +144,5 @@ CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
     _packages_are_names,
     _own_data_need_devices,
     _worker_classes_are_sound,
+    _target_fits,
 ]

@@ -13,22 +13,31 @@ import yaml
 
 from fedcl.building import plugin_directories
 from fedcl.config import compose, config_hash, diff, to_yaml
+from fedcl.data.dataset import Dataset
 from fedcl.inbox import Line, lines
 from fedcl.play import play
 from fedcl.prepared import Prepared
-from fedcl.results import schema
+from fedcl.results import html, schema
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.recorder import write_atomic
-from fedcl.results.report import terminal_report, write_figures
+from fedcl.results.report import terminal_report
 from fedcl.results.run import load
 from fedcl.results.summary import add_reference
+from fedcl.results.trackers import check as check_trackers
 from fedcl.rules import ConfigError
 from fedcl.simulation.backend import FlowerGrid
-from fedcl.wiring import Config, device_of
+from fedcl.tuning import chosen, note_unstacked
+from fedcl.wiring import Config, device_of, make_trackers
 
 REFERENCE = schema.REFERENCE
-_SERVING = ("unlearning.in_flight", "unlearning.recovery_rounds", "unlearning.reference")
+_SERVING = (
+    "unlearning.in_flight",
+    "unlearning.recovery_rounds",
+    "unlearning.reference",
+    "unlearning.klom",
+    "unlearning.trigger",
+)
 _VERSIONS = ("fedcl", "torch", "flwr")  # what decides a run's bits
 
 
@@ -42,20 +51,35 @@ def run(
     ConfigError
         If the configuration does not fit the data; nothing has been written then.
     """
-    prepared = Prepared.of(cfg)
-    reference = _reference_config(cfg, overrides, config_dirs)
-    if reference is not None:
-        Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
+    cfg, overrides = chosen(cfg, overrides, config_dirs, quiet)
+    prepared, reference = check(cfg, overrides, config_dirs)
+    if not quiet:
+        note_unstacked(cfg, prepared)
     run_dir = _create_run_dir(cfg)
     launch = {
         "overrides": list(overrides),
         "config_dirs": [str(Path(folder).resolve()) for folder in config_dirs],
         "plugin_paths": [str(folder) for folder in plugin_directories(config_dirs)],
     }
-    _write_launch(cfg, run_dir, launch)
+    write_launch(cfg, run_dir, launch)
     play(cfg, prepared, run_dir, quiet=quiet, grid=grid)
     _finish(cfg, reference, run_dir, launch, quiet)
     return run_dir
+
+
+def check(
+    cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], dataset: Dataset | None = None
+) -> tuple[Prepared, Config | None]:
+    """Return a run prepared, and its reference's configuration or None; nothing is written.
+
+    ``dataset`` saves loading what is loaded already. Raises ConfigError if the configuration does not fit the data.
+    """
+    prepared = Prepared.of(cfg, dataset=dataset)
+    check_trackers(make_trackers(cfg))
+    reference = _reference_config(cfg, overrides, config_dirs)
+    if reference is not None:
+        Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
+    return prepared, reference
 
 
 def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None) -> Path:
@@ -76,7 +100,7 @@ def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = No
     if waiting or not done:
         prepared = Prepared.of(cfg)
         # one who came when all rounds were over may have chosen another unlearner
-        over = _next_round(run_dir) == prepared.schedule.num_rounds
+        over = done or _next_round(run_dir) == prepared.schedule.num_rounds
         overrides = next((line.overrides for line in waiting), ()) if over else ()
         serving = with_unlearner(cfg, launch, overrides)
         play(serving, prepared, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
@@ -131,7 +155,7 @@ def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[s
         return cfg
     for override in overrides:
         key = override.partition("=")[0].lstrip("+")
-        if key.split(".")[0] != "unlearner" and key not in _SERVING:
+        if key.split(".")[0] != "unlearner" and ".".join(key.split(".")[:2]) not in _SERVING:
             raise ConfigError(f"{override}: here only unlearner, unlearner.* and {', '.join(_SERVING)} can be set")
     composed = compose([*launch["overrides"], *overrides], [Path(folder) for folder in launch["config_dirs"]])
     settings = {key.partition(".")[2]: composed["unlearning"][key.partition(".")[2]] for key in _SERVING}
@@ -172,15 +196,16 @@ def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[s
         resuming = (folder / "STATUS").is_file()
         if not resuming:
             folder.mkdir(exist_ok=True)
-            _write_launch(reference, folder, launch)
+            write_launch(reference, folder, launch)
         play(reference, Prepared.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
     if reference is not None:
         add_reference(run_dir, folder)
     finished = load(run_dir)
-    if cfg["figures"]:
-        write_figures(finished)
+    page = html.write(finished, defaults=compose([])) if cfg["figures"] else None
     if not quiet:
-        print(terminal_report(finished))
+        print(terminal_report(finished), end="" if page else "\n")
+        if page is not None:
+            print(f"report: {page}\n")
 
 
 def _reference_config(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Config | None:
@@ -200,7 +225,20 @@ def _create_run_dir(cfg: Config) -> Path:
         raise ConfigError(str(error)) from error
 
 
-def _write_launch(cfg: Config, folder: Path, launch: dict[str, Any]) -> None:
+def conclude(
+    cfg: Config,
+    overrides: Sequence[str],
+    config_dirs: Sequence[Path],
+    run_dir: Path,
+    launch: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """Do what follows a run that has been played: its reference, its report."""
+    _finish(cfg, _reference_config(cfg, overrides, config_dirs), run_dir, launch, quiet)
+
+
+def write_launch(cfg: Config, folder: Path, launch: dict[str, Any]) -> None:
+    """Write what a run is, and how it was asked for."""
     write_atomic(folder / schema.CONFIG, to_yaml(cfg))
     lines = "".join(f"- {json.dumps(override)}\n" for override in launch["overrides"])
     write_atomic(folder / schema.OVERRIDES, lines or "[]\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.queue import RequestQueue
 from fedcl.wiring import Config, make_queue, make_unlearner
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def forget(
     """Hand a request in to a run, serve it if the run is over, and return lines that say what was done.
 
     ``force`` serves also where code or settings have changed since the run. ``quiet`` returns the certificate's path.
+    Whoever asks the same run meanwhile waits (:func:`alone`).
 
     Raises
     ------
@@ -61,6 +67,37 @@ def forget(
     """
     request = asked.request()
     cfg, env = launched(run_dir)
+    with alone(run_dir):
+        return _forget(run_dir, request, cfg, env, overrides, force=force, quiet=quiet)
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Let no other process ask the run meanwhile, and wait, saying so, while another does.
+
+    The lock is on the run's ``config.yaml``, which nothing rewrites, and the system's: a process that dies, however it
+    dies, leaves none. On Windows there is no such lock; there, ask one after the other.
+    """
+    with (run_dir / schema.CONFIG).open("r+b") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{run_dir}: another request is being served, waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _forget(
+    run_dir: Path,
+    request: ForgetRequest,
+    cfg: Config,
+    env: dict[str, Any],
+    overrides: Sequence[str],
+    *,
+    force: bool,
+    quiet: bool,
+) -> list[str]:
     status = (run_dir / schema.STATUS).read_text().strip() if (run_dir / schema.STATUS).is_file() else "running"
     if overrides and status != "done":
         raise ConfigError(f"{overrides[0]}: another unlearner can serve a run that is over; this one is {status}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from fedcl.client.forgetting import part
 from fedcl.client.plugin import TaskData
-from fedcl.data.dataset import Indices
+from fedcl.data.dataset import Dataset, Indices
 from fedcl.evaluation import relearning
-from fedcl.evaluation.predictions import accuracy, predict
-from fedcl.evaluation.unlearning import PARTS, Part, panel
+from fedcl.evaluation.klom import ensemble_distance
+from fedcl.evaluation.predictions import accuracy, margins, predict
+from fedcl.evaluation.unlearning import PARTS, Part, backdoor, panel
 from fedcl.models.flat import FlatModel
 from fedcl.prepared import Prepared
 from fedcl.randomness import numpy_generator, torch_generator
 from fedcl.requests import ForgetNote, ForgetRequest, Forgotten
+from fedcl.rules import ConfigError
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import GLOBAL, Target
 from fedcl.wiring import Config, device_of, make_model, simulated_data
@@ -29,12 +32,23 @@ Sets = dict[Part, Pairs]
 RETAINED = 2000  # retain samples that are looked at: enough for a rate to half a percent
 
 
+class Ensemble(Protocol):
+    """Models of the same run from other seeds (``unlearning.klom``)."""
+
+    def others(
+        self, requests: Sequence[ForgetRequest], earlier: Forgotten, until: int
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return unlearned and retrained global models (P,), or None where they cannot be had."""
+        ...
+
+
 @dataclass
 class SimulatedPanel:
     """Measures the global model on the forget and the retain set of requests, train and test halves apart."""
 
     cfg: Config
     prepared: Prepared
+    ensemble: Ensemble | None = None
     _alike: dict[tuple[str, tuple[int, ...]], Pairs] = field(default_factory=dict, init=False, repr=False)
 
     # models are built when a request is measured: most runs never do
@@ -58,6 +72,7 @@ class SimulatedPanel:
         reference: Mapping[Target, Tensor] | None,
         met: Sequence[int],
         earlier: Forgotten,
+        server_round: int,
     ) -> dict[str, float]:
         """Return the panel of the model ``after``, and with prefixes the original's and the reference's own numbers."""
         if not met:
@@ -79,9 +94,15 @@ class SimulatedPanel:
         for prefix, vector in models.items():
             behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
             numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
-        for name in ("relearn_steps", "linear_probe"):
+        numbers |= self._backdoor(models, met, earlier)
+        for name in ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"):
             if f"reference/{name}" in numbers:
                 numbers[f"gap/{name}"] = abs(numbers[name] - numbers[f"reference/{name}"])
+        if self.ensemble is not None and reference is not None:
+            others = self.ensemble.others(requests, earlier, server_round)
+            if others is not None:
+                unlearned, retrained = [after[GLOBAL], *others[0]], [reference[GLOBAL], *others[1]]
+                numbers |= self._klom(sets, targets, unlearned, retrained)
         return {name: value for name, value in numbers.items() if not np.isnan(value)}
 
     def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
@@ -141,8 +162,9 @@ class SimulatedPanel:
         other = ~mine & ~np.isin(dataset.test.y, was)
         return self._held(everything[mine], task, device), self._held(everything[other], task, device)
 
-    def _held(self, positions: Indices, task: Task, device: torch.device) -> TaskData:
-        half = replace(self.prepared.dataset, train=self.prepared.dataset.test)
+    def _held(self, positions: Indices, task: Task, device: torch.device, dataset: Dataset | None = None) -> TaskData:
+        dataset = self.prepared.dataset if dataset is None else dataset
+        half = replace(dataset, train=dataset.test)
         data = simulated_data(half, replace(self.prepared.partition, train=(positions,), test=(positions,)), ("test",))
         return data.train("test", replace(task, portions=None), device)
 
@@ -200,4 +222,63 @@ class SimulatedPanel:
                 self.model, vector, forget, test, original_accuracy=original, generator=generator, training=training
             )
             numbers["relearn_steps"] = float(relearned.steps)
+            if sets["retain_train"]:
+                retain = relearning.Samples(*(torch.cat(v) for v in zip(*self._raw(sets["retain_train"]), strict=True)))
+                generator = torch_generator(self.cfg["seed"], "relearn from retain")
+                curve = relearning.relearn_from_retain(
+                    self.model, vector, retain, test, generator=generator, training=training
+                )
+                numbers["retain_relearned"] = curve[-1]
         return numbers
+
+    @staticmethod
+    def _raw(pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+        return [(data.x, data.y) for _, data in pairs]
+
+    def _backdoor(self, models: Mapping[str, Tensor], met: Sequence[int], earlier: Forgotten) -> dict[str, float]:
+        """Return how often a trigger works (``unlearning.trigger``), and what of its victims' accuracy is recovered."""
+        trigger = self.cfg["unlearning"]["trigger"]
+        if not trigger["pixels"]:
+            return {}
+        dataset = marked(self.prepared.dataset, trigger)
+        everything: Indices = np.arange(len(dataset.test.y))
+        gone = [label for request in earlier.requests for label in request.classes]
+        everything = everything[~np.isin(dataset.test.y, gone)]
+        tasks = [self._task(task_id, met) for task_id in met]
+        pairs = [(task, self._held(everything, task, self.model.device, dataset)) for task in tasks]
+        sets: Sets = {"retain_test": [pair for pair in pairs if len(pair[1])]}
+        if not sets["retain_test"]:
+            return {}
+        targets = torch.cat([data.y for _, data in sets["retain_test"]])
+        logits = {prefix: self._logits(sets, vector)["retain_test"] for prefix, vector in models.items()}
+        return backdoor(logits, targets, int(trigger["label"]))
+
+    def _klom(
+        self, sets: Sets, targets: Mapping[Part, Tensor], unlearned: list[Tensor], retrained: list[Tensor]
+    ) -> dict[str, float]:
+        """Return how far the margins of the two ensembles are apart on each set."""
+        both: list[dict[Part, Tensor]] = []
+        for vectors in (unlearned, retrained):
+            logits = [self._logits(sets, vector) for vector in vectors]
+            both.append({name: torch.stack([margins(one[name], targets[name]) for one in logits]) for name in targets})
+        unlearned_margins, oracle_margins = ({str(name): m for name, m in one.items()} for one in both)
+        return ensemble_distance(unlearned_margins, oracle_margins)
+
+
+def marked(dataset: Dataset, trigger: Mapping[str, Any]) -> Dataset:
+    """Return ``dataset`` with ``trigger["pixels"]`` of every test sample (places in it, flattened) at its ``value``.
+
+    Raises
+    ------
+    ConfigError
+        If the trigger does not fit the samples.
+    """
+    place, size = "unlearning.trigger", int(np.prod(dataset.input_shape))
+    pixels, label = trigger["pixels"], trigger["label"]
+    if any(type(p) is not int or not 0 <= p < size for p in pixels):
+        raise ConfigError(f"{place}.pixels={pixels}: must be places in 0..{size - 1}")
+    if label >= dataset.num_classes:
+        raise ConfigError(f"{place}.label={label}: must be in 0..{dataset.num_classes - 1}")
+    x = dataset.test.x.copy()
+    x.reshape(len(x), -1)[:, list(pixels)] = trigger["value"]
+    return replace(dataset, test=replace(dataset.test, x=x))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,19 @@ from fedcl.inbox import Inbox
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import make_unlearning
+from fedcl.requests import Forgotten
 from fedcl.results import schema
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.progress import Progress
 from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
+from fedcl.results.target import REACHED, TargetAccuracy, TargetReached, was_reached
+from fedcl.results.trackers import Trackers
 from fedcl.rules import ConfigError
 from fedcl.served import AfterServing
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
-from fedcl.wiring import Config, make_unlearner
+from fedcl.wiring import Config, make_trackers, make_unlearner
 
 Saved = tuple[Any, dict[str, tuple[int, Any]]]
 
@@ -66,13 +71,17 @@ def play(
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
         stack.enter_context(_status(recorder))
         interruption = stack.enter_context(interruptible())
+        left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
-            open_backend(cfg, prepared.dataset, prepared.partition, grid, run_dir / "clients", resuming=resuming)
+            open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
         )
         unlearning = make_unlearning(cfg, prepared, backend, run_dir)
         unlearning.queue.inbox = Inbox(inbox or run_dir)
         if own is not None:
             unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
+        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks)
+        recorder.followers.append(target.follow)
+        trackers = Trackers(make_trackers(cfg), recorder)
         server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
         states = backend.states or MemoryStateStore()
         if saved is not None:
@@ -80,14 +89,20 @@ def play(
         else:
             _report_partition(cfg, prepared, recorder, quiet)
         progress = stack.enter_context(Progress(quiet=quiet))
-        after = _AfterRound(cfg, prepared, server, states, recorder, checkpoints, progress, interruption)
+        after = _AfterRound(
+            cfg, prepared, server, states, recorder, checkpoints, progress, interruption, target, trackers
+        )
         unlearning.certify = served = AfterServing(cfg, own or cfg, run_dir, server, recorder, after.save_alone)
         if saved is not None:
             checkpoints.prune()
             served.purge()
+        trackers.start(run_dir, cfg, server.state.next_round)
+        stack.push(functools.partial(_end, trackers, run_dir))
         started = time.perf_counter()
-        server.run(after)
-        while unlearning.begin(server, prepared.schedule.num_rounds, ends=True):
+        with suppress(TargetReached):
+            if not was_reached(run_dir):
+                server.run(after)
+        while unlearning.begin(server, server.state.next_round, ends=True):
             pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
@@ -107,22 +122,33 @@ class _AfterRound:
         checkpoints: Checkpoints,
         progress: Progress,
         interruption: Interruption,
+        target: TargetAccuracy,
+        trackers: Trackers,
     ) -> None:
         self._every, self._seconds = cfg["checkpoint"]["every"], cfg["checkpoint"]["min_seconds"]
         self._saved = -math.inf
         self._prepared, self._server, self._states = prepared, server, states
         self._recorder, self._checkpoints = recorder, checkpoints
         self._progress, self._interruption = progress, interruption
+        self._target, self._trackers = target, trackers
 
     def __call__(self, server_round: int) -> None:
         schedule = self._prepared.schedule
-        last = server_round == schedule.num_rounds - 1
+        reached = self._target.reached(server_round)
+        last = reached is not None or server_round == schedule.num_rounds - 1
+        if reached is not None:
+            traffic = self._server.exchange.bytes_up + self._server.exchange.bytes_down
+            now = self._server.now
+            self._recorder.event(REACHED, round=server_round, virtual_time=now, accuracy=reached, bytes=traffic)
+        self._trackers.round_over(server_round)
         due = self._every and (server_round + 1) % self._every == 0 and time.monotonic() - self._saved >= self._seconds
         if due or (self._every and last) or self._interruption.signal is not None:
             self._save(server_round)
             self._saved = time.monotonic()
         task = schedule.stage(server_round).index
         self._progress.update(server_round + 1, schedule.num_rounds, task, self._server.measurement.headline)
+        if reached is not None:
+            raise TargetReached
         if not last:
             self._interruption.raise_if_asked()
 
@@ -138,6 +164,12 @@ class _AfterRound:
         self._checkpoints.save(server_round, state, kept, self._states.load, alone=alone)
 
 
+def _left(saved: Saved | None) -> frozenset[str]:
+    """Return the clients that had left by then."""
+    state = {} if saved is None else saved[0]["server"].get("unlearning", {})
+    return Forgotten.of(state.get("forgotten", ())).clients
+
+
 def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
@@ -145,6 +177,14 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
     recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
     if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
+
+
+def _end(trackers: Trackers, run_dir: Path, kind: type[BaseException] | None, *rest: object) -> None:
+    """Let the trackers end as the run does."""
+    stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+    status = "done" if kind is None else "interrupted" if stopped else "failed"
+    path = run_dir / schema.SUMMARY
+    trackers.finish(json.loads(path.read_text()) if kind is None and path.is_file() else {}, status)
 
 
 def _restore(server: Server, states: ClientStateStore, saved: Saved) -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedcl.client.state import NEVER
 from fedcl.client.unlearner import Unlearner
-from fedcl.panel import SimulatedPanel
+from fedcl.panel import SimulatedPanel, marked
 from fedcl.prepared import Prepared, make_server
-from fedcl.requests import Forgotten
+from fedcl.requests import ForgetRequest, Forgotten
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.arrivals import VirtualClock
+from fedcl.server.contracts import GLOBAL
 from fedcl.server.loop import Server
 from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.serving import Saved
@@ -41,6 +44,11 @@ _IRRELEVANT = (
     "figures",
     "compare_with",
 )
+
+
+def inline(cfg: Config, **changes: Any) -> Config:
+    """Return the configuration for a run inside this process that keeps nothing."""
+    return {**cfg, **changes, "backend": {**cfg["backend"], "name": "inline", "state": "memory"}}
 
 
 class SilentRecord:
@@ -64,15 +72,22 @@ class SimulatedReplay:
     prepared: Prepared
     backend: Backend
     cache: Path
+    spent: dict[str, float] = field(default_factory=dict, init=False)
 
     def run(self, forgotten: Forgotten, until: int) -> Saved:
         """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
         kept = Checkpoints(self.cache / self._key(forgotten, until), keep=1)
         if not kept.begun():
+            started, cpu = time.perf_counter(), time.process_time()
             state, clients = self._play(forgotten, until)
+            spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+            stay = len(set(self.prepared.clients) - forgotten.clients)
+            spent |= {"rounds": float(until), "bytes": float(sum(state["bytes"])), "clients": float(stay)}
             visits = {client: visit for client, (visit, _) in clients.items()}
-            kept.save(until, {"server": state}, visits, lambda client, visit: clients[client][1])
+            saved = {"server": state, "spent": spent}
+            kept.save(until, saved, visits, lambda client, visit: clients[client][1])
         saved, states = kept.load()
+        self.spent = {name: float(value) for name, value in saved.get("spent", {}).items()}
         return saved["server"], states
 
     def prune(self, forgotten: Forgotten, until: int) -> None:
@@ -98,7 +113,7 @@ class SimulatedReplay:
         server.load_state_dict({**clone(rest, torch.device("cpu")), **own})
 
     def _play(self, forgotten: Forgotten, until: int) -> Saved:
-        cfg = {**self.cfg, "backend": {**self.cfg["backend"], "name": "inline", "state": "memory"}}
+        cfg = inline(self.cfg)
         queue = RequestQueue(Bounds((), 0, 0, frozenset()))
         record: Any = SilentRecord()
         dataset, partition = self.prepared.dataset, self.prepared.partition
@@ -136,22 +151,75 @@ def _anonymous(request: str) -> str:
     return json.dumps({name: value for name, value in raw.items() if name != "id"}, sort_keys=True)
 
 
+@dataclass
+class SimulatedEnsemble:
+    """Plays the run and its references from other seeds: same samples, clients and requests, other draws.
+
+    ``count`` models of each kind, the run's own among them.
+    """
+
+    cfg: Config
+    prepared: Prepared
+    cache: Path
+    count: int
+    _served: list[tuple[int, ForgetRequest]] = field(default_factory=list, init=False)
+
+    def others(
+        self, requests: Sequence[ForgetRequest], earlier: Forgotten, until: int
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Return other seeds' global models (P,) after ``requests`` before round ``until``: served, retrained.
+
+        None where an earlier request was served before this process began: it is not known when.
+        """
+        known = {request.to_json() for _, request in self._served}
+        if any(request.to_json() not in known for request in earlier.requests):
+            return None
+        self._served += [(until, request) for request in requests]
+        gone = Forgotten([*earlier.requests, *requests])
+        unlearned, retrained = [], []
+        for more in range(1, self.count):
+            options = {**self.cfg["unlearning"], "requests": [], "window": 0}
+            cfg = inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
+            with open_backend(cfg, self.prepared.dataset, self.prepared.partition) as backend:
+                replay = SimulatedReplay(cfg, self.prepared, backend, self.cache)
+                retrained.append(replay.run(gone, until)[0]["models"][GLOBAL])
+                unlearned.append(self._serve(cfg, backend, replay, until))
+        return unlearned, retrained
+
+    def _serve(self, cfg: Config, backend: Backend, replay: SimulatedReplay, until: int) -> Tensor:
+        queue = make_queue(cfg, self.prepared.stream, self.prepared.schedule, self.prepared.dataset)
+        queue.planned = list(self._served)
+        record: Any = SilentRecord()
+        settings = cfg["unlearning"]
+        options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], reference=False)
+        unlearning = Unlearning(queue, make_unlearner(cfg), options, replay=replay)
+        server = make_server(cfg, self.prepared, backend, record, unlearning=unlearning, evaluate=False)
+        server.run(lambda _: None, until)
+        unlearning.begin(server, until, ends=True)
+        return server.global_model
+
+
 def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: Path) -> Unlearning:
     """Wire what serves unlearning requests in a run.
 
     Raises
     ------
     ConfigError
-        If a planned request cannot be served by the unlearner, or not on this backend.
+        If a planned request cannot be served by the unlearner, or not on this backend, or ``unlearning.klom`` or
+        ``unlearning.trigger`` cannot be measured.
     """
     settings, unlearner = cfg["unlearning"], make_unlearner(cfg)
     cache = Path(settings["cache"]) if settings["cache"] else run_dir / "references"
     replay = None if backend.states is None else SimulatedReplay(cfg, prepared, backend, cache)
+    if settings["klom"] == 1:
+        raise ConfigError("unlearning.klom=1: must be 0 or >= 2, as one model has no distribution")
+    marked(prepared.dataset, settings["trigger"])
     queue = make_queue(cfg, prepared.stream, prepared.schedule, prepared.dataset)
     if replay is None and unlearner.replays:
         if queue.planned:
             raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
         queue.bounds = replace(queue.bounds, scopes=frozenset())
     options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
-    panel = None if replay is None else SimulatedPanel(cfg, prepared)
+    ensemble = SimulatedEnsemble(cfg, prepared, cache, settings["klom"]) if settings["klom"] else None
+    panel = None if replay is None else SimulatedPanel(cfg, prepared, ensemble)
     return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

@@ -17,9 +17,11 @@ _EVERY_ROUND = ("checkpoint.every=1", "checkpoint.min_seconds=0")
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that ``overrides`` of the run's configuration describes, in the words of ``fedcl run``.
 
-    With ``resume`` it goes on with the run in that folder instead.
+    ``config_dirs`` are folders with choices of the user's. With ``resume`` it goes on with the run in that folder
+    instead.
     """
     from fedcl import experiment
+    from fedcl.building import add_plugin_paths
     from fedcl.config import compose
 
     interrupted = str(context.run_config.get("resume", ""))
@@ -27,5 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         experiment.resume(Path(interrupted), force=False, quiet=False, grid=grid)
         return
     given = shlex.split(str(context.run_config.get("overrides", "")))
+    folders = [Path(folder) for folder in shlex.split(str(context.run_config.get("config_dirs", "")))]
+    add_plugin_paths(folders)
     overrides = [*given, "backend=flower", "compare_with=null", *_EVERY_ROUND]
-    experiment.run(compose(overrides), overrides, [], quiet=False, grid=grid)
+    experiment.run(compose(overrides, folders), overrides, folders, quiet=False, grid=grid)

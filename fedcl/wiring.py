@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedcl.building import build
+from fedcl.building import build, builder
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Plugin
 from fedcl.client.plugin import overrides as defines
 from fedcl.client.probe import Probe
+from fedcl.client.rates import TaskDecay
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.client.unlearner import Unlearner
 from fedcl.crosschecks import is_local
@@ -24,13 +25,14 @@ from fedcl.data.dataset import Dataset, Indices, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
+from fedcl.results.trackers import Tracker
 from fedcl.rules import ConfigError
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.materialise import materialise, retained
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
-from fedcl.server.contracts import LocalWork
+from fedcl.server.contracts import LocalWork, Part
 from fedcl.server.planned import planned_requests
 from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.statistics import Statistics
@@ -185,8 +187,8 @@ def learner_factories(cfg: Config) -> PluginFactories:
     return factories
 
 
-def _plugin_factory(cfg: Config, place: str, node: Mapping[str, Any]) -> functools.partial[Plugin]:
-    return functools.partial(build, node, at=place, trusted=cfg["trusted_packages"])
+def _plugin_factory(cfg: Config, place: str, node: Mapping[str, Any]) -> Callable[[], Plugin]:
+    return builder(node, at=place, trusted=cfg["trusted_packages"])
 
 
 def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, ...]) -> PartitionedData:
@@ -197,13 +199,29 @@ def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, .
 def local_training(cfg: Config) -> LocalTraining:
     """Return how a client trains."""
     client = cfg["client"]
-    return LocalTraining(client["epochs"], client["batch_size"], **client["optimizer"])
+    how = {key: value for key, value in client["optimizer"].items() if key != "task_decay"}
+    return LocalTraining(client["epochs"], client["batch_size"], **how)
+
+
+def task_decay(cfg: Config) -> float:
+    """Return the factor by which the learning rate goes down from task to task; configurations of old have none."""
+    return float(cfg["client"]["optimizer"].get("task_decay", 1.0))
+
+
+def _check_one_rate(cfg: Config, parts: Sequence[Part | Unlearner]) -> None:
+    """Refuse parts that play local training through with one learning rate where tasks have their own."""
+    for part in parts if task_decay(cfg) != 1.0 else ():
+        if type(part).bind not in (Part.bind, Unlearner.bind):
+            raise ConfigError(
+                f"client.optimizer.task_decay={task_decay(cfg)}: must be 1 with {type(part).__name__}, which reckons "
+                "with one learning rate"
+            )
 
 
 def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRuntime:
     """Build what runs clients' visits, in this process."""
     device = device_of(cfg)
-    stream = make_stream(cfg, dataset)
+    stream, training = make_stream(cfg, dataset), local_training(cfg)
     curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), cfg["evaluation"]["iterations"]
 
     def probe(client: str, server_round: int, plugins: Sequence[Plugin]) -> Probe:
@@ -216,12 +234,20 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         model=make_model(cfg, dataset, stream, device),
         plugins=learner_factories(cfg),
         data=data,
-        training=local_training(cfg),
+        training=training,
         seed=cfg["seed"],
         num_columns=sum(stream.heads),
         personal_evaluation=cfg["evaluation"]["personal"],
         probe=probe if every else None,
+        rates=None if task_decay(cfg) == 1.0 else TaskDecay(training.lr, task_decay(cfg), curriculum.schedule),
+        engine=cfg["engine"],
     )
+
+
+def make_trackers(cfg: Config) -> dict[str, Tracker]:
+    """Build the trackers by name; configurations of old have none."""
+    nodes = cfg.get("trackers", {})
+    return {name: build(node, at=f"trackers.{name}", trusted=cfg["trusted_packages"]) for name, node in nodes.items()}
 
 
 def make_unlearner(cfg: Config) -> Unlearner:
@@ -302,6 +328,7 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
             if node.get(part, {}).get("server") is not None
         }
         strategy = _checked(lambda: Pipeline(**parts))
+        _check_one_rate(cfg, [*(part for name, part in parts.items() if name == "staleness"), make_unlearner(cfg)])
     _checked(lambda: strategy.setup(model.spec))
     plugins = [make() for make in learner_factories(cfg).values()]
     for plugin in plugins:

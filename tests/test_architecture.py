@@ -15,12 +15,16 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 CORE = ("fedcl.data", "fedcl.scenario", "fedcl.models", "fedcl.evaluation")
 CONTRACTS = ("fedcl.server", "fedcl.client", "fedcl.results", "fedcl.messages")
 METHODS = ("strategies", "clients")
-CONFIG = ("fedcl.config", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
+CONFIG = ("fedcl.config", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
     *CONFIG,
     "fedcl.prepared",
+    "fedcl.commands",
+    "fedcl.sweep",
+    "fedcl.extend",
+    "fedcl.export",
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.forget",
@@ -28,6 +32,7 @@ OUTER = (
     "fedcl.verify",
     "fedcl.protocol",
     "fedcl.replay",
+    "fedcl.tuning",
     "fedcl.panel",
     "fedcl.wiring",
     "fedcl.bench",
@@ -86,7 +91,7 @@ def forbidden(module: str, imported: str, top: bool) -> str | None:
     library = imported.split(".")[0]
     rules = {
         "ray": ("fedcl.simulation",),
-        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS),
+        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS, "fedcl.bench.flower_app"),
         "hydra": CONFIG,
         "omegaconf": CONFIG,
         "matplotlib": ("fedcl.results",),

@@ -56,7 +56,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(REAL / "config.yaml", folder)
     shutil.copytree(REAL / "backend", folder / "backend")
     shutil.copytree(REAL / "devices", folder / "devices")
-    for group in ("protocol", "unlearner"):
+    for group in ("protocol", "trackers", "unlearner"):
         shutil.copytree(REAL / group, folder / group)
     shutil.copy(REAL / "strategy/pipeline.yaml", folder / "strategy")
     monkeypatch.setattr("fedcl.config.CONFIG_DIR", folder)

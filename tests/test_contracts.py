@@ -29,7 +29,7 @@ STEADY = {"answers_ignored", "epoch", "control_epoch", "memory", "stale"}
 GROUPS = {
     group: [name for name, _ in list_choices(group)]
     for group in kinds()
-    if group not in ("experiment", "protocol", "unlearner")
+    if group not in ("experiment", "protocol", "trackers", "unlearner")
 }
 SINGLES: list[Choices] = [{group: choice} for group, names in GROUPS.items() for choice in names]
 Pair = frozenset[str]  # of two "group=choice"

@@ -28,13 +28,10 @@ def test_the_folder_holds_what_the_design_promises(run_experiment: Play) -> None
     folder = run_experiment("a", *SMALL, "figures=true")
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "overrides.yaml", "env.json", "STATUS", "metrics.parquet", "timings.parquet"} <= names
-    assert {"events.jsonl", "summary.json", "checkpoints", "figures"} <= names
+    assert {"events.jsonl", "summary.json", "checkpoints", "figures", "report.html"} <= names
     assert (folder / "STATUS").read_text() == "done\n"
-    assert {path.name for path in (folder / "figures").glob("*.png")} == {
-        "accuracy_matrix.png",
-        "accuracy_by_task.png",
-        "forgetting_bars.png",
-    }
+    drawn = {"accuracy_matrix", "accuracy_by_task", "forgetting_bars", "accuracy_against_cost", "timeline"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {f"{name}.svg" for name in drawn}
     read = load(folder)
     assert read.config["num_clients"] == 4
     assert read.summary["rounds"] == 4

@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clients.unlearners.steps import (
-    BATCH,
-    Together,
-    allowed,
-    answered,
-    gradients,
-    optimizer,
-    settings,
-)
+from clients.unlearners.averaging import Together
+from clients.unlearners.steps import BATCH, allowed, answered, gradients, optimizer, settings
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
 from fedcl.models.flat import FlatModel
 

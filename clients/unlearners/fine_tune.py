@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from clients.unlearners.steps import Averaged, answered, check, descend, epochs_of, settings, sgd, users_of
+from clients.unlearners.averaging import Averaged, users_of
+from clients.unlearners.steps import answered, check, descend, epochs_of, settings, sgd
 from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clients.unlearners.averaging import Averaged
 from clients.unlearners.steps import (
-    Averaged,
     answered,
     check,
     clip,

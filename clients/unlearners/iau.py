@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.steps import (
-    BATCH,
-    Adam,
-    cross_entropy,
-    edited_targets,
-    gradients,
-    num_parameters,
-    users_of,
-)
+from clients.unlearners.averaging import edited_targets, num_parameters, users_of
+from clients.unlearners.steps import BATCH, Adam, cross_entropy, gradients
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.requests import ForgetRequest
 

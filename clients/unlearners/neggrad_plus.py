@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.steps import (
-    Averaged,
-    check,
-    cross_entropy,
-    epochs_of,
-    gradients,
-    ignorance,
-    settings,
-    users_of,
-)
+from clients.unlearners.averaging import Averaged, users_of
+from clients.unlearners.steps import check, cross_entropy, epochs_of, gradients, ignorance, settings
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Batch
 from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView

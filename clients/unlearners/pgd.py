@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from clients.unlearners.averaging import edited_targets, moved, num_parameters
 from clients.unlearners.steps import (
     BATCH,
     accuracy,
@@ -18,11 +19,8 @@ from clients.unlearners.steps import (
     clip,
     cross_entropy,
     descend,
-    edited_targets,
     epochs_of,
     gradients,
-    moved,
-    num_parameters,
     project,
     settings,
     sgd,

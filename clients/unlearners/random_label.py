@@ -7,15 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from clients.unlearners.steps import (
-    Together,
-    allowed,
-    answered,
-    descend,
-    epochs_of,
-    optimizer,
-    settings,
-)
+from clients.unlearners.averaging import Together
+from clients.unlearners.steps import allowed, answered, descend, epochs_of, optimizer, settings
 from fedcl.client.unlearner import Local, Samples, UnlearnContext
 
 

@@ -12,30 +12,37 @@ hardly moves what they use. No state is kept before the request, and no recovery
 # N = samples, D = inputs of a layer and its bias, F = random features and a constant, C = logit columns, P = parameters
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from clients.fot import layer_rows
-from clients.unlearners.steps import BATCH, answered, edited_targets, gradients, settings, sgd, users_of
+from clients.unlearners.averaging import edited_targets, users_of
+from clients.unlearners.sparing import (
+    GRAM,
+    half,
+    input_sums,
+    layers_of,
+    random_features,
+    spare,
+    sparing_matrices,
+    total,
+    whole,
+)
+from clients.unlearners.steps import BATCH, answered, gradients, settings, sgd
 from fedcl.client.loop import LocalTraining
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
-from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest, Scope
 
 if TYPE_CHECKING:
     from fedcl.server.contracts import Answer, Target
 
-Layer = nn.Linear | nn.Conv2d
-_GRAM, _TEACHER, _MATRIX = "gram", "teacher", "matrix"
+_TEACHER, _MATRIX = "teacher", "matrix"
 
 
 class Reteach(Unlearner):
@@ -53,6 +60,9 @@ class Reteach(Unlearner):
         How much directions are spared: 0 would forbid those that stay in use altogether, infinity spares none.
     epochs, lr, momentum, batch_size
         Of the leaver's training; None for the client's own.
+    max_steps
+        Steps after which it ends all the same: what is to be unlearned does not grow with the leaver's samples. None:
+        no such bound.
 
     Raises
     ------
@@ -65,23 +75,27 @@ class Reteach(Unlearner):
     def __init__(
         self,
         *,
-        features: int = 1000,
+        features: int = 500,
         ridge: float = 0.01,
         sharpness: float = 8.0,
         epsilon: float = 0.1,
-        epochs: int = 10,
-        lr: float | None = 0.01,
+        epochs: int = 5,
+        lr: float | None = 0.04,
         momentum: float = 0.9,
-        batch_size: int | None = 32,
+        batch_size: int | None = 64,
+        max_steps: int | None = 30,
     ) -> None:
         positive = {"features": features, "ridge": ridge, "sharpness": sharpness, "epsilon": epsilon}
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"unlearner.{name}={value}: must be > 0")
+        if max_steps is not None and max_steps < 0:
+            raise ValueError(f"unlearner.max_steps={max_steps}: must be >= 0 or null")
         if epochs < 0 or not 0 <= momentum < 1:
             raise ValueError(f"unlearner: epochs={epochs} must be >= 0, momentum={momentum} in [0, 1)")
         self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
+        self.max_steps = max_steps
         self._metrics: dict[str, float] = {}
 
     def check(self, model: FlatModel) -> None:
@@ -92,17 +106,18 @@ class Reteach(Unlearner):
     # -- at a client --------------------------------------------------------------------------------------------------
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Sum up what the client retains (``teacher``, ``inputs``), or relearn at the leaver (``relearn``)."""
-        if step == "teacher":
-            return self._teach(ctx)
-        if step == "inputs":
-            sums = input_sums(ctx.model, ctx.retain) if len(ctx.retain) else {}
-            return Local(len(ctx.retain), {f"{_GRAM}/{layer}": half(gram) for layer, gram in sums.items()})
-        return self._relearn(ctx) if len(ctx.forget) else Local(0, {})
-
-    def _teach(self, ctx: UnlearnContext) -> Local:
+        """Sum up what the client retains (``teacher``, ``inputs``, ``both``), or let the leaver ``relearn``."""
+        if step == "relearn":
+            return self._relearn(ctx) if len(ctx.forget) else Local(0, {})
         if not len(ctx.retain):
             return Local(0, {})
+        tensors = {} if step == "inputs" else self._teach(ctx)
+        if step != "teacher":
+            sums = input_sums(ctx.model, ctx.retain)
+            tensors |= {f"{GRAM}/{layer}": half(gram) for layer, gram in sums.items()}
+        return Local(len(ctx.retain), tensors)
+
+    def _teach(self, ctx: UnlearnContext) -> dict[str, Tensor]:
         width = self.features + 1
         # float32 is enough: the penalty is far above its rounding
         gram, cross = (torch.zeros(width, columns, device=ctx.device) for columns in (width, ctx.num_columns))
@@ -110,7 +125,7 @@ class Reteach(Unlearner):
             phi_NF = random_features(batch.x, self.features, int(ctx.args["seed"]))
             gram.addmm_(phi_NF.T, phi_NF)
             cross.addmm_(phi_NF.T, F.one_hot(batch.y, ctx.num_columns).to(phi_NF))
-        return Local(len(ctx.retain), {_GRAM: half(gram), "cross": cross})
+        return {GRAM: half(gram), "cross": cross}
 
     def _relearn(self, ctx: UnlearnContext) -> Local:
         training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
@@ -122,7 +137,7 @@ class Reteach(Unlearner):
         told, sparing = Told(ctx.forget, scores_NC, self.sharpness), self._sparing(ctx)
         steps = 0
         ctx.model.eval()
-        for rows in told.batches(training, ctx.rng("batches")):
+        for rows in islice(told.batches(training, ctx.rng("batches")), self.max_steps):
             grads = gradients(ctx.model, told.loss(ctx.model, rows))
             spare(grads, sparing)
             move(grads)
@@ -147,14 +162,18 @@ class Reteach(Unlearner):
         """Let each leaver correct every model that stays, one after the other."""
         seed = int(torch.randint(2**31, (1,), generator=view.rng("random features")))
         self._metrics = {"steps": 0.0}
-        some = next(iter(models.values()))
-        teacher = self._solve(view.ask("teacher", dict.fromkeys(view.clients, some), seed=seed))
-        if teacher is None:
-            return {}
+        teacher: Tensor | None = None
         edited: dict[Target, Tensor] = {}
         for target in edited_targets(requests, models):
             model, stay = models[target], users_of(target, models, view)
-            sums = view.ask("inputs", dict.fromkeys(stay, model))
+            if teacher is None:  # once, of everybody, and of what the first model reads in the same message
+                sums = view.ask("both", dict.fromkeys(view.clients, model), seed=seed)
+                teacher = self._solve(sums)
+                sums = [answer for answer in sums if answer.client in stay]
+            else:
+                sums = view.ask("inputs", dict.fromkeys(stay, model))
+            if teacher is None:
+                return {}
             tensors = {f"{_MATRIX}/{name}": m for name, m in sparing_matrices(sums, self.epsilon).items()}
             for leaver in view.owners:
                 answers = view.ask("relearn", {leaver: model}, {_TEACHER: teacher, **tensors}, seed=seed)
@@ -168,11 +187,9 @@ class Reteach(Unlearner):
         """Return the teacher's weights (F, C): (S + ridge tr(S)/F I)^-1 Q of all clients' sums."""
         if not answers:
             return None
-        gram = whole(torch.stack([answer.tensors[_GRAM].double() for answer in answers]).sum(0))
-        cross = torch.stack([answer.tensors["cross"].double() for answer in answers]).sum(0)
-        penalty = self.ridge * gram.diagonal().mean()
-        weights_FC: Tensor = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), cross)
-        return weights_FC.float()
+        gram, cross = whole(total(answers, GRAM)), total(answers, "cross")
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()
 
     def metrics(self) -> dict[str, float]:
         """Return the leavers' steps in all."""
@@ -201,106 +218,3 @@ class Told:
     @staticmethod
     def _shut(values: Tensor, mask: Tensor | None) -> Tensor:
         return values if mask is None else values.masked_fill(~mask, float("-inf"))
-
-
-# -- what is summed, and what is spared -------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=16)
-def upper(size: int) -> Tensor:
-    """Return the places of the upper triangle in a flattened matrix of ``size`` rows."""
-    rows, columns = torch.triu_indices(size, size)
-    places: Tensor = rows * size + columns
-    return places
-
-
-def half(symmetric_DD: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric matrix as a vector: all that need travel."""
-    places = upper(len(symmetric_DD)).to(symmetric_DD.device)
-    return symmetric_DD.flatten()[places]
-
-
-def whole(triangle: Tensor) -> Tensor:
-    """Return the symmetric matrix whose :func:`half` is ``triangle``."""
-    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
-    matrix_DD = triangle.new_zeros(size, size)
-    matrix_DD.view(-1)[upper(size).to(triangle.device)] = triangle
-    return matrix_DD + matrix_DD.triu(1).T
-
-
-def layers_of(module: nn.Module) -> dict[str, Layer]:
-    """Return the linear layers and the 2-d convolutions with one group, by name."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    }
-
-
-def random_features(x: Tensor, features: int, seed: int) -> Tensor:
-    """Return relu(x W / sqrt(inputs) + b) and a constant 1, (N, F).
-
-    W is normal, b uniform on [-1, 1], both drawn from ``seed``.
-    """
-    flat = x.reshape(len(x), -1).float()
-    generator = torch_generator("random features", seed)
-    weight = torch.randn(flat.shape[1], features, generator=generator) / flat.shape[1] ** 0.5
-    bias = torch.rand(features, generator=generator) * 2 - 1
-    phi = torch.relu(flat @ weight.to(flat.device) + bias.to(flat.device))
-    return torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
-
-
-@torch.no_grad()
-def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
-    """Return, by layer, the sum over samples (and positions) of the inputs' outer products, a 1 for the bias appended.
-
-    Float32 (D, D); a convolution's inputs are its patches. Layers are in evaluation mode.
-    """
-    layers, sums = layers_of(model.module), dict[str, Tensor]()
-
-    def reads(name: str, layer: Layer) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = layer_rows(layer, args[0])
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if layer.bias is not None else rows
-            gram = (rows.T @ rows).double()
-            sums[name] = sums[name] + gram if name in sums else gram
-
-        stack.callback(layer.register_forward_pre_hook(hook).remove)
-
-    model.eval()
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            reads(name, layer)
-        for batch in samples.batches(BATCH):
-            model(batch.x)
-    return {name: gram.float() for name, gram in sums.items()}
-
-
-def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Tensor]:
-    """Return, by layer, M = (A + epsilon tr(A)/D I)^-1 of all clients' sums, scaled to a mean diagonal of 1."""
-    matrices = {}
-    for key in answers[0].tensors if answers else ():
-        gram = whole(torch.stack([answer.tensors[key].double() for answer in answers]).sum(0))
-        eye = torch.eye(len(gram), dtype=gram.dtype)
-        energy = gram.diagonal().mean()
-        inverse = torch.linalg.inv(gram / energy + epsilon * eye) if energy > 0 else eye
-        matrices[key.removeprefix(f"{_GRAM}/")] = (inverse / inverse.diagonal().mean()).float()
-    return matrices
-
-
-@torch.no_grad()
-def spare(grads: list[Tensor], sparing: Sequence[tuple[int, int | None, Tensor]]) -> None:
-    """Multiply the gradients of each layer's [weight, bias] by its M from the right, in place; zero all others'."""
-    touched = set()
-    for weight, bias, matrix in sparing:
-        rows = grads[weight].flatten(1)
-        joint = rows if bias is None else torch.cat([rows, grads[bias][:, None]], 1)
-        turned = joint @ matrix
-        grads[weight].copy_(turned[:, : rows.shape[1]].view_as(grads[weight]))
-        touched.add(weight)
-        if bias is not None:
-            grads[bias].copy_(turned[:, -1])
-            touched.add(bias)
-    for place, grad in enumerate(grads):
-        if place not in touched:
-            grad.zero_()

@@ -1,24 +1,18 @@
-"""What unlearners that move weights share: local steps over samples, and the mean of clients' changes."""
+"""What unlearners that move weights share at a client: local steps over samples."""
 
 # P = length of the flat vector, N = samples, C = logit columns
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
 from fedcl.client.plugin import Batch
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
-from fedcl.models.flat import FlatModel, Spec
-from fedcl.requests import ForgetRequest, Forgotten
-from fedcl.server.contracts import GLOBAL
-
-if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+from fedcl.client.unlearner import Local, Samples, UnlearnContext
+from fedcl.models.flat import FlatModel
 
 BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it
 
@@ -45,9 +39,6 @@ def check(
     ):
         if not right:
             raise ValueError(f"unlearner.{key}={value}: must be {rule}")
-
-
-# -- at a client ------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(model: FlatModel, batch: Batch) -> Tensor:
@@ -184,136 +175,3 @@ def answered(ctx: UnlearnContext, num_examples: int, **numbers: float) -> Local:
     """Return the change of ``ctx.model`` since it was received, and ``numbers`` for the certificate."""
     tensors = {name: torch.tensor([float(value)]) for name, value in numbers.items()}
     return Local(num_examples, {"change": ctx.model.flat - ctx.received, **tensors})
-
-
-# -- at the server ----------------------------------------------------------------------------------------------------
-
-
-def moved(model: Tensor, answers: Sequence[Answer]) -> Tensor:
-    """Return ``model`` (P,) plus the mean of the clients' changes, weighted by their samples, summed in float64."""
-    total = sum(answer.num_examples for answer in answers)
-    if not total:
-        return model
-    mean = torch.zeros_like(model, dtype=torch.float64)
-    for answer in answers:
-        mean += answer.tensors["change"].double() * (answer.num_examples / total)
-    return (model.double() + mean).float()
-
-
-def num_parameters(spec: Spec) -> int:
-    """Return the length of a model vector's head, before the buffers."""
-    return max((tensor.stop for tensor in spec if tensor.kind == "parameter"), default=0)
-
-
-def edited_targets(requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor]) -> list[Target]:
-    """Return the targets to edit: all but the own models of clients that leave, which go with them."""
-    leavers = Forgotten(list(requests)).clients
-    return [target for target in models if target not in leavers]
-
-
-def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> tuple[str, ...]:
-    """Return the clients that may train ``target`` on what they retain.
-
-    The global model is everybody's. A personal one, or a cluster's, is trained by the clients that would be sent it, so
-    that it stays personal; everybody if there are none.
-    """
-    if target == GLOBAL:
-        return view.clients
-    users = tuple(client for client in view.clients if torch.equal(view.model_of(client), models[target]))
-    return users or view.clients
-
-
-class Averaged(Unlearner):
-    """Rounds in which clients move a model on their own samples, and the server adds the mean of their changes.
-
-    The same procedure serves every target: the global model, and each personal or cluster model.
-
-    Parameters
-    ----------
-    rounds
-        How often the clients are asked; 0 changes nothing.
-    """
-
-    def __init__(self, *, rounds: int) -> None:
-        check(rounds=rounds)
-        self.rounds = rounds
-        self._metrics: dict[str, float] = {}
-
-    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Return the clients that take part in the edit of ``target``."""
-        raise TypeError(f"{type(self).__name__} does not say whom it asks")
-
-    def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
-        """Return what clients need in round ``number`` besides the model; ``original`` (P,) is where it began."""
-        return {}
-
-    def added(self, model: Tensor, answers: Sequence[Answer]) -> Tensor:
-        """Return ``model`` (P,) after a round."""
-        return moved(model, answers)
-
-    def unlearn(
-        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
-    ) -> dict[Target, Tensor]:
-        """Edit every target by ``rounds`` rounds."""
-        self._metrics = {}
-        edited: dict[Target, Tensor] = {}
-        for target in edited_targets(requests, models):
-            model, clients = models[target], self.asked(target, models, view)
-            for number in range(self.rounds):
-                enclosed = self.enclosed(models[target], view, number)
-                answers = view.ask("train", dict.fromkeys(clients, model), enclosed, round=number)
-                model = self.added(model, answers)
-                self._count(answers)
-            edited[target] = model
-        return edited
-
-    def metrics(self) -> dict[str, float]:
-        """Return the sums over all clients, rounds and targets of what they counted (steps, say)."""
-        return dict(self._metrics)
-
-    def _count(self, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            for name, tensor in answer.tensors.items():
-                if tensor.numel() == 1 and name != "change":
-                    self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)
-
-
-class Together(Averaged):
-    """Rounds in which the owners of F train on F and R together and, with ``everyone``, the others on R.
-
-    Parameters
-    ----------
-    rounds, epochs
-        Rounds, and a client's epochs in each; 0 of either changes nothing.
-    lr, batch_size
-        Learning rate and batch size; None for the client's own.
-    optimizer
-        ``adam``, or ``sgd`` with the client's momentum and weight decay.
-    everyone
-        Whether clients that hold nothing of F take part.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range or ``optimizer`` unknown.
-    """
-
-    def __init__(
-        self,
-        *,
-        rounds: int,
-        epochs: int,
-        lr: float | None,
-        batch_size: int | None,
-        optimizer: str,
-        everyone: bool,
-    ) -> None:
-        super().__init__(rounds=rounds)
-        check(epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer)
-        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
-        self.optimizer, self.everyone = optimizer, everyone
-
-    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
-        users = users_of(target, models, view) if self.everyone else ()
-        return tuple(dict.fromkeys([*users, *view.owners]))

@@ -46,7 +46,7 @@ def epochs(work: Work) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield epoch, x[start : start + work.batch_size], y[start : start + work.batch_size]
 
 
-def weights_of(net: nn.Sequential) -> list[Tensor]:
+def weights_of(net: nn.Module) -> list[Tensor]:
     """Return what there is to train."""
     return list(net.parameters())
 

@@ -17,7 +17,7 @@ from fedcl.client.local_data import PartitionedData
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.rules import ConfigError
 
-_KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages")
+_KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
 _TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
@@ -34,7 +34,8 @@ class DeviceSpec:
 
     ``client`` is the id its state goes by. ``data`` are overrides of the config group ``data`` (``data=npz``,
     ``data.root=/home/pi/samples.npz``), None for a rehearsal in which each device takes its part of the data that the
-    run names. ``state`` is the folder of client state, ``device`` cpu, cuda or auto.
+    run names. ``state`` is the folder of client state, ``device`` cpu, cuda or auto. ``config_dirs`` are folders with
+    choices of the owner's, whose names a run may use.
     """
 
     client: str
@@ -44,10 +45,11 @@ class DeviceSpec:
     threads: int = 1
     max_message_bytes: int = 1 << 29
     trusted_packages: tuple[str, ...] = ()
+    config_dirs: tuple[Path, ...] = ()
 
 
 def read_spec(path: Path) -> DeviceSpec:
-    """Read a ``client.yaml``; relative paths in ``state`` start from its folder.
+    """Read a ``client.yaml``; relative paths in ``state`` and ``config_dirs`` start from its folder.
 
     Raises
     ------
@@ -74,6 +76,7 @@ def read_spec(path: Path) -> DeviceSpec:
     if raw.get("device", "auto") not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{path}: device={raw['device']}: must be auto, cpu or cuda")
     trusted = _texts(path, raw.get("trusted_packages") or [], "trusted_packages")
+    folders = _texts(path, raw.get("config_dirs") or [], "config_dirs")
     return DeviceSpec(
         client=client,
         data=None if data is None else _data(path, data),
@@ -82,6 +85,7 @@ def read_spec(path: Path) -> DeviceSpec:
         threads=threads,
         max_message_bytes=megabytes << 20,
         trusted_packages=trusted,
+        config_dirs=tuple((path.parent / Path(folder).expanduser()).resolve() for folder in folders),
     )
 
 
@@ -134,15 +138,16 @@ def device_overrides(sent: Sequence[str], spec: DeviceSpec) -> list[str]:
     return [*taken, *own, f"trusted_packages=[{','.join(spec.trusted_packages)}]"]
 
 
-def refuse_foreign_targets(targets: Sequence[str], config_dir: Path) -> None:
-    """Let a composed configuration build only what this copy of fedcl's own YAML files name.
+def refuse_foreign_targets(targets: Sequence[str], config_dirs: Sequence[Path]) -> None:
+    """Let a composed configuration build only what the YAML files in this device's own folders name.
 
     Raises
     ------
     ValueError
         Naming a ``_target_`` that none of them has.
     """
-    own = {name for file in config_dir.rglob("*.yaml") for name in _TARGET.findall(file.read_text(encoding="utf-8"))}
+    files = [file for folder in config_dirs for file in folder.rglob("*.yaml")]
+    own = {name for file in files for name in _TARGET.findall(file.read_text(encoding="utf-8"))}
     foreign = sorted(set(targets) - own)
     if foreign:
         raise ValueError(f"_target_={foreign[0]}: is in none of this device's own configurations")

@@ -72,6 +72,10 @@ class DeviceStateStore:
                 raise ValueError(f"client {self.client}: visit {visit} was here before (the newest is {newest[1]})")
         self._write("ledger.json", {"attempt": attempt, "visit": visit})
 
+    def has_left(self) -> bool:
+        """Whether this client has left the run."""
+        return self._read("left.json") is not None
+
     def refuse_if_left(self) -> None:
         """Refuse to serve a run that this client has left.
 
@@ -80,7 +84,7 @@ class DeviceStateStore:
         ValueError
             If it has.
         """
-        if self._read("left.json") is not None:
+        if self.has_left():
             raise ValueError(f"client {self.client} has left this run; it answers nothing more")
 
     def agree(self, text: str) -> None:
@@ -160,7 +164,7 @@ class DeviceStateStore:
 
     def drop(self, client: str) -> None:
         """Erase the client's state in every run on this device; this run is left for good."""
-        for run in self.folder.iterdir():
+        for run in self.folder.iterdir() if self.folder.is_dir() else ():
             if run.is_dir():
                 FileStateStore(run).drop(client)
         self._write("left.json", {"run": self.run})

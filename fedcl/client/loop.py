@@ -6,14 +6,17 @@ no optimizer object, no copy of the model. A hook that no plugin overrides costs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedcl.client.fused import FusedStep, needs_gradient
 from fedcl.client.plugin import Batch, Context, Plugin, overrides
+from fedcl.models.chain import chain_of
 from fedcl.models.networks import Output
 
 
@@ -60,21 +63,22 @@ def masked_cross_entropy(out: Output, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.y)
 
 
-def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dict[str, float]:
-    """Train ``ctx.model`` on ``ctx.data``; return mean ``loss``, ``loss_first``, ``steps`` and ``samples_trained``."""
+Step = Callable[[Batch], Tensor]  # moves the model by one step and returns the detached loss before it
+
+
+def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fused: bool = False) -> dict[str, float]:
+    """Train ``ctx.model`` on ``ctx.data``; return mean ``loss``, ``loss_first``, ``steps`` and ``samples_trained``.
+
+    ``fused`` takes steps that are written out (`fedcl.client.fused`) where model and plugins allow it.
+    """
+    training = training if training.lr == ctx.lr else replace(training, lr=ctx.lr)
     before_step = [p for p in plugins if overrides(p, "before_step")]
-    losses = [p for p in plugins if overrides(p, "loss")]
-    after_backward = [p for p in plugins if overrides(p, "after_backward")]
     after_step = [p for p in plugins if overrides(p, "after_step")]
-    sampler, objective = owner(plugins, "indices"), owner(plugins, "objective")
-    model, data = ctx.model, ctx.data
-    params: list[Tensor] = list(model.trainable)
-    velocity: list[Tensor] | None = None
-    first: Tensor | None = None
+    sampler, step = owner(plugins, "indices"), _step(ctx, plugins, training, fused)
+    data, batches = ctx.data, ctx.rng("batches")
+    losses: list[Tensor] = []
     samples = 0
-    total = torch.zeros((), device=ctx.device)
-    batches = ctx.rng("batches")
-    model.train()
+    ctx.model.train()
     for ctx.epoch in range(training.epochs):
         order = torch.randperm(len(data), generator=batches)
         order = (order if sampler is None else sampler.indices(ctx, order)).to(ctx.device)
@@ -84,31 +88,55 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> dic
             batch = Batch(*part, ctx.mask)
             for plugin in before_step:
                 batch = plugin.before_step(ctx, batch)
-            out = model(batch.x)
-            loss = masked_cross_entropy(out, batch) if objective is None else objective.objective(ctx, batch, out)
-            for plugin in losses:
-                term = plugin.loss(ctx, batch, out)
-                if term is not None:
-                    loss = loss + term
-            found = torch.autograd.grad(loss, params, allow_unused=True)
-            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
-            for plugin in after_backward:
-                plugin.after_backward(ctx, grads)
-            velocity = sgd_step(params, grads, velocity, training)
+            losses.append(step(batch))
             ctx.step += 1
             samples += len(batch.y)
-            detached = loss.detach()
-            first = detached if first is None else first
-            total += detached
             for plugin in after_step:
                 plugin.after_step(ctx)
-    steps = max(ctx.step, 1)
+    return summary(torch.stack(losses).tolist() if losses else [], samples)
+
+
+def summary(losses: Sequence[float], samples: int) -> dict[str, float]:
+    """Return what a visit reports of its steps' losses, perhaps none, and of its ``samples``."""
     return {
-        "loss": float(total) / steps,
-        "loss_first": float(first) if first is not None else 0.0,
-        "steps": float(ctx.step),
+        "loss": math.fsum(losses) / len(losses) if losses else 0.0,
+        "loss_first": losses[0] if losses else 0.0,
+        "steps": float(len(losses)),
         "samples_trained": float(samples),
     }
+
+
+def _step(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, fused: bool) -> Step:
+    chain = chain_of(ctx.model.module) if fused and not needs_gradient(plugins) else None
+    if chain is not None:
+        how = {"lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
+        return FusedStep(ctx, chain, **how)
+    return _autograd_step(ctx, plugins, training)
+
+
+def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining) -> Step:
+    losses = [p for p in plugins if overrides(p, "loss")]
+    after_backward = [p for p in plugins if overrides(p, "after_backward")]
+    objective = owner(plugins, "objective")
+    model, params = ctx.model, list[Tensor](ctx.model.trainable)
+    velocity: list[Tensor] | None = None
+
+    def step(batch: Batch) -> Tensor:
+        nonlocal velocity
+        out = model(batch.x)
+        loss = masked_cross_entropy(out, batch) if objective is None else objective.objective(ctx, batch, out)
+        for plugin in losses:
+            term = plugin.loss(ctx, batch, out)
+            if term is not None:
+                loss = loss + term
+        found = torch.autograd.grad(loss, params, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        for plugin in after_backward:
+            plugin.after_backward(ctx, grads)
+        velocity = sgd_step(params, grads, velocity, training)
+        return loss.detach()
+
+    return step
 
 
 @torch.no_grad()

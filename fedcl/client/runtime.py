@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,23 +13,45 @@ from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
 from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
-from fedcl.client.probe import ProbeOf
+from fedcl.client.probe import Probe, ProbeOf
+from fedcl.client.stacked import fit_stacked, stackable
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
+from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.scenario.task import Task
 from fedcl.tree import clone, num_bytes
 
 PluginFactories = Mapping[str, Callable[[], Plugin]]
+STACK = 8  # clients trained together: more of them no longer fit into a core's cache,
+SMALL = 1 << 15  # but for plain linear networks of so few parameters
+Engine = Literal["auto", "loop", "fused", "stack"]
+
+
+@dataclass(slots=True)
+class _Visit:
+    """A training visit that has begun: its learner, and the weights (P,) it trains from where others come between."""
+
+    request: Request
+    learner: dict[str, Plugin]
+    ctx: Context
+    test: TaskData | None
+    probe: Probe | None
+    metrics: dict[str, float]
+    start: Tensor | None = None
 
 
 @dataclass
 class ClientRuntime:
     """Runs visits. Holds nothing about any client between two of them: that is the state store's.
 
-    ``plugins`` builds the learner afresh for each visit, so nothing can leak from one client to the next.
+    ``plugins`` builds the learner afresh for each visit, so nothing can leak from one client to the next. ``engine``
+    says how clients train: ``loop`` one after another; ``fused`` likewise, with steps that are written out where model
+    and learner allow it; ``stack`` together where these allow it, else as ``fused``; ``auto`` as ``stack`` on plain
+    linear networks and as ``loop`` on others. ``rates`` gives the learning rate of a visit (client, 0-based round), if
+    it is not that of ``training`` throughout; clients then train one after another.
     """
 
     model: FlatModel
@@ -40,7 +63,15 @@ class ClientRuntime:
     personal_evaluation: bool = False
     probe: ProbeOf | None = None
     unlearner: Callable[[], Unlearner] = Unlearner
+    rates: Callable[[str, int], float] | None = None
+    engine: Engine = "loop"
     _spare: FlatModel | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        plugins = [build() for build in self.plugins.values()]
+        small = chain_of(self.model.module) is not None and self.model.num_parameters <= SMALL
+        self._together = 2 * STACK if small else STACK
+        self._stacks = self.probe is None and stacks(self.engine, self.model, plugins) is None
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
         """Do what ``request`` asks and stage the state that results.
@@ -51,7 +82,10 @@ class ClientRuntime:
             If the request is malformed or its model does not fit.
         """
         if request.kind == "train":
-            return self._train(request, store)
+            reply = next(self.train([request], store))
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
         if request.kind == "task_end":
             return self._task_end(request, store)
         if request.kind == "query":
@@ -64,7 +98,60 @@ class ClientRuntime:
             return self._forget(request, store)
         raise ValueError(f"a client cannot answer a message of kind {request.kind!r}")
 
-    def _train(self, request: Request, store: ClientStateStore) -> Reply:
+    def train(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
+        """Train the clients that ``requests``, of kind ``train``, address; yield for each its reply or its fault."""
+        if self._stacks:
+            for start in range(0, len(requests), self._together):
+                yield from self._train_together(requests[start : start + self._together], store)
+            return
+        for request in requests:
+            try:
+                visit = self._begin(request, store)
+                if isinstance(visit, Reply):
+                    yield visit
+                    continue
+                plugins = [*visit.learner.values(), *(() if visit.probe is None else (visit.probe,))]
+                visit.metrics.update(fit(visit.ctx, plugins, self.training, fused=self.engine != "loop"))
+                yield self._finish(visit, store)
+            except Exception as error:
+                yield error
+
+    def _train_together(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
+        begun: list[_Visit | Reply | Exception] = []
+        for request in requests:
+            try:
+                visit = self._begin(request, store)
+                if isinstance(visit, _Visit):
+                    visit.start = self.model.vector()
+                begun.append(visit)
+            except Exception as error:
+                begun.append(error)
+        visits = [visit for visit in begun if isinstance(visit, _Visit)]
+        starts = [visit.start for visit in visits if visit.start is not None]
+        try:
+            trained = iter(fit_stacked([visit.ctx for visit in visits], starts, self.training) if visits else [])
+        except Exception as error:
+            if len(requests) == 1:
+                yield error
+            else:  # one client's fault must not be the others': each by itself shows whose it is
+                for request in requests:
+                    yield from self._train_together([request], store)
+            return
+        for one in begun:
+            yield self._conclude(one, *next(trained), store) if isinstance(one, _Visit) else one
+
+    def _conclude(
+        self, visit: _Visit, vector: Tensor, metrics: dict[str, float], store: ClientStateStore
+    ) -> Reply | Exception:
+        try:
+            self.model.load(vector)
+            visit.metrics.update(metrics)
+            return self._finish(visit, store)
+        except Exception as error:
+            return error
+
+    def _begin(self, request: Request, store: ClientStateStore) -> _Visit | Reply:
+        """Do all that comes before the first step; a client without samples of the task has answered by then."""
         learner, ctx = self._enter(request, store)
         if len(ctx.data) == 0:
             self._stage(request, store, learner, ctx)
@@ -81,16 +168,20 @@ class ClientRuntime:
             if ctx.is_new_task:
                 plugin.before_task(ctx)
             plugin.before_round(ctx)
-        metrics.update(fit(ctx, plugins if probe is None else [*plugins, probe], self.training))
-        if probe is not None:
-            probe.after_round(ctx)
-            metrics.update(probe.metrics)
-        if test is not None:
-            metrics["accuracy_trained"] = accuracy(ctx, plugins, test.x, test.y)
+        return _Visit(request, learner, ctx, test, probe, metrics)
+
+    def _finish(self, visit: _Visit, store: ClientStateStore) -> Reply:
+        """Do all that comes after the last step, with the trained weights in the model."""
+        ctx, metrics, plugins = visit.ctx, visit.metrics, list(visit.learner.values())
+        if visit.probe is not None:
+            visit.probe.after_round(ctx)
+            metrics.update(visit.probe.metrics)
+        if visit.test is not None:
+            metrics["accuracy_trained"] = accuracy(ctx, plugins, visit.test.x, visit.test.y)
         payload: dict[str, Tensor] = {}
         for plugin in plugins:
             payload.update(plugin.after_round(ctx))
-        state_bytes = self._stage(request, store, learner, ctx)
+        state_bytes = self._stage(visit.request, store, visit.learner, ctx)
         if state_bytes:
             metrics["state_bytes"] = float(state_bytes)
         return Reply(len(ctx.data), metrics, self.model.vector(), payload)
@@ -197,7 +288,7 @@ class ClientRuntime:
             received=model.to(self.model.device),
             epochs=self.training.epochs,
             batch_size=self.training.batch_size,
-            lr=self.training.lr,
+            lr=self.training.lr if self.rates is None else self.rates(request.client, request.server_round),
             seed=self.seed,
             client=request.client,
             visit=request.visit if request.turn < 0 else request.turn,
@@ -235,6 +326,15 @@ class ClientRuntime:
         kept = clone(state, torch.device("cpu"))
         store.stage(request.client, request.visit, kept)
         return num_bytes(kept)
+
+
+def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
+    """Return why ``engine`` trains clients of this model and learner one after another; None if it stacks them."""
+    if engine in ("loop", "fused"):
+        return f"engine={engine}"
+    if engine == "auto" and chain_of(model.module) is None:
+        return "the model is no plain linear network"
+    return stackable(model, plugins)
 
 
 def check_learner(plugins: PluginFactories) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,9 @@ def _device(folder: Path, fleet: Fleet | None) -> Iterator[Finding]:
         yield from _device_key(folder, spec, fleet)
     if spec.state.exists() and not spec.state.is_dir():
         yield Finding(f"device {spec.client}: state={spec.state}: must be a folder", True)
+    for folder in spec.config_dirs:
+        if not folder.is_dir():
+            yield Finding(f"device {spec.client}: config_dirs: {folder}: no such folder", True)
     yield _data(spec)
 
 
@@ -205,14 +208,16 @@ def _device_key(folder: Path, spec: DeviceSpec, fleet: Fleet | None) -> Iterator
         yield Finding(f"device {spec.client}: server/keys/{public.name} belongs to another key", True)
 
 
-def _data(spec: DeviceSpec, load: Callable[[DeviceSpec], Any] | None = None) -> Finding:
+def _data(spec: DeviceSpec) -> Finding:
     if spec.data is None:
         return Finding(f"device {spec.client}: rehearsal, takes its part of the data that the run names")
+    from fedcl.building import add_plugin_paths
     from fedcl.config import compose
     from fedcl.wiring import load_dataset
 
     try:
-        dataset = load_dataset(compose(list(spec.data)))
+        add_plugin_paths(spec.config_dirs)
+        dataset = load_dataset(compose(list(spec.data), spec.config_dirs))
     except ConfigError as error:
         return Finding(f"device {spec.client}: {error}", True)
     held = sorted({dataset.classes[label] for label in dataset.train.y.tolist()})

@@ -25,8 +25,8 @@ _LOUD = """\
 *******************************************************************************"""
 
 
-def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
-    """Add ``deploy`` and its actions to the command line."""
+def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse.ArgumentParser) -> None:
+    """Add ``deploy`` and its actions to the command line; ``configs`` has the folders with choices of one's own."""
     raw = argparse.RawDescriptionHelpFormatter
     deploy = commands.add_parser("deploy", help="run on real devices", epilog=_EXAMPLES, formatter_class=raw)
     actions = deploy.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -50,7 +50,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     register.add_argument("folder", type=Path, metavar="DIR")
     register.set_defaults(command=_register)
 
-    run = actions.add_parser("run", help="run an experiment on the devices", parents=parents)
+    run = actions.add_parser("run", help="run an experiment on the devices", parents=[configs, *parents])
     run.add_argument("folder", type=Path, metavar="DIR")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     run.set_defaults(command=_run)
@@ -60,13 +60,14 @@ def add(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="which one; the last")
     resume.set_defaults(command=_resume)
 
-    local = actions.add_parser("local", help="server and devices on this machine, for one run", parents=parents)
+    about = "server and devices on this machine, for one run"
+    local = actions.add_parser("local", help=about, parents=[configs, *parents])
     local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="how many devices; 3")
     local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder there")
     local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     local.set_defaults(command=_local)
-    for action in (init, check, register, run, resume, local):
+    for action in (init, check, register, resume):
         action.set_defaults(config_dir=[])
 
 
@@ -112,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
     from fedcl.deploy.submit import submit
 
     fleet = _load(args.folder)
-    _conclude(submit(fleet, args.overrides, quiet=args.quiet), args.quiet)
+    _conclude(submit(fleet, args.overrides, quiet=args.quiet, config_dirs=args.config_dir), args.quiet)
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -127,7 +128,8 @@ def _local(args: argparse.Namespace) -> None:
 
     if args.insecure:
         print(_LOUD, file=sys.stderr)
-    run_dir = local(args.devices, args.overrides, folder=args.folder, insecure=args.insecure, quiet=args.quiet)
+    how = {"folder": args.folder, "insecure": args.insecure, "quiet": args.quiet, "config_dirs": args.config_dir}
+    run_dir = local(args.devices, args.overrides, **how)
     _conclude(run_dir, args.quiet)
 
 

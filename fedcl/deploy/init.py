@@ -32,6 +32,7 @@ clientapp = "fedcl.client_app:app"
 
 [tool.flwr.app.config]
 overrides = ""
+config_dirs = ""
 run = ""
 attempt = 0
 resume = ""
@@ -47,6 +48,7 @@ state: state               # folder of the client's state
 device: auto               # auto, cpu or cuda
 threads: 1
 max_message_mb: 512        # a larger message is refused
+config_dirs: []            # folders with choices of your own, laid out like configs/, that runs may name
 """
 _UNIT = """\
 [Unit]

@@ -20,6 +20,7 @@ from fedcl.rules import ConfigError
 
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
+_UNKNOWN_AUTHORITY = (7, 18, 19, 20, 21)  # OpenSSL's X509_V_ERR_*: a signature or an issuer that ca.crt does not hold
 
 
 def environment() -> dict[str, str]:
@@ -110,6 +111,8 @@ def refusal(address: str, port: int, authority: Path | None, *, seconds: float =
     except ConnectionRefusedError:
         return f"nothing listens at {where}"
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _UNKNOWN_AUTHORITY:
+            return f"the certificate of {where} is refused: it was signed by another authority than {authority}"
         return f"the certificate of {where} is refused: {error.verify_message}"
     except ssl.SSLError as error:
         return f"{where} does not speak TLS: {error.reason}"

@@ -25,8 +25,10 @@ _ENDED = ("finished",)
 NOTICE_SECONDS = 100.0  # Flower misses two heartbeats of 30 s before it gives up a ServerApp
 
 
-def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool) -> Path:
+def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: Sequence[Path] = ()) -> Path:
     """Run an experiment on the fleet's devices and return its folder.
+
+    ``config_dirs`` are folders with choices of one's own, for the server; devices look the names up in their own.
 
     Raises
     ------
@@ -37,14 +39,17 @@ def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool) -> Path:
 
     clients = [] if any(text.startswith("num_clients=") for text in overrides) else [len(fleet.devices)]
     given = [*overrides, *(f"num_clients={count}" for count in clients)]
-    cfg = compose([*given, "backend=flower", "compare_with=null"])
+    cfg = compose([*given, "backend=flower", "compare_with=null"], config_dirs)
     run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     run_dir = Path(cfg["run_dir"] or fleet.folder / "runs" / f"{cfg['name']}-{run}").resolve()
     if run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir}: must be new or empty; or go on with: fedcl deploy resume {fleet.folder}")
     given = [text for text in given if not text.startswith("run_dir=")]
     launch = Launch(run, str(run_dir))
-    _play(fleet, launch, {"overrides": shlex.join([*given, f"run_dir={run_dir}"])}, quiet=quiet)
+    settings = {"overrides": shlex.join([*given, f"run_dir={run_dir}"])}
+    if config_dirs:
+        settings["config_dirs"] = shlex.join(str(folder.resolve()) for folder in config_dirs)
+    _play(fleet, launch, settings, quiet=quiet)
     return run_dir
 
 

@@ -9,6 +9,7 @@ panel that compares distributions over training runs, and needs runs accordingly
 # U = unlearned models, O = oracles, N = samples, B = bins
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from typing import Literal
@@ -89,6 +90,30 @@ def klom(
     divergence = _histogram(unlearned, oracle, bins, eps) if enough else _gaussian(unlearned, oracle, log(1 / eps))
     divergence = divergence.masked_fill(unlearned.isnan().any(0) | oracle.isnan().any(0), NAN)
     return Klom(divergence, len(unlearned), len(oracle), "histogram" if enough else "gaussian")
+
+
+def ensemble_distance(unlearned: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return :func:`klom` of each set, by name, and how many models of a kind it comes from.
+
+    - ``klom/SET``, ``klom/SET_p95``: mean and 95th percentile over samples.
+    - ``klom/SET_floor``: the mean of one half of the oracles against the other, from four of them on: what no
+      difference looks like with half as many models.
+    - ``klom/models``: the smaller of the two numbers of models.
+
+    Parameters
+    ----------
+    unlearned, oracle
+        Set -> margins (U, N) and (O, N) of the same samples.
+    """
+    numbers: dict[str, float] = {}
+    for name, margins_UN in unlearned.items():
+        found = klom(margins_UN, oracle[name])
+        numbers |= {f"klom/{name}": found.mean, f"klom/{name}_p95": found.percentile_95}
+        numbers["klom/models"] = float(min(found.num_unlearned, found.num_oracle))
+        middle = len(oracle[name]) // 2
+        if middle >= 2:
+            numbers[f"klom/{name}_floor"] = klom(oracle[name][:middle], oracle[name][middle:]).mean
+    return numbers
 
 
 def _histogram(unlearned_UN: Tensor, oracle_ON: Tensor, bins: int, eps: float) -> Tensor:

@@ -114,6 +114,32 @@ def recovery(unlearned: float, corrupted: float, clean: float) -> float:
     return (unlearned - corrupted) / (clean - corrupted) if clean != corrupted else NAN
 
 
+def backdoor(logits: Mapping[str, Tensor], targets_N: Tensor, target_class: int) -> dict[str, float]:
+    """Return how often a trigger works on each model, and how much of its victims' accuracy is recovered.
+
+    - ``PREFIXbackdoor``: :func:`predictions.backdoor_success` of each model given.
+    - ``recovery``: :func:`recovery` of accuracy on samples that carry the trigger, the original as the corrupted and
+      the reference as the clean model; absent without both.
+
+    Parameters
+    ----------
+    logits
+        Prefix (none for the unlearned model, ``original/``, ``reference/``) -> logits (N, C) of samples with a trigger.
+    targets_N
+        Their true classes.
+    target_class
+        What the attacker wants them to be called.
+    """
+    numbers = {
+        f"{name}backdoor": predictions.backdoor_success(values, targets_N, target_class)
+        for name, values in logits.items()
+    }
+    if {"", "original/", "reference/"} <= logits.keys():
+        right = {name: predictions.accuracy(values, targets_N) for name, values in logits.items()}
+        numbers["recovery"] = recovery(right[""], right["original/"], right["reference/"])
+    return numbers
+
+
 def revival(
     curve_N: ArrayLike, *, original: float, tau: float = 0.5, reference_N: ArrayLike | None = None
 ) -> dict[str, float]:
@@ -189,6 +215,7 @@ def _own(targets: Tensors, logits: Tensors, random: Tensors, holdout: Holdout) -
     for name, part in zrf_of.items():
         if part in logits and part in random:
             numbers[name] = predictions.zrf(logits[part], random[part])
+            numbers[f"{name}_legacy"] = predictions.zrf(logits[part], random[part], "legacy")
     return numbers
 
 

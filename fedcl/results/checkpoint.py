@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,14 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 warnings.warn(f"checkpoint {name} is damaged ({error}); taking the one before", stacklevel=2)
         raise CheckpointError(f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed")
+
+    def every(self) -> Iterator[tuple[Any, dict[str, tuple[int, Any]]]]:
+        """Yield what :meth:`load` returns for each whole checkpoint, the newest first."""
+        for name in self._candidates():
+            try:
+                yield self._read(name)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                warnings.warn(f"checkpoint {name} is damaged ({error}); passing it over", stacklevel=2)
 
     def _candidates(self) -> list[str]:
         """Names of checkpoints, newest first; those newer than LATEST were not finished."""

@@ -121,3 +121,24 @@ def client_forgetting(run: Run) -> pd.Series[float]:
         lost = (earlier.max() - wide.iloc[-1])[earlier.notna().any()]
         result[str(client)] = float(lost.mean()) if len(lost) else float("nan")
     return pd.Series(result, dtype=np.float64)
+
+
+def cost_by_round(run: Run) -> pd.DataFrame:
+    """Return what had been spent by the end of each round, index round.
+
+    Columns, each where it was recorded: ``bytes`` (model and payloads, both ways), ``flops`` (of training: FLOPs a
+    sample times samples trained on), ``virtual_time`` (s).
+    """
+    table = run.metrics[run.metrics["round"] >= 0]
+    rounds = np.unique(table["round"])
+    columns = {"virtual_time": table.groupby("round")["virtual_time"].max()}
+    server = table[table["phase"] == "server"]
+    traffic = [server[server["name"] == name].groupby("round")["value"].last() for name in ("bytes_up", "bytes_down")]
+    if all(len(series) for series in traffic):
+        columns["bytes"] = traffic[0] + traffic[1]
+    flops = run.metrics[(run.metrics["phase"] == "server") & (run.metrics["name"] == "flops_per_sample")]["value"]
+    trained = table[(table["phase"] == "train") & (table["name"] == "samples_trained")]
+    if len(flops) and len(trained):
+        samples = trained.groupby("round")["value"].sum().reindex(rounds, fill_value=0.0)
+        columns["flops"] = float(flops.iloc[-1]) * samples.cumsum()
+    return pd.DataFrame(columns, index=rounds)

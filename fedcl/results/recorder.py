@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -17,6 +17,7 @@ from fedcl.results.environment import create_run_dir, environment
 __all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic"]
 
 _METRIC_COLUMNS = tuple(schema.METRIC_COLUMNS)
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode  # made once, not a line
 
 
 class Recorder:
@@ -49,6 +50,7 @@ class Recorder:
             _truncate(paths, resume_offsets)
         for table in (schema.METRICS, schema.TIMINGS):  # made from lines that may be cut off now
             (self.run_dir / f"{table}.parquet").unlink(missing_ok=True)
+        self.followers: list[Callable[[Mapping[str, Any]], None]] = []  # each is told every row of the metrics
         self._files: dict[str, BinaryIO] = {table: path.open("ab") for table, path in paths.items()}
 
     def __enter__(self) -> Self:
@@ -85,9 +87,13 @@ class Recorder:
             raise ValueError(f"phase={phase!r}: must be one of {', '.join(schema.PHASES)}")
         if not math.isfinite(virtual_time):
             raise ValueError(f"virtual_time={virtual_time}: must be finite")
+        number = float(value)
         when = (int(round), float(virtual_time), str(client), int(task), int(after), int(step))
-        fields = (*when, phase, str(name), float(value))
-        self._write(schema.METRICS, dict(zip(_METRIC_COLUMNS, fields, strict=True)))
+        fields = (*when, phase, str(name), number if math.isfinite(number) else None)
+        record = dict(zip(_METRIC_COLUMNS, fields, strict=True))
+        self._line(schema.METRICS, record)
+        for follow in self.followers:
+            follow(record)
 
     def rows(self, rows: Iterable[schema.Row]) -> None:
         """Record several values in their order."""
@@ -171,8 +177,10 @@ class Recorder:
         write_atomic(self.run_dir / schema.ENV, json.dumps(_plain(env), indent=2, allow_nan=False) + "\n")
 
     def _write(self, table: str, record: Mapping[str, Any]) -> None:
-        line = json.dumps(_plain(record), allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-        self._files[table].write(line.encode() + b"\n")
+        self._line(table, _plain(record))
+
+    def _line(self, table: str, record: Mapping[str, Any]) -> None:
+        self._files[table].write(_ENCODE(record).encode() + b"\n")
 
     def _close_tables(self) -> bool:
         if all(file.closed for file in self._files.values()):

@@ -102,11 +102,8 @@ def _sections(run: Run) -> Iterator[RenderableType]:
     yield Text("")
     counts = event_counts(run)
     yield Text("events: " + (", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"))
-    files = sorted((run.path / schema.FIGURES).glob("*.png"))
-    if files:
-        yield Text(f"figures: {files[0].parent} ({', '.join(file.stem for file in files)})")
-    else:
-        yield Text("figures: none drawn")
+    names = sorted({file.stem for kind in ("svg", "png") for file in (run.path / schema.FIGURES).glob(f"*.{kind}")})
+    yield Text(f"figures: {run.path / schema.FIGURES} ({', '.join(names)})" if names else "figures: none drawn")
 
 
 def _what_was_run(run: Run) -> Iterator[RenderableType]:

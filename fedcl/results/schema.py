@@ -18,6 +18,8 @@ TIMINGS: Final = "timings"
 EVENTS: Final = "events"
 REFERENCE: Final = "reference"
 FIGURES: Final = "figures"
+REPORT: Final = "report.html"
+SWEEP: Final = "sweep.json"
 
 TABLES: Final = (METRICS, TIMINGS, EVENTS)
 """Tables written line by line while a run goes on; the keys of the byte offsets in a checkpoint."""
@@ -80,7 +82,7 @@ SUMMARY_KEYS: Final = (
 )
 """Stable keys of ``summary.json``. Rates lie in [0, 1], times are seconds, traffic is bytes."""
 
-SUMMARY_PREFIXES: Final = ("unlearning/", "reference/", "stability/", "cost/")
+SUMMARY_PREFIXES: Final = ("unlearning/", "reference/", "stability/", "cost/", "target/")
 """Open families of keys: which of them a run has depends on its unlearner, ``compare_with`` and ``evaluation``."""
 
 

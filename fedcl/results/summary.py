@@ -19,6 +19,7 @@ from fedcl.results import schema
 from fedcl.results.curves import anytime, client_forgetting, stability
 from fedcl.results.recorder import write_atomic
 from fedcl.results.run import Run, load
+from fedcl.results.target import REACHED
 
 _NOT_COMPARED = ("wall_time", "clients_per_second")
 
@@ -34,6 +35,7 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
     result.update(stability(run))
     result.update(_cost(run))
     result.update(_unlearning(run))
+    result.update(_target(run))
     trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
     ages = run.metrics.loc[run.metrics["name"] == "age", "value"]
     # a resumed run adds up the seconds of its parts
@@ -85,6 +87,20 @@ def _unlearning(run: Run) -> dict[str, float]:
     """Return the measurements of the last requests served, and what is known of them again at the end."""
     rows = run.metrics[run.metrics["phase"] == "unlearning"]
     return {f"unlearning/{name}": float(value) for name, value in rows.groupby("name")["value"].last().items()}
+
+
+def _target(run: Run) -> dict[str, float]:
+    """Return what reaching ``target_accuracy`` took, where it was asked for: rounds, bytes both ways, virtual time."""
+    target = run.config.get("target_accuracy")
+    if target is None:
+        return {}
+    noted = run.events[run.events["kind"] == REACHED]
+    result = {"target/accuracy": float(target), "target/reached": float(len(noted) > 0)}
+    if len(noted):
+        when = noted.iloc[0]
+        result["target/rounds"] = float(when["round"]) + 1
+        result |= {f"target/{name}": float(when[name]) for name in ("bytes", "virtual_time")}
+    return result
 
 
 def _last(run: Run, phase: str, name: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 
@@ -29,6 +29,7 @@ class Task:
     portions: tuple[tuple[float, float], ...] | None = None
     without_classes: tuple[int, ...] = ()
     without_samples: tuple[int, ...] = ()
+    _json: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def part(self, index: int, of: int) -> Task:
         """Return the ``index``-th of ``of`` equal parts of the task: what an online stream shows in one round."""
@@ -42,7 +43,11 @@ class Task:
 
     def to_json(self) -> str:
         """Return the record as it travels in a message."""
-        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+        if self._json is None:  # once a task: every message and every dispatch asks
+            known = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+            object.__setattr__(self, "_json", json.dumps(known, separators=(",", ":"), sort_keys=True))
+        assert self._json is not None
+        return self._json
 
     @classmethod
     def from_json(cls, text: str) -> Task:

@@ -19,6 +19,7 @@ from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Known, Measurement, Record
 from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
+from fedcl.server.serving import UNTOLD
 from fedcl.server.state import Compute, ServerState, at_once
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
@@ -137,7 +138,8 @@ class Server(View):
         self._ask(stage.index, ended, server_round, counted)
         self._measure(stage, server_round)
         self.state.visited.difference_update(ended)
-        self.measurement.server(self.strategy.metrics(), server_round, self.now, stage.index)
+        traffic = {"bytes_up": float(self.exchange.bytes_up), "bytes_down": float(self.exchange.bytes_down)}
+        self.measurement.server(self.strategy.metrics() | traffic, server_round, self.now, stage.index)
         for name, seconds in self.strategy.timings().items():
             self.record.timing(server_round, name, seconds)
         for note in self.strategy.notes():
@@ -262,9 +264,10 @@ class Server(View):
         if self.exchange.erase is None:
             return [Residual("devices", "remains", "the client's own device keeps its state: it was not told")]
         away = self.exchange.erase(leavers)
+        state.untold.difference_update(leavers)
         if away:
-            why = f"client(s) {', '.join(away)} were not in reach to be told to erase their state"
-            return [Residual("devices", "remains", why)]
+            state.untold.update(away)
+            return [Residual("devices", "remains", f"client(s) {', '.join(away)} {UNTOLD}")]
         return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
 
     def cancel(self, clients: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ class Panel(Protocol):
         reference: Mapping[Target, Tensor] | None,
         met: Sequence[int],
         earlier: Forgotten,
+        server_round: int,
     ) -> dict[str, float]:
         """Return measurements by name; what was forgotten ``earlier`` belongs to none of the sets."""
         ...

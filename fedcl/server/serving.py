@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.unlearner import Value
+from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
 from fedcl.scenario.task import Task
@@ -20,11 +21,18 @@ from fedcl.server.strategy import Outgoing
 if TYPE_CHECKING:
     from fedcl.server.loop import Server
 
+# what a certificate says of devices that were away; the event comes in events.jsonl
+UNTOLD = "were not in reach: their devices are told when they are back, which is an event `client_told`"
 Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, and clients' states by visit
 
 
 class Replay(Protocol):
-    """Trains all over without a forget set, and can put the result in the run's place."""
+    """Trains all over without a forget set, and can put the result in the run's place.
+
+    ``spent`` is what the last such training took when it was played: seconds, rounds, bytes, clients.
+    """
+
+    spent: dict[str, float]
 
     def run(self, forgotten: Forgotten, until: int) -> Saved:
         """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
@@ -136,25 +144,43 @@ class ServingView:
 
     def forget(self, leavers: Sequence[str]) -> list[Residual]:
         """Tell the clients that stay and may hold some of the forget set to drop it."""
-        told = [client for client in self.owners if client not in leavers]
-        self.server.cancel(told)  # what they are computing comes from the forget set
-        rounds = max(self.server_round - 1, 0)
-        tasks = {client: self._last_task(client, rounds) for client in told}
-        present = [client for client in told if tasks[client] is not None]
-        outgoing = [Outgoing(client, "", self.server.model_of(client)) for client in present]
-        replies = self.server.exchange.tell(
-            "forget", outgoing, lambda client: tasks[client], rounds, self.server.version, lambda c: self._note(c, {})
-        )
-        self.server.cancel(told)  # a worker may still have the state as it was before
+        replies, silent = self.tell([client for client in self.owners if client not in leavers])
         found: dict[Residual, int] = {}
         for reply in replies.values():
             for residual in residuals_from(reply.note):
                 found[residual] = found.get(residual, 0) + 1
-        return [
+        residuals = [
             Residual(f"{residual.part} at {count} client(s)", residual.outcome, residual.why)
             for residual, count in found.items()
             if residual.outcome != "none"
         ]
+        return [*residuals, *self._begin_anew(silent)]
+
+    def tell(self, clients: Sequence[str]) -> tuple[dict[str, Reply], list[str]]:
+        """Tell ``clients`` to drop the forget set; return the replies by client, and the clients that gave none."""
+        self.server.cancel(clients)  # what they are computing comes from the forget set
+        rounds = max(self.server_round - 1, 0)
+        tasks = {client: self._last_task(client, rounds) for client in clients}
+        present = [client for client in clients if tasks[client] is not None]
+        outgoing = [Outgoing(client, "", self.server.model_of(client)) for client in present]
+        replies = self.server.exchange.tell(
+            "forget", outgoing, lambda client: tasks[client], rounds, self.server.version, lambda c: self._note(c, {})
+        )
+        self.server.cancel(clients)  # a worker may still have the state as it was before
+        return replies, [client for client in present if client not in replies]
+
+    def _begin_anew(self, silent: Sequence[str]) -> list[Residual]:
+        """Never use again the state of clients that could not be told: it may hold some of the forget set."""
+        if not silent:
+            return []
+        exchange, names = self.server.exchange, ", ".join(silent)
+        for client in silent:
+            exchange.committed.pop(client, None)
+        if exchange.commit_state is not None and exchange.erase is not None:  # their states lie on this side
+            exchange.erase(silent)
+            return [Residual("client states", "reset", f"client(s) {names} gave no answer, and begin anew")]
+        self.server.state.untold.update(silent)
+        return [Residual("devices", "remains", f"client(s) {names} {UNTOLD}; they begin anew")]
 
     def _last_task(self, client: str, server_round: int) -> Task | None:
         """Return the task a client is in or, if it takes no part just now, the last that it met."""

@@ -21,7 +21,7 @@ class ServerState:
     ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
     are the clients that learned something of their present task; ``owed`` maps clients that were in flight when their
     task ended to the round that ended it, which they conclude when they are back; ``late`` are the clients that an old
-    update of counted.
+    update of counted; ``untold`` are those that were out of reach when they were to forget.
     """
 
     models: dict[Target, Tensor]
@@ -31,6 +31,7 @@ class ServerState:
     visited: set[str] = field(default_factory=set)
     owed: dict[str, int] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
+    untold: set[str] = field(default_factory=set)
 
 
 def at_once(fn: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -15,6 +15,7 @@ from fedcl.server.contracts import Target, Update
 from fedcl.server.queue import RequestQueue
 from fedcl.server.receipt import Panel, Receipt, model_digest
 from fedcl.server.serving import Replay, Saved, ServingView
+from fedcl.tree import num_bytes
 
 if TYPE_CHECKING:
     from fedcl.server.loop import Server
@@ -61,6 +62,7 @@ class Unlearning:
 
         ``ends`` says that no round comes any more, so that nothing can wait.
         """
+        self._remind(server, server_round)
         taken = self.queue.take(server_round, self.forgotten)
         for request, why in taken:
             kind = "request_admitted" if why is None else "request_refused"
@@ -73,9 +75,21 @@ class Unlearning:
             self._serve(server, due, server_round)
         return bool(due)
 
+    def _remind(self, server: Server, server_round: int) -> None:
+        """Tell clients that were out of reach when they were to forget, and now are back."""
+        for client in sorted(server.state.untold):
+            mine = [one for one in self.forgotten.requests if one.concerns(client)]
+            if client not in self.forgotten.clients:
+                told = client in ServingView(server, mine, server_round, self.forgotten, None).tell([client])[0]
+            else:
+                told = server.exchange.erase is not None and not server.exchange.erase([client])
+            if told:
+                server.state.untold.discard(client)
+                self._note(server, "client_told", server_round, client=client, requests=[one.id for one in mine])
+
     def _serve(self, server: Server, requests: list[ForgetRequest], server_round: int) -> None:
         started, cpu, traffic = time.perf_counter(), time.process_time(), server.exchange.traffic
-        before = dict(server.state.models)
+        before, stored = dict(server.state.models), float(num_bytes(self.unlearner.state_dict()))
         view = ServingView(server, requests, server_round, self.forgotten, self.replay)
         gone = Forgotten(requests).clients
         found = self.unlearner.unlearn(requests, dict(before), view)
@@ -99,8 +113,11 @@ class Unlearning:
             "clients_asked": float(len(view.asked)),
             "steps_asked": float(view.steps),
             "recovery_rounds": float(recovered),
+            "stored_bytes": stored,
         }
         measurements |= self._measure(server, requests, before, server_round)
+        if self.replay is not None:  # to hold the above against
+            cost |= {f"retraining_{name}": value for name, value in self.replay.spent.items()}
         for name, value in measurements.items():
             server.record.row(
                 round=server_round - 1, phase="unlearning", name=name, value=value, virtual_time=server.now
@@ -168,7 +185,7 @@ class Unlearning:
             reference = server.state.models
         met = server.met(server_round)
         earlier = Forgotten([one for one in self.forgotten.requests if one not in requests])
-        return self._panel.measure(requests, before, server.state.models, reference, met, earlier)
+        return self._panel.measure(requests, before, server.state.models, reference, met, earlier, server_round)
 
     # -- while rounds are played --------------------------------------------------------------------------------------
 

@@ -76,8 +76,8 @@ def _vector(vector: Tensor | None, spec: Spec) -> str | None:
         return f"model is {vector.dtype}, sent was torch.float32"
     if tuple(vector.shape) != (spec.size,):
         return f"model has shape {tuple(vector.shape)}, sent was {(spec.size,)}"
-    # one pass over memory: a sum of squares is finite unless an element is not, or overflows
-    if math.isfinite(float(vector.double().square().sum())):
+    # one pass over memory, and what is not a number is neither the least nor the largest: it is both
+    if math.isfinite(sum(float(bound) for bound in torch.aminmax(vector))):
         return None
     bad = int(torch.nonzero(~torch.isfinite(vector))[0])
     tensor = spec.tensor_at(bad)

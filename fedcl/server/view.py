@@ -105,6 +105,7 @@ class View:
             "visited": sorted(state.visited),
             "owed": dict(state.owed),
             "late": sorted(state.late),
+            "untold": sorted(state.untold),
             "visits": dict(self.exchange.visits),
             "turns": dict(self.exchange.turns),
             "committed": dict(self.exchange.committed),
@@ -125,6 +126,7 @@ class View:
             visited=set(state["visited"]),
             owed=dict(state["owed"]),
             late=set(state["late"]),
+            untold=set(state.get("untold", ())),
         )
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,12 @@ def open_backend(
     state_folder: Path | None = None,
     *,
     resuming: bool = False,
+    left: Collection[str] = (),
 ) -> Iterator[Backend]:
     """Open the grid of ``backend.name``, or use the one that Flower has given, and close ours however the run ends.
 
-    A run that is resumed goes on with the devices that are there; a new one waits for ``backend.min_clients``.
+    A run that is resumed goes on with the devices that are there; a new one waits for ``backend.min_clients``. Clients
+    that have ``left`` are not waited for.
 
     With ``backend.state=files`` clients' states are kept under ``state_folder``, which is emptied before: what counts
     of an interrupted run is in its checkpoint.
@@ -73,7 +75,7 @@ def open_backend(
     quiet_environment()
     config = dict(cfg)
     if grid is not None:
-        fleet = _fleet(config, dataset, grid, resuming=resuming)
+        fleet = _fleet(config, dataset, grid, resuming=resuming, left=left)
         yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase)
         return
     if config["backend"]["name"] == "flower":
@@ -118,7 +120,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     )
 
 
-def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool) -> FleetGrid:
+def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool, left: Collection[str]) -> FleetGrid:
     """Wait for the devices, and agree with each on the run's classes."""
     agreed = Agreement(dataset.classes, dataset.input_shape, is_local(cfg))
     backend, clients = cfg["backend"], participants(cfg)
@@ -131,5 +133,5 @@ def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool)
         max_bytes=backend["max_message_mb"] << 20,
     )
     wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
-    fleet.join(at_least=wanted, seconds=backend["join_seconds"])
+    fleet.join(at_least=wanted, seconds=backend["join_seconds"], left=left)
     return fleet

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedcl.rules import ConfigError
+from fedcl.simulation.compat import quiet_environment
 
 SETTLE_SECONDS = 0.5  # a cluster's view of its free resources trails behind by less
 SETTLE_LIMIT = 10.0
@@ -58,6 +59,19 @@ def start_ray(
         ray.init(address=address, **common)
     except OSError as error:  # ConnectionError, which Ray raises, is one
         raise ConfigError(f"backend.address={address}: no Ray cluster answers there: {error}") from error
+
+
+@contextmanager
+def local_ray(workers: float, gpus: float = 0.0) -> Iterator[None]:
+    """Have Ray on this machine with so many cores and GPUs to give, for several grids at once; end it behind them."""
+    quiet_environment()
+    import ray
+
+    start_ray(None, workers=workers, gpus=gpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager

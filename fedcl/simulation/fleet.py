@@ -6,7 +6,7 @@ Every client has one number for the whole run, its *seat*; which of Flower's nod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
@@ -23,7 +23,7 @@ REPLY_TOO_LARGE = 100  # beyond Flower's own error codes
 JOIN_SECONDS = 300.0
 ERASE_SECONDS = 120.0
 POLL_SECONDS = 0.5
-Log = Callable[..., None]
+PROBE_SECONDS = 120.0
 
 
 class FleetGrid(Grid):
@@ -65,13 +65,15 @@ class FleetGrid(Grid):
         self._others: set[str] = set()  # clients that came and take no part in this run
         self._hellos: dict[str, int] = {}  # hellos under way -> node
         self._sent: dict[str, int] = {}  # messages under way -> seat
+        self._probe_at: dict[str, tuple[float, float]] = {}  # messages under way -> when to ask after them, and again
+        self._probes: dict[str, str] = {}  # hellos sent behind a message -> that message
         self._failed: dict[str, tuple[int, Error]] = {}
         self._metadata: dict[str, Metadata] = {}
 
     # -- who is there -------------------------------------------------------------------------------------------------
 
-    def join(self, *, at_least: int, seconds: float = JOIN_SECONDS) -> None:
-        """Wait until every client has said hello; after ``seconds`` go on with ``at_least`` as many.
+    def join(self, *, at_least: int, seconds: float = JOIN_SECONDS, left: Collection[str] = ()) -> None:
+        """Wait until every client but those that ``left`` has said hello; after ``seconds`` go on with ``at_least``.
 
         Raises
         ------
@@ -79,20 +81,21 @@ class FleetGrid(Grid):
             If too few come in time, two call themselves the same, one has another version of fedcl or refuses the run.
         """
         deadline = time.monotonic() + seconds
-        while len(self._node_at) < len(self.nodes):
+        wanted = {client: seat for client, seat in self.nodes.items() if client not in left}
+        while True:
             self._greet(strict=True)
-            if len(self._node_at) == len(self.nodes):
-                break
+            missing = sorted((c for c, seat in wanted.items() if seat not in self._node_at), key=client_order)
+            if not missing:
+                return
             if time.monotonic() > deadline:
-                missing = sorted((c for c, seat in self.nodes.items() if seat not in self._node_at), key=client_order)
-                if len(self._node_at) >= at_least:
+                if len(wanted) - len(missing) >= at_least:
                     return
                 also = f"; others came: {', '.join(sorted(self._others))}" if self._others else ""
                 raise ConfigError(f"clients {', '.join(missing)}: did not come within {seconds:.0f} s{also}")
             time.sleep(POLL_SECONDS)
 
-    def _greet(self, *, strict: bool) -> None:
-        """Ask new nodes who they are, and take in what earlier ones answered."""
+    def _greet(self, *, strict: bool) -> set[int]:
+        """Ask new nodes who they are, take in what earlier ones answered, and return the nodes that are there."""
         alive = set(self._grid.get_node_ids())
         self._greeted &= alive
         new = sorted(alive - self._greeted - set(self._node_at.values()))
@@ -106,6 +109,7 @@ class FleetGrid(Grid):
             for reply in self._grid.pull_messages(list(self._hellos)):
                 node = self._hellos.pop(reply.metadata.reply_to_message_id)
                 self._seat(node, reply, alive, strict=strict)
+        return alive
 
     def _seat(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
         why, client = None, ""
@@ -151,11 +155,12 @@ class FleetGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages and return their ids; one whose device is away is answered with an error."""
-        self._greet(strict=False)
+        alive = self._greet(strict=False)
         ids: list[str] = []
         for message in messages:  # one by one: Flower refuses a request whose messages together are too large
             seat = message.metadata.dst_node_id
             node = self._node_at.get(seat)
+            node = node if node in alive else None
             sent = metadata_of(message)
             pushed: list[Any] = []
             if node is not None:
@@ -166,6 +171,7 @@ class FleetGrid(Grid):
             if pushed and pushed[0] is not None:
                 message_id = str(pushed[0])
                 self._sent[message_id] = seat
+                self._probe_at[message_id] = (time.monotonic() + PROBE_SECONDS, PROBE_SECONDS)
             else:
                 message_id = f"unsent-{seat}-{time.monotonic_ns()}"
                 why = "the device is not connected" if node is None else "Flower could not take the message"
@@ -180,8 +186,30 @@ class FleetGrid(Grid):
         replies = [self._failure(id_, *self._failed.pop(id_)) for id_ in asked if id_ in self._failed]
         waiting = [id_ for id_ in asked if id_ in self._sent]
         if waiting:
+            passed = self._passed(waiting)
             replies += [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+            for id_ in passed & self._sent.keys():
+                gone = Error(NODE_UNAVAILABLE, "the device was started anew, and has lost the message")
+                replies.append(self._failure(id_, self._sent.pop(id_), gone))
         return replies
+
+    def _passed(self, waiting: Sequence[str]) -> set[str]:
+        """Return the messages behind which a later one has been answered: a node works on one after the other.
+
+        Flower does not say that a SuperNode was killed and is back before its heartbeat was missed; what it worked on
+        would be waited for until the message's time to live is over.
+        """
+        now = time.monotonic()
+        for id_ in waiting:
+            due, interval = self._probe_at[id_]
+            node = self._node_at.get(self._sent[id_])
+            if now >= due and node is not None:
+                self._probe_at[id_] = (now + 2 * interval, 2 * interval)
+                hello = Message(hello_content(self._note), dst_node_id=node, message_type=MESSAGE_TYPE["hello"])
+                self._probes |= {str(one): id_ for one in self._grid.push_messages([hello]) if one is not None}
+        answers = self._grid.pull_messages(list(self._probes)) if self._probes else []
+        behind = [(self._probes.pop(one.metadata.reply_to_message_id), one.has_error()) for one in answers]
+        return {id_ for id_, failed in behind if not failed}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return their replies; after ``timeout`` seconds, those that are there."""
@@ -209,11 +237,13 @@ class FleetGrid(Grid):
             why = f"a reply of {size} bytes: larger than backend.max_message_mb={allowed}"
             return self._failure(message_id, seat, Error(REPLY_TOO_LARGE, why))
         self._metadata.pop(message_id, None)
+        self._probe_at.pop(message_id, None)
         set_source(reply, seat)
         return reply
 
     def _failure(self, message_id: str, seat: int, error: Error) -> Message:
         sent = self._metadata.pop(message_id)
+        self._probe_at.pop(message_id, None)
         metadata = Metadata(
             run_id=sent.run_id,
             message_id=f"{message_id}/failed",

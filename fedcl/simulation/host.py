@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from flwr.app import RecordDict
 
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
-from fedcl.messages import CHANGES_STATE, reply_content, requests
+from fedcl.messages import CHANGES_STATE, Reply, Request, reply_content, requests
 from fedcl.simulation.compat import CLIENT_RAISED
 
 
@@ -36,12 +37,22 @@ class ClientHost:
 
         A client that raises costs its own reply, no other's.
         """
-        for request in requests(content):
-            if request.kind in CHANGES_STATE:
-                # a question may come while a later visit waits for the server's word: that one's state must stay
-                self.store.commit(request.client, request.committed)
+        for kind, group in groupby(requests(content), key=lambda request: request.kind):
+            asked = list(group)
+            if kind in CHANGES_STATE:
+                for request in asked:
+                    # a question may come while a later visit waits for the server's word: that one's state must stay
+                    self.store.commit(request.client, request.committed)
+            replies = self.runtime.train(asked, self.store) if kind == "train" else self._visits(asked)
+            for request, reply in zip(asked, replies, strict=True):
+                if isinstance(reply, Exception):
+                    yield request.client, Failure(CLIENT_RAISED, f"{type(reply).__name__}: {reply}")
+                else:
+                    yield request.client, reply_content(reply, live=True)
+
+    def _visits(self, asked: Sequence[Request]) -> Iterator[Reply | Exception]:
+        for request in asked:
             try:
-                reply = self.runtime.visit(request, self.store)
-                yield request.client, reply_content(reply, live=True)
+                yield self.runtime.visit(request, self.store)
             except Exception as error:
-                yield request.client, Failure(CLIENT_RAISED, f"{type(error).__name__}: {error}")
+                yield error

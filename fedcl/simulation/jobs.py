@@ -39,15 +39,17 @@ class Job:
             self.wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], stay)}
         return bool(stay)
 
-    def split(self) -> list[Job]:
-        """Return one job for each client, to find out which of them kills workers."""
-        if len(self.clients) == 1:
+    def split(self, most: int = 1) -> list[Job]:
+        """Return jobs of at most ``most`` clients each: one, to find out which of them kills workers."""
+        if len(self.clients) <= most:
             return [self]
         jobs = []
-        for i, (client, committed) in enumerate(zip(self.clients, self.committed, strict=True)):
-            wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], [i])}
-            size = self.size // len(self.clients)
-            jobs.append(Job(self.message_id, wire, [client], [committed], size, self.losses))
+        for start in range(0, len(self.clients), most):
+            places = range(start, min(start + most, len(self.clients)))
+            wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], places)}
+            clients, committed = [self.clients[i] for i in places], [self.committed[i] for i in places]
+            size = self.size * len(places) // len(self.clients)
+            jobs.append(Job(self.message_id, wire, clients, committed, size, self.losses))
         return jobs
 
 

@@ -32,6 +32,7 @@ from fedcl.tree import unpack
 __all__ = ["RayGrid", "WorkerClass", "start_ray"]
 
 IN_FLIGHT = 2  # chunks a worker has: one running, one waiting, so that it never idles while the driver thinks
+PIECE = 8  # clients a call: few enough for workers to end a round together, and as many as are well stacked at once
 DEATH_LIMIT = 2  # workers that a client may kill, each running it alone, before it is taken for the cause
 LOSS_LIMIT = 8  # workers, dead of whatever cause, that a job may be lost with before it is given up
 GET_SECONDS = 60.0  # to read a result that Ray holds ready on this node
@@ -132,8 +133,10 @@ class RayGrid(BaseGrid):
         for message_id, content in batch:
             visit = cast(ConfigRecord, content[VISIT])
             clients, committed = cast(list[str], visit["clients"]), cast(list[int], visit["committed"])
-            size = sum(self._sizes[client] for client in clients)
-            jobs.append(Job(message_id, self._share(content, shared), list(clients), list(committed), size))
+            whole = Job(message_id, self._share(content, shared), list(clients), list(committed), 0)
+            for job in whole.split(PIECE):
+                job.size = sum(self._sizes[client] for client in job.clients)
+                jobs.append(job)
             self._outcomes[message_id] = dict.fromkeys(clients)
         self._queue.extend(sorted(jobs, key=lambda job: -job.size))
         self._feed()

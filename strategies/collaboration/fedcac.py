@@ -21,6 +21,7 @@ from fedcl.server.contracts import GLOBAL, Collaboration, LocalWork, ServerView,
 __all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
 
 CRITICAL = Payload("critical", "up", reduction="stack")
+_SHOWN = 32  # clients up to which every pair's overlap is recorded: K (K - 1) numbers a round
 _CHUNK = 1 << 16  # columns merged at a time: the float64 copies of all clients' models stay small
 
 
@@ -198,6 +199,7 @@ class FedCAC(Collaboration):
             "collaborators": float(shares_KK.sum(1).mean()) - 1,
             "critical_share": float(count_bits(packed_KB).double().mean()) / spec.size,
             "oldest_model": float(self._aggregations - min(self._seen.values())),
+            **(_pairs(clients, overlap_KK) if len(clients) <= _SHOWN else {}),
         }
         return dict(zip(clients, merged_KP, strict=True))
 
@@ -246,7 +248,7 @@ class FedCAC(Collaboration):
         return Residual(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:
-        """Return eps_t, the mean number of collaborators, the critical share and the age of the oldest model."""
+        """Return eps_t, mean number of collaborators, critical share, age of the oldest model, ``overlap/<i>/<j>``."""
         return dict(self._metrics)
 
     def notes(self) -> list[dict[str, Any]]:
@@ -257,3 +259,13 @@ class FedCAC(Collaboration):
 
 def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:
     return [tensor for tensor in spec if tensor.task is not None and tensor.task != update.head]
+
+
+def _pairs(clients: list[str], overlap_KK: Tensor) -> dict[str, float]:
+    """Return the overlap of every ordered pair of clients, which eps_t turns into who collaborates."""
+    return {
+        f"overlap/{one}/{other}": float(overlap_KK[i, j])
+        for i, one in enumerate(clients)
+        for j, other in enumerate(clients)
+        if i != j
+    }

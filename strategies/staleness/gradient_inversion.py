@@ -35,6 +35,7 @@ class Memory:
     x: Tensor  # (N, ...)
     y: Tensor  # (N, C)
     change: Tensor | None  # (P,) float32
+    age: int = 0  # versions that it was late
 
 
 class GradientInversion(Staleness):
@@ -211,7 +212,7 @@ class GradientInversion(Staleness):
     def _accepted(self, update: Update, answer: Answer, view: ServerView) -> Update:
         self._count("inverted")
         trained, late = self._bound().trained.cpu(), update.delta
-        memory = Memory(update.task, answer.x.cpu(), answer.y.cpu(), (late * trained).float())
+        memory = Memory(update.task, answer.x.cpu(), answer.y.cpu(), (late * trained).float(), update.age)
         self._clients[update.client] = memory
         # what no gradient moves, such as running statistics, is taken as it came
         return rebased(update, torch.where(trained, answer.change.cpu().double(), late), view)
@@ -249,7 +250,9 @@ class GradientInversion(Staleness):
         base, x, y = (tensor.to(visits.device)[None] for tensor in (update.base, known.x, known.y))
         plan = [rows[None] for rows in visits.plan(update, view)]
         told = visits.simulation(update.task).changes(base, x, y, plan)[0].cpu()
-        self.hindsight.compare(update.task, told, late, update.delta * visits.trained.cpu())
+        errors = self.hindsight.compare(update.task, told, late, update.delta * visits.trained.cpu())
+        if errors:
+            self._notes.append({"kind": "hindsight", "client": update.client, "age": known.age, **errors})
 
     # -- survival ---------------------------------------------------------------------------------------------------
 

@@ -25,18 +25,23 @@ class Hindsight:
         self.after = after
         self.errors: dict[str, float] = {}
 
-    def compare(self, task: int, told: Tensor, late: Tensor, true: Tensor) -> None:
-        """Take in what inversion ``told`` (P,), what the ``late`` change (P,) said, and the ``true`` one (P,)."""
+    def compare(self, task: int, told: Tensor, late: Tensor, true: Tensor) -> dict[str, float]:
+        """Take in what inversion ``told`` (P,), what the ``late`` change (P,) said, and the ``true`` one (P,).
+
+        Returns the relative L1 errors of both guesses; nothing where nothing was learned.
+        """
         size = float(true.abs().sum())
         if size == 0:
-            return
+            return {}
         if self.errors.get("task") != task:
             self.errors = {"task": task, "compared": 0}
         first = self.errors["compared"] == 0
+        errors = {}
         for name, guess in (("inverted", told), ("late", late)):
-            error = float((guess.double() - true).abs().sum()) / size
+            errors[name] = error = float((guess.double() - true).abs().sum()) / size
             self.errors[name] = error if first else DECAY * self.errors[name] + (1 - DECAY) * error
         self.errors["compared"] += 1
+        return errors
 
     def prefers_late(self, task: int) -> bool:
         """Whether inversion has erred more than staleness so far in ``task``."""

@@ -28,7 +28,9 @@ def spec_of(tmp_path: Path, text: str) -> DeviceSpec:
 
 
 def test_a_spec_is_read_and_its_paths_start_from_its_folder(tmp_path: Path) -> None:
-    spec = spec_of(tmp_path, "client: 3\ndata: [data=npz, data.root=/x.npz]\nstate: kept\nmax_message_mb: 2\n")
+    text = "client: 3\ndata: [data=npz, data.root=/x.npz]\nstate: kept\nmax_message_mb: 2\nconfig_dirs: [my, /own]\n"
+    spec = spec_of(tmp_path, text)
+    assert spec.config_dirs == (tmp_path / "my", Path("/own"))
     assert (spec.client, spec.data, spec.state) == ("3", ("data=npz", "data.root=/x.npz"), tmp_path / "kept")
     assert spec.max_message_bytes == 2 << 20
 
@@ -88,9 +90,9 @@ def test_a_server_cannot_name_code_paths_or_secrets(tmp_path: Path, sent: str) -
 
 def test_a_target_that_no_yaml_of_ours_has_is_refused() -> None:
     cfg = compose(["learner=[er,ewc]"])
-    refuse_foreign_targets(targets_in(cfg), CONFIG_DIR)
+    refuse_foreign_targets(targets_in(cfg), [CONFIG_DIR])
     with pytest.raises(ValueError, match=r"_target_=os\.system"):
-        refuse_foreign_targets([*targets_in(cfg), "os.system"], CONFIG_DIR)
+        refuse_foreign_targets([*targets_in(cfg), "os.system"], [CONFIG_DIR])
 
 
 def toy(classes: tuple[str, ...], y: list[int]) -> Dataset:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clients.unlearners.averaging import moved
 from clients.unlearners.bad_teacher import BadTeacher, divergence
 from clients.unlearners.fine_tune import FineTune
 from clients.unlearners.gradient_ascent import GradientAscent
@@ -19,7 +20,7 @@ from clients.unlearners.iau import IAU
 from clients.unlearners.neggrad_plus import NegGradPlus
 from clients.unlearners.pgd import PGD, reference, shuffled
 from clients.unlearners.random_label import RandomLabel, relabelled
-from clients.unlearners.steps import Adam, clip, moved, project
+from clients.unlearners.steps import Adam, clip, project
 from fedcl.client.unlearner import Samples, Unlearner
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.unlearners.reteach import (
-    Reteach,
+from clients.unlearners.reteach import Reteach
+from clients.unlearners.sparing import (
     half,
     input_sums,
     layers_of,
@@ -109,6 +109,15 @@ def test_no_epochs_change_nothing() -> None:
     assert torch.equal(served(drawn("leaver"), epochs=0), mlp().vector())
 
 
+@pytest.mark.parametrize(("bound", "steps"), [(3, 3.0), (0, 0.0), (None, 30.0)])
+def test_steps_end_at_their_bound(bound: int | None, steps: float) -> None:
+    view = serving(Reteach(features=16, epochs=10, batch_size=4, max_steps=bound), drawn("leaver"))
+    asked = ForgetRequest("r", "client", clients=("2",))
+    edited = view.unlearner.unlearn([asked], {"*": view.initial}, view)["*"]
+    assert view.unlearner.metrics() == {"steps": steps}  # of 10 x 3 batches of 12 samples
+    assert torch.equal(edited, view.initial) == (steps == 0)
+
+
 def test_those_who_stay_notice_less_where_their_directions_are_spared() -> None:
     kept, model = Samples.join([drawn("a"), drawn("b", 7)]), mlp()
 
@@ -126,3 +135,5 @@ def test_those_who_stay_notice_less_where_their_directions_are_spared() -> None:
 def test_numbers_are_held_to_their_range(setting: str) -> None:
     with pytest.raises(ValueError, match=f"unlearner.{setting}=0: must be > 0"):
         Reteach(**{setting: 0})
+    with pytest.raises(ValueError, match=r"unlearner\.max_steps=-1: must be >= 0 or null"):
+        Reteach(max_steps=-1)

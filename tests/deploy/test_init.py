@@ -116,4 +116,9 @@ def test_the_command_line_is_loud_about_insecure_and_plain_about_mistakes(tmp_pa
     wrong = call("run", str(tmp_path / "bare"), "learner=nonsense")
     assert wrong.returncode == 2
     assert "learner=nonsense: no such choice" in wrong.stderr
+    mine = tmp_path / "my" / "learner" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text((ROOT / "configs" / "learner" / "er.yaml").read_text().replace("\ner:", "\nmine:"))
+    own = call("run", str(tmp_path / "bare"), "--config-dir", str(tmp_path / "my"), "learner=mine")
+    assert "nothing listens at" in own.stderr  # the name is known
     assert not (tmp_path / "bare" / "runs").exists()

@@ -1,7 +1,8 @@
-"""Runs over a real SuperLink and real SuperNodes on loopback, with TLS and keys: the numbers of a simulation."""
+"""Runs over a real SuperLink and real SuperNodes on loopback, with TLS and keys: what becomes of them."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from fedcl.deploy.certificates import new_device_key
 from fedcl.deploy.layout import Fleet, read_launches
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.submit import CONNECTION, flwr, register, submit
 from fedcl.results import load
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
@@ -34,32 +36,7 @@ def own(samples: Path) -> list[str]:
     return ["data=npz", f"data.root={samples}", "data/partition=local"]
 
 
-def test_three_devices_with_three_files_give_the_numbers_of_one_simulation(
-    make_fleet: Callable[..., Fleet],
-    up: Up,
-    split: Callable[[Fleet], None],
-    samples: Path,
-    run_experiment: Callable[..., Path],
-    metrics_hash: Callable[[Path], str],
-    fedcl: Fedcl,
-) -> None:
-    fleet = make_fleet()
-    split(fleet)
-    mixed = [f"data.root={samples}", "data.partition.alpha=0.3", "num_clients=3", "rounds_per_task=1"]
-    inline = run_experiment("inline", "data=npz", *mixed, *SMALL)
-    start(up(fleet))
-    done = fedcl("deploy", "run", str(fleet.folder), *own(samples), *SMALL, "rounds_per_task=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = Path(done.stdout.splitlines()[-1])
-    assert metrics_hash(folder) == metrics_hash(inline)
-    assert "accuracy/average" in done.stdout
-    assert "round 2/2" in done.stderr
-    for name in fleet.devices:
-        assert list((fleet.device(name) / "state").rglob("visit_*.safetensors"))
-
-
-@pytest.mark.slow
-def test_a_killed_device_costs_its_replies_and_comes_back(
+def test_killed_devices_cost_their_replies_and_come_back_one_as_another_node(
     make_fleet: Callable[..., Fleet], up: Up, split: Callable[[Fleet], None], samples: Path
 ) -> None:
     fleet = make_fleet()
@@ -67,25 +44,37 @@ def test_a_killed_device_costs_its_replies_and_comes_back(
     processes = up(fleet)
     start(processes)
     folder = fleet.folder / "runs" / "killed"
+    before: set[str] = set()
 
     def disturb() -> None:
         wait_for(lambda: rounds_done(folder) >= 1)
-        processes.stop("device-1", hard=True)
-        wait_for(lambda: "client_failed" in text_of(folder / "events.jsonl"))
-        processes.start_device("1")
+        before.update(states_of(fleet, "2"))
+        for name in ("1", "2"):
+            processes.stop(f"device-{name}", hard=True)
+        wait_for(lambda: text_of(folder / "events.jsonl").count("client_failed") >= 2)
+        key = fleet.device("2") / "key"
+        key.unlink()
+        new_device_key(key, fleet.server / "keys" / "2.pub")
+        register(fleet)
+        for name in ("1", "2"):
+            processes.start_device(name)
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    overrides = [*own(samples), *SMALL, "rounds_per_task=4", f"run_dir={folder}"]
-    submit(fleet, overrides, quiet=True)
+    once = [*SMALL[1:], "scenario=joint", "rounds_per_task=6"]
+    submit(fleet, [*own(samples), *once, f"run_dir={folder}"], quiet=True)
     thread.join()
     run = load(folder)
     failed = run.events[run.events["kind"] == "client_failed"]
     assert run.status == "done"
-    assert set(failed["client"]) == {"1"}
-    assert len(failed) < 7  # it has come back before the end
-    trained = run.metrics[(run.metrics["client"] == "1") & (run.metrics["phase"] == "train")]
-    assert trained["round"].max() > failed["round"].max()
+    assert set(failed["client"]) == {"1", "2"}
+    for client in ("1", "2"):
+        trained = run.metrics[(run.metrics["client"] == client) & (run.metrics["phase"] == "train")]
+        assert trained["round"].max() > failed["round"].max()  # it has come back before the end
+    assert not failed["reason"].str.contains("no state of visit").any()  # with what it had learned before
+    assert before & set(states_of(fleet, "2"))
+    answer = json.loads(flwr(fleet, "supernode", "list", CONNECTION, "--format", "json"))
+    assert len({node["node-id"] for node in answer["nodes"]}) == 4  # device 2 had two of them
 
 
 @pytest.mark.slow
@@ -142,6 +131,10 @@ def tagged(process: Path, tmp_path: Path) -> bool:
         return alive and f"FEDCL_TEST_TAG={tmp_path}".encode() in (process / "environ").read_bytes().split(b"\0")
     except OSError:
         return False
+
+
+def states_of(fleet: Fleet, name: str) -> list[str]:
+    return [file.name for file in (fleet.device(name) / "state").rglob("visit_*.safetensors")]
 
 
 def rounds_done(folder: Path) -> int:

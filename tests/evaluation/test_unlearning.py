@@ -113,7 +113,7 @@ def test_without_a_reference_nothing_is_compared_with_one() -> None:
     }
     assert numbers == {name: FULL[name] for name in numbers}
     alone = panel(TARGETS, UNLEARNED)
-    assert set(numbers) - set(alone) == {"h_mean", "zrf", "zrf_train"}
+    assert set(numbers) - set(alone) == {"h_mean", "zrf", "zrf_train", "zrf_legacy", "zrf_train_legacy"}
 
 
 def test_sets_without_samples_leave_out_what_needs_them() -> None:

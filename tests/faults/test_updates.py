@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ def scaling(factor: float) -> type[ClientRuntime]:
     """Return a runtime whose client BAD multiplies its change."""
 
     class Scaling(ClientRuntime):
-        def visit(self, request: Request, store: ClientStateStore) -> Reply:
-            reply = super().visit(request, store)
-            if request.client != BAD or request.kind != "train" or reply.model is None:
-                return reply
-            assert request.model is not None
-            change = factor * (reply.model.double() - request.model.double())
-            return replace(reply, model=(request.model.double() + change).float())
+        def train(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
+            for request, reply in zip(requests, super().train(requests, store), strict=True):
+                if request.client != BAD or isinstance(reply, Exception) or reply.model is None:
+                    yield reply
+                    continue
+                assert request.model is not None
+                change = factor * (reply.model.double() - request.model.double())
+                yield replace(reply, model=(request.model.double() + change).float())
 
     return Scaling
 
@@ -118,8 +119,10 @@ def test_the_largest_norm_is_a_setting(run_experiment: Play) -> None:
 
 def test_a_round_of_updates_without_weight_changes_nothing(build: Any) -> None:
     class Weightless(ClientRuntime):
-        def visit(self, request: Request, store: ClientStateStore) -> Reply:
-            return replace(super().visit(request, store), num_examples=0)
+        def train(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
+            for reply in super().train(requests, store):
+                assert isinstance(reply, Reply)
+                yield replace(reply, num_examples=0)
 
     system = build(runtime_class=Weightless)
     before = system.server.global_model.clone()

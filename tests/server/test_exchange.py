@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +51,9 @@ def garbling(change: Callable[[Reply], Reply]) -> type[ClientRuntime]:
     """Return a runtime whose client BAD changes each train reply; its state is staged as ever."""
 
     class Garbling(ClientRuntime):
-        def visit(self, request: Request, store: ClientStateStore) -> Reply:
-            reply = super().visit(request, store)
-            return change(reply) if request.client == BAD and request.kind == "train" else reply
+        def train(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
+            for request, reply in zip(requests, super().train(requests, store), strict=True):
+                yield change(reply) if request.client == BAD and isinstance(reply, Reply) else reply
 
     return Garbling
 

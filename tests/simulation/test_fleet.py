@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 
+from fedcl import server_app
+from fedcl.client.device_state import DeviceStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
 from fedcl.results import load
 from fedcl.rules import ConfigError
 from fedcl.simulation.compat import identity
+from fedcl.verify import verify
 from fedcl.wiring import load_dataset, split_dataset
 
 _FILE = Path(__file__).with_name("fleet_of_devices.py")
@@ -47,6 +52,10 @@ def devices(tmp_path: Path) -> dict[str, Path]:
 def grid_of(specs: dict[str, Path], overrides: list[str], **more: Any) -> Any:
     settings = {"overrides": shlex.join(overrides), "run": "r1", "attempt": 0} | more
     return fleet_of_devices.DirectGrid({100 + i: spec for i, spec in enumerate(specs.values())}, settings)
+
+
+def run_app(grid: Any, settings: dict[str, Any]) -> None:
+    server_app.app(grid, Context(fleet_of_devices.RUN_ID, 1, {}, RecordDict(), settings))
 
 
 def on_devices(grid: Any, overrides: list[str]) -> Path:
@@ -98,6 +107,31 @@ def test_a_device_that_is_away_costs_its_replies_and_comes_back_as_another_node(
 
 
 @pytest.mark.slow
+def test_a_device_that_is_back_at_once_has_lost_what_it_worked_on(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=finetune", "strategy/projection=none"]
+    grid = grid_of(devices, overrides)
+    push, lost = grid.push_messages, []
+
+    def watched(messages: Any) -> list[str]:
+        ids = list(push(messages))
+        node, kind = grid.seen[-1]
+        if (node, kind) == (101, "train") and not lost:
+            lost.append(grid._replies.pop(ids[-1]))  # killed, and started again before anybody noticed
+        return ids
+
+    grid.push_messages = watched
+    monkeypatch.setattr("fedcl.simulation.fleet.PROBE_SECONDS", 0.2)
+    folder = on_devices(grid, overrides)
+    events = load(folder).events
+    failed = events[events["kind"] == "client_failed"]
+    assert failed[["client", "round"]].to_numpy().tolist() == [["1", 0]]
+    assert failed["reason"].str.contains("started anew").all()
+    assert load(folder).status == "done"
+
+
+@pytest.mark.slow
 def test_a_run_is_resumed_with_the_states_that_devices_kept(
     tmp_path: Path, devices: dict[str, Path], metrics_hash: Callable[[Path], str]
 ) -> None:
@@ -130,6 +164,100 @@ def test_a_client_that_leaves_erases_its_state_on_its_device(tmp_path: Path, dev
     assert list((devices["0"].parent / "state").rglob("*.safetensors"))
     after = [kind for node, kind in grid.seen if node == 101]
     assert after[-1] == "forget"
+
+
+@pytest.mark.slow
+def test_who_was_away_when_asked_to_forget_is_told_when_it_is_back(tmp_path: Path, devices: dict[str, Path]) -> None:
+    bye, c3 = "id: bye, scope: client, clients: ['1']", "id: c3, scope: class, classes: [3]"
+    asked = f"[{{{bye}, at: {{round: 2}}}}, {{{c3}, at: {{round: 2}}}}]"
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=er", "rounds_per_task=3"]
+    overrides += ["unlearner=continue_without", f"unlearning.requests={asked}"]
+    grid = grid_of(devices, overrides)
+    push, trained = grid.push_messages, []
+
+    def watched(messages: Any) -> list[str]:
+        kept = list(messages)
+        kinds = [str(one.content.config_records["fedcl"]["kind"]) for one in kept]
+        trained.extend(kind for kind in kinds if kind == "train")
+        if len(trained) == 7:
+            grid.away.clear()  # while the round without them is played
+        ids = list(push(kept))
+        if len(trained) == 6:
+            grid.away |= {101, 102}
+        return ids
+
+    grid.push_messages = watched
+    folder = on_devices(grid, overrides)
+    for file in sorted((folder / "certificates").glob("0*.json")):
+        remains = [row["why"] for row in json.loads(file.read_text())["residuals"] if row["outcome"] == "remains"]
+        assert any(text.startswith("client(s) 1 were not in reach: their devices are told") for text in remains)
+        assert any(text.startswith("client(s) 2 were") and text.endswith("they begin anew") for text in remains)
+    assert verify(folder)
+    events = load(folder).events
+    told = events[events["kind"] == "client_told"]
+    assert told["client"].tolist() == ["1", "2"]
+    assert set(told["round"]) == {3}
+    assert [list(names) for names in told["requests"]] == [["bye", "c3"], ["c3"]]
+    assert not list((devices["1"].parent / "state").rglob("*.safetensors"))
+    after = [kind for node, kind in grid.seen if node == 102]
+    assert after[after.index("forget") + 1] == "train"
+    store = DeviceStateStore(devices["2"].parent / "state", "r1", "2")
+    kept = sorted(int(f.stem.split("_")[1]) for f in (store.folder / "r1" / "2").glob("visit_*.safetensors"))
+    assert kept[0] >= after[1:].index("forget")  # of what it kept before, nothing is left
+
+
+@pytest.mark.slow
+def test_a_run_that_a_client_has_left_is_resumed_without_waiting_for_it(
+    tmp_path: Path, devices: dict[str, Path], metrics_hash: Callable[[Path], str]
+) -> None:
+    asked = "unlearning.requests=[{id: bye, scope: client, clients: ['1'], at: {round: 2}}]"
+    given = [*SHORT, *DEVICES, "learner=er", "unlearner=continue_without", asked, "backend.join_seconds=1"]
+    whole = [*given, f"run_dir={tmp_path / 'whole'}"]
+    straight = on_devices(grid_of(devices, whole, run="straight"), whole)
+    overrides = [*given, f"run_dir={tmp_path / 'run'}"]
+    grid = grid_of(devices, overrides)
+    push = grid.push_messages
+
+    def dying(messages: Any) -> list[str]:
+        if sum(kind == "train" for _, kind in grid.seen) >= 8:
+            raise RuntimeError("the server's machine is gone")
+        return list(push(messages))
+
+    grid.push_messages = dying
+    with pytest.raises(RuntimeError, match="machine is gone"):
+        on_devices(grid, overrides)
+    again = grid_of(devices, overrides, attempt=1)
+    resume(tmp_path / "run", force=False, quiet=True, grid=again)
+    assert metrics_hash(tmp_path / "run") == metrics_hash(straight)
+    assert [kind for node, kind in again.seen if node == 101] == ["hello"]
+
+
+MINE = "from clients.learners.er import ER\n\n\nclass Mine(ER):\n    pass\n"
+YAML = "# Mine.\nmine:\n  _target_: mine_of_fleet.Mine\n  budget: 20\n  replay_size: null\n  policy: reservoir\n"
+
+
+@pytest.mark.slow
+def test_a_choice_of_ones_own_is_looked_up_by_its_name_on_each_side(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "my"
+    (folder / "learner").mkdir(parents=True)
+    (folder / "learner" / "mine.yaml").write_text(YAML)
+    (folder / "mine_of_fleet.py").write_text(MINE)
+    for client in ("0", "1"):
+        devices[client].write_text(devices[client].read_text() + f'config_dirs: ["{folder}"]\n')
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=mine", "backend.join_seconds=1"]
+    grid = grid_of(devices, overrides, config_dirs=str(folder))
+    with pytest.raises(ConfigError, match="learner=mine: no such choice"):
+        run_app(grid, grid.run_config)  # device 2 has no such name
+    devices["2"].write_text(devices["2"].read_text() + f'config_dirs: ["{folder}"]\n')
+    again = [*overrides, f"run_dir={tmp_path / 'again'}"]
+    grid = grid_of(devices, again, config_dirs=str(folder), run="r2")
+    run_app(grid, grid.run_config)
+    assert load(tmp_path / "again").status == "done"
+    notes = json.loads((devices["2"].parent / "state" / "r2" / "2.notes" / "config.json").read_text())
+    assert notes["config"]["trusted_packages"] == ["mine_of_fleet"]
 
 
 def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:

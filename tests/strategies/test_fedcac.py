@@ -439,7 +439,8 @@ def test_masks_from_server_and_client_are_the_same(model: str, files: dict[str, 
         extra.append("client.optimizer.weight_decay=0.001")
         choices = {"strategy/collaboration": "fedcac", "scenario": "task_incremental", "model": model}
         diary = play(configure(choices, files, device, *extra, num_tasks=2))
-        rows.append(diary.rows)
+        # a mask that is sent has bytes
+        rows.append([row for row in diary.rows if not row["name"].startswith("bytes_")])
         sizes.append({tuple(mask.shape) for mask in diary.traffic["up", "critical"]})
     assert rows[0] == rows[1]
     assert sizes[0] == set()

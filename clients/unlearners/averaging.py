@@ -1,0 +1,149 @@
+"""What unlearners that move weights share at the server: rounds of an edit, and the mean of clients' changes."""
+
+# P = length of the flat vector
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clients.unlearners.steps import check
+from fedcl.client.unlearner import Unlearner, UnlearnView
+from fedcl.models.flat import Spec
+from fedcl.requests import ForgetRequest, Forgotten
+from fedcl.server.contracts import GLOBAL
+
+if TYPE_CHECKING:
+    from fedcl.server.contracts import Answer, Target
+
+
+def moved(model: Tensor, answers: Sequence[Answer]) -> Tensor:
+    """Return ``model`` (P,) plus the mean of the clients' changes, weighted by their samples, summed in float64."""
+    total = sum(answer.num_examples for answer in answers)
+    if not total:
+        return model
+    mean = torch.zeros_like(model, dtype=torch.float64)
+    for answer in answers:
+        mean += answer.tensors["change"].double() * (answer.num_examples / total)
+    return (model.double() + mean).float()
+
+
+def num_parameters(spec: Spec) -> int:
+    """Return the length of a model vector's head, before the buffers."""
+    return max((tensor.stop for tensor in spec if tensor.kind == "parameter"), default=0)
+
+
+def edited_targets(requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor]) -> list[Target]:
+    """Return the targets to edit: all but the own models of clients that leave, which go with them."""
+    leavers = Forgotten(list(requests)).clients
+    return [target for target in models if target not in leavers]
+
+
+def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> tuple[str, ...]:
+    """Return the clients that may train ``target`` on what they retain.
+
+    The global model is everybody's. A personal one, or a cluster's, is trained by the clients that would be sent it, so
+    that it stays personal; everybody if there are none.
+    """
+    if target == GLOBAL:
+        return view.clients
+    users = tuple(client for client in view.clients if torch.equal(view.model_of(client), models[target]))
+    return users or view.clients
+
+
+class Averaged(Unlearner):
+    """Rounds in which clients move a model on their own samples, and the server adds the mean of their changes.
+
+    The same procedure serves every target: the global model, and each personal or cluster model.
+
+    Parameters
+    ----------
+    rounds
+        How often the clients are asked; 0 changes nothing.
+    """
+
+    def __init__(self, *, rounds: int) -> None:
+        check(rounds=rounds)
+        self.rounds = rounds
+        self._metrics: dict[str, float] = {}
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Return the clients that take part in the edit of ``target``."""
+        raise TypeError(f"{type(self).__name__} does not say whom it asks")
+
+    def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
+        """Return what clients need in round ``number`` besides the model; ``original`` (P,) is where it began."""
+        return {}
+
+    def added(self, model: Tensor, answers: Sequence[Answer]) -> Tensor:
+        """Return ``model`` (P,) after a round."""
+        return moved(model, answers)
+
+    def unlearn(
+        self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
+    ) -> dict[Target, Tensor]:
+        """Edit every target by ``rounds`` rounds."""
+        self._metrics = {}
+        edited: dict[Target, Tensor] = {}
+        for target in edited_targets(requests, models):
+            model, clients = models[target], self.asked(target, models, view)
+            for number in range(self.rounds):
+                enclosed = self.enclosed(models[target], view, number)
+                answers = view.ask("train", dict.fromkeys(clients, model), enclosed, round=number)
+                model = self.added(model, answers)
+                self._count(answers)
+            edited[target] = model
+        return edited
+
+    def metrics(self) -> dict[str, float]:
+        """Return the sums over all clients, rounds and targets of what they counted (steps, say)."""
+        return dict(self._metrics)
+
+    def _count(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            for name, tensor in answer.tensors.items():
+                if tensor.numel() == 1 and name != "change":
+                    self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)
+
+
+class Together(Averaged):
+    """Rounds in which the owners of F train on F and R together and, with ``everyone``, the others on R.
+
+    Parameters
+    ----------
+    rounds, epochs
+        Rounds, and a client's epochs in each; 0 of either changes nothing.
+    lr, batch_size
+        Learning rate and batch size; None for the client's own.
+    optimizer
+        ``adam``, or ``sgd`` with the client's momentum and weight decay.
+    everyone
+        Whether clients that hold nothing of F take part.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range or ``optimizer`` unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int,
+        epochs: int,
+        lr: float | None,
+        batch_size: int | None,
+        optimizer: str,
+        everyone: bool,
+    ) -> None:
+        super().__init__(rounds=rounds)
+        check(epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer)
+        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+        self.optimizer, self.everyone = optimizer, everyone
+
+    def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
+        """Ask the owners of the forget set and, with ``everyone``, the model's users."""
+        users = users_of(target, models, view) if self.everyone else ()
+        return tuple(dict.fromkeys([*users, *view.owners]))

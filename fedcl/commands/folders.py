@@ -1,0 +1,33 @@
+"""Folders that a command is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedcl.rules import ConfigError
+
+FAILED = 1
+"""Exit status of a command that did its work and found, or made, what should not be."""
+
+
+def run_folder(path: Path) -> Path:
+    """Return the path of a run's folder; ConfigError if it is none."""
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: not a run's folder; it has no config.yaml")
+    return path
+
+
+def file_to_write(path: Path) -> Path:
+    """Return the path of a file that is to be made or replaced.
+
+    Raises
+    ------
+    ConfigError
+        If its folder does not exist, or the path names something that is no plain file: a writer that renames over its
+        target would put a file in a device's place.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {path}: must be a file's name, but is a folder or a device")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    return path

@@ -1,0 +1,141 @@
+"""The commands that look: report, compare, export, verify, list, bench."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcl.commands.folders import FAILED, file_to_write, run_folder
+
+if TYPE_CHECKING:
+    from fedcl.commands import Commands
+
+
+_COMPARE_EXAMPLES = """\
+Runs that differ by their seed only are one row. docs/compare.md tells what is computed.
+
+examples:
+  fedcl compare runs/sweep
+  fedcl compare runs/a runs/b --metric accuracy/average --metric bytes/up --baseline learner=finetune
+  fedcl compare runs/sweep --format latex --out table.tex
+"""
+
+
+def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
+    """Add these commands."""
+    verify = commands.add_parser("verify", help="check a run's certificates of what was forgotten")
+    verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    verify.add_argument("--no-replay", action="store_true", help="do not train all over what exact ones claim")
+    verify.set_defaults(command=_verify, config_dir=[])
+
+    told = "print a run's results, draw its figures, write its report.html"
+    report = commands.add_parser("report", help=told, parents=[configs])
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.set_defaults(command=_report)
+
+    _add_compare(commands)
+
+    export = commands.add_parser("export", help="write a run's model, or a client's own, to one safetensors file")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("--client", metavar="ID", help="the model that this client predicts with")
+    export.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors in the run's folder")
+    export.set_defaults(command=_export, config_dir=[])
+
+    choices = commands.add_parser("list", help="list what can be chosen", parents=[configs])
+    choices.add_argument("kind", nargs="?", metavar="KIND", help="such as learner, scenario, strategy/projection")
+    choices.set_defaults(command=_list)
+
+    bench = commands.add_parser("bench", help="measure fedcl itself on this machine")
+    bench.add_argument(
+        "bench", metavar="NAME", help="engine, flower, gpu, hetero, learners, overhead, pfl, repro, scale or server"
+    )
+    bench.add_argument("--model", metavar="MODEL", help="mlp, logistic, lenet or resnet8, where one is trained")
+    bench.add_argument("--python", type=Path, metavar="FILE", help="for pfl: the interpreter that has it")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    bench.set_defaults(command=_bench, config_dir=[])
+
+
+def _add_compare(commands: Commands) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    compare = commands.add_parser(
+        "compare",
+        help="a table of several runs, with intervals and tests",
+        epilog=_COMPARE_EXAMPLES,
+        formatter_class=raw,
+    )
+    compare.add_argument("places", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one with runs in it")
+    compare.add_argument(
+        "--metric", action="append", default=[], metavar="KEY", help="of summary.json; may be repeated"
+    )
+    compare.add_argument("--baseline", metavar="ROW", help="a run's folder or a row's settings; the first row")
+    compare.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "html"))
+    compare.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
+    compare.add_argument("--force", action="store_true", help="also if the runs' streams differ")
+    compare.set_defaults(command=_compare, config_dir=[])
+
+
+def _verify(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    from fedcl.verify import verify
+
+    if not verify(run_dir, replay=not args.no_replay):
+        raise SystemExit(FAILED)
+
+
+def _report(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    from fedcl import results
+    from fedcl.config import compose
+    from fedcl.results import html
+    from fedcl.results.report import terminal_report
+
+    run = results.load(run_dir)
+    page = html.write(run, defaults=compose([]), kinds=("png",))
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    print(terminal_report(run, width=width, color=sys.stdout.isatty()), end="")
+    print(f"report: {page}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from fedcl.files import write_atomic
+    from fedcl.results.compare import compare
+    from fedcl.results.tables import render
+
+    comparison = compare(args.places, metrics=args.metric, baseline=args.baseline, force=args.force)
+    text = render(comparison, args.format)
+    if args.out is None:
+        print(text, end="")
+        return
+    write_atomic(file_to_write(args.out), text)
+    print(args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    out = None if args.out is None else file_to_write(args.out)
+    from fedcl.export import export
+
+    print(export(run_dir, args.client, out))
+
+
+def _list(args: argparse.Namespace) -> None:
+    from fedcl.config import kinds, list_choices
+
+    dirs = args.config_dir
+    if args.kind is None:
+        rows = [(kind, ", ".join(name for name, _ in list_choices(kind, dirs))) for kind in kinds(dirs)]
+    else:
+        rows = list_choices(args.kind, dirs)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from fedcl.bench import bench
+
+    if not bench(args.bench, args.json, model=args.model, python=args.python).passed:
+        raise SystemExit(FAILED)

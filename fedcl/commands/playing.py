@@ -1,0 +1,155 @@
+"""The commands that play a run: run, sweep, resume, extend, forget."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcl.commands.folders import FAILED, run_folder
+from fedcl.rules import ConfigError
+
+if TYPE_CHECKING:
+    from fedcl.commands import Commands
+
+_RUN_EXAMPLES = """\
+A setting is key=value. A choice is group=name; a learner may be several: learner=[ewc,er].
+
+examples:
+  fedcl run num_clients=50 clients_per_round=10 rounds_per_task=20 client.epochs=2
+  fedcl run strategy/collaboration=fedavg strategy/projection=none compare_with=null
+  fedcl run backend=inline run_dir=runs/first
+  fedcl run --config-dir my learner=mine        my/learner/mine.yaml; its module lies in the current directory,
+                                                in my/ or beside it
+"""
+
+_SWEEP_EXAMPLES = """\
+A list of values without brackets is a sweep, with brackets it is one value: learner=[ewc,er] is one learner.
+The same line again skips what is done and goes on with the rest. docs/sweeps.md tells more.
+
+examples:
+  fedcl sweep seed=0,1,2 learner=finetune,er strategy/projection=none,fot
+  fedcl sweep 'seed=range(0,5)' 'client.optimizer.lr=choice(0.1,0.3)' sweep_dir=runs/lr --jobs 2
+  fedcl sweep sweep_dir=runs/lr                 go on with that one
+"""
+
+
+def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
+    """Add these commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    run = commands.add_parser(
+        "run", help="run an experiment", parents=[configs, quiet], epilog=_RUN_EXAMPLES, formatter_class=raw
+    )
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting or a choice")
+    run.set_defaults(command=_run)
+
+    _add_sweep(commands, configs, quiet)
+
+    resume = commands.add_parser("resume", help="go on with an interrupted run", parents=[configs, quiet])
+    resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    resume.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    resume.set_defaults(command=_resume)
+
+    extend = commands.add_parser(
+        "extend", help="go on with a run that is done, with more tasks or rounds, in a new folder", parents=[quiet]
+    )
+    extend.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    extend.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="rounds_per_task, scenario.*, run_dir")
+    extend.set_defaults(command=_extend, config_dir=[])
+
+    _add_forget(commands, quiet)
+
+
+def _add_sweep(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run every combination of several settings",
+        parents=[configs, quiet],
+        epilog=_SWEEP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE", help="as for fedcl run; and sweep_dir=DIR")
+    sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="how many runs at once; 1")
+    sweep.set_defaults(command=_sweep)
+
+
+def _add_forget(commands: Commands, quiet: argparse.ArgumentParser) -> None:
+    forget = commands.add_parser(
+        "forget", help="ask a run to forget a client, a class, samples or a task", parents=[quiet]
+    )
+    forget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    forget.add_argument("--client", action="append", default=[], metavar="ID", help="leaves; or narrows it down")
+    forget.add_argument("--class", action="append", dest="classes", default=[], type=int, metavar="LABEL")
+    forget.add_argument("--samples", default=[], type=_ints, metavar="POSITIONS", help="such as 1,5,9")
+    forget.add_argument("--task", action="append", default=[], type=int, metavar="NUMBER")
+    forget.add_argument("--id", metavar="NAME", help="the request's name, on its certificate")
+    forget.add_argument("--unlearner", metavar="NAME", help="another one than the run's; for a run that is over")
+    forget.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    forget.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting of that unlearner")
+    forget.set_defaults(command=_forget, config_dir=[])
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fedcl.config import compose
+
+    cfg = compose(args.overrides, args.config_dir)
+    from fedcl import experiment, protocol
+
+    play = experiment.run if cfg["protocol"]["name"] == "none" else protocol.two_phase
+    print(play(cfg, args.overrides, args.config_dir, args.quiet), flush=True)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from fedcl.sweep import sweep
+
+    folder, failed = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
+    if not args.quiet:
+        from fedcl.results.compare import compare
+        from fedcl.results.tables import render
+
+        try:
+            print(render(compare([folder]), "markdown"))
+        except ConfigError as error:  # all failed, or their streams differ
+            print(f"no table: {error}")
+    for entry in failed:
+        print(f"fedcl: failed: {entry.name}: {entry.error}", file=sys.stderr)
+    print(folder, flush=True)
+    if failed:
+        raise SystemExit(FAILED)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    from fedcl import experiment
+
+    print(experiment.resume(run_dir, args.force, args.quiet), flush=True)
+
+
+def _extend(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    from fedcl.extend import extend
+
+    print(extend(run_dir, args.overrides, force=args.force, quiet=args.quiet), flush=True)
+
+
+def _forget(args: argparse.Namespace) -> None:
+    run_dir = run_folder(args.run_dir)
+    from fedcl.forget import Asked, forget
+
+    chosen = [] if args.unlearner is None else [f"unlearner={args.unlearner}"]
+    lists = (tuple(args.client), tuple(args.classes), tuple(args.samples), tuple(args.task))
+    asked, overrides = Asked(*lists, id=args.id), [*chosen, *args.overrides]
+    print("\n".join(forget(run_dir, asked, overrides, force=args.force, quiet=args.quiet)), flush=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
+    return number
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

@@ -1,0 +1,7 @@
+"""``report.html``: a run as one self-contained page that opens from disk, light and dark, on a phone and on paper."""
+
+from __future__ import annotations
+
+from fedcl.results.html.page import html_report, write
+
+__all__ = ["html_report", "write"]

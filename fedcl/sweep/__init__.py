@@ -1,0 +1,152 @@
+"""Many runs from one line, in one folder: what is done is skipped, what was interrupted is gone on with."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedcl.results import schema
+from fedcl.rules import ConfigError
+from fedcl.sweep.expansion import Job, expand
+from fedcl.sweep.index import Entry, Index
+from fedcl.sweep.processes import Jobs, locked
+
+__all__ = ["sweep"]
+
+_ROOT = Path("runs") / "sweep"
+
+
+def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool) -> tuple[Path, list[Entry]]:
+    """Play every combination of the overrides' values; return the sweep's folder and the jobs that failed.
+
+    Parameters
+    ----------
+    overrides
+        As for one run, some of them with several values in Hydra's grammar (:func:`fedcl.sweep.expansion.expand`), and
+        ``sweep_dir``, the folder: a new one under ``runs/sweep`` without it. In the folder of a sweep these jobs join
+        those there; ``sweep_dir`` alone goes on with them. Jobs get ``compare_with=null`` unless it is set: they are
+        compared with each other.
+    config_dirs
+        Folders with choices of one's own.
+    jobs
+        How many processes run at once.
+    quiet
+        Say nothing while it goes on.
+
+    Raises
+    ------
+    ConfigError
+        If any of the jobs' configurations is wrong; nothing has been written then.
+    KeyboardInterrupt, SystemExit
+        After a signal; the same line goes on where it stopped.
+    """
+    rest, given = _sweep_dir(overrides)
+    folder = given or _new_folder()
+    index = Index.read(folder)
+    goes_on = index.entries and not rest
+    asked = list(index.entries) if goes_on else _asked(index, rest, config_dirs)
+    todo = [entry for entry in asked if not index.is_done(entry)]
+    _check(index, todo)
+    _make(folder)
+    with locked(folder) as lock:
+        index.write()
+        Jobs(index, jobs, lock, _Progress(index, len(asked), len(asked) - len(todo), quiet)).play(todo)
+    return folder, [entry for entry in asked if entry.status == "failed"]
+
+
+def _asked(index: Index, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[Entry]:
+    resolved = tuple(str(Path(folder).resolve()) for folder in config_dirs)
+    if index.entries and index.config_dirs != resolved:
+        raise ConfigError(
+            f"sweep_dir={index.folder}: its jobs have --config-dir {' '.join(index.config_dirs) or 'none'}"
+        )
+    index.config_dirs = resolved
+    alone = any(text.partition("=")[0] == "compare_with" for text in overrides)
+    fixed = [] if alone else ["compare_with=null"]
+    return index.add([Job(job.name, (*fixed, *job.overrides)) for job in expand(overrides, config_dirs)])
+
+
+def _sweep_dir(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Part ``sweep_dir`` from the overrides; ConfigError if they set a job's own folder."""
+    rest, folder = [], None
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "run_dir":
+            raise ConfigError(f"{text}: each job of a sweep has a folder of its own; set sweep_dir")
+        if key == "sweep_dir":
+            folder = Path(value.strip("'\""))
+        else:
+            rest.append(text)
+    return rest, folder
+
+
+def _new_folder() -> Path:
+    stem = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    path, attempt = _ROOT / stem, 1
+    while path.exists():
+        attempt += 1
+        path = _ROOT / f"{stem}-{attempt}"
+    return path
+
+
+def _make(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / schema.SWEEP).is_file():
+        raise ConfigError(f"sweep_dir={folder}: must be new, empty, or a sweep's folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"sweep_dir={folder}: cannot be made: {error.strerror}") from error
+
+
+def _check(index: Index, entries: Sequence[Entry]) -> None:
+    """Compose every configuration, then build what each needs but for another seed, before any job is started."""
+    from fedcl.config import compose  # here and below: help must not wait for them
+
+    dirs = [Path(folder) for folder in index.config_dirs]
+    cfgs = []
+    for entry in entries:
+        try:
+            cfg = compose(entry.overrides, dirs)
+        except ConfigError as error:
+            raise ConfigError(f"job {entry.name}: {error}") from error
+        if cfg["protocol"]["name"] != "none":
+            raise ConfigError(f"protocol={cfg['protocol']['name']}: is many runs of its own, and no job of a sweep")
+        cfgs.append((entry, cfg))
+    _check_fit(cfgs, dirs)
+
+
+def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path]) -> None:
+    from fedcl.experiment import check
+
+    known: set[str] = set()
+    source, dataset = None, None
+    for entry, cfg in cfgs:
+        alike = json.dumps({**cfg, "seed": None}, sort_keys=True, default=str)
+        if alike in known:
+            continue
+        known.add(alike)
+        try:
+            prepared, _ = check(cfg, entry.overrides, dirs, dataset if cfg["data"]["source"] == source else None)
+        except ConfigError as error:
+            raise ConfigError(f"job {entry.name}: {error}") from error
+        source, dataset = cfg["data"]["source"], prepared.dataset
+
+
+class _Progress:
+    """A line for each job that has ended."""
+
+    def __init__(self, index: Index, total: int, done: int, quiet: bool) -> None:
+        self._index, self._total, self._done, self._quiet = index, total, done, quiet
+        if done and not quiet:
+            print(f"{done} of {total} jobs are done already", file=sys.stderr)
+
+    def __call__(self, entry: Entry, seconds: float) -> None:
+        self._done += 1
+        if self._quiet:
+            return
+        said = f"{entry.status}: {entry.error}" if entry.error else entry.status
+        print(f"[{self._done}/{self._total}] {entry.name}  {said}  {seconds:.1f} s", file=sys.stderr, flush=True)
