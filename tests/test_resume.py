@@ -58,7 +58,7 @@ def _nth_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: in
 
 def _kill_at(point: str, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     if point == "line":  # anywhere: each row, timing and event is a line
-        _nth_call(monkeypatch, recorder.Recorder, "_write", draw.randrange(2, 150))
+        _nth_call(monkeypatch, recorder.Recorder, "_line", draw.randrange(2, 150))
     elif point == "checkpoint":  # within the write: some files are there, others not
         _nth_call(monkeypatch, checkpoint, "write_bytes_atomic", draw.randrange(1, 30), after=draw.random() < 0.5)
     elif point == "latest":  # the checkpoint is whole, nothing points to it yet

@@ -141,7 +141,7 @@ def test_being_told_of_a_tasks_end_changes_no_draw(tmp_path: Path, device: torch
     """A learner that is turned off is fine-tuning, bit for bit, though its clients get messages that others do not."""
     files = write_files(tmp_path)
     naive, off = (
-        play(configure({"learner": learner, "model": "fot_mlp"}, files, device, *extra))
+        play(configure({"learner": learner, "model": "fot_mlp"}, files, device, "engine=loop", *extra))
         for learner, extra in (("finetune", []), ("ewc", ["learner.ewc.weight=0"]))
     )
     assert naive.hashes == off.hashes

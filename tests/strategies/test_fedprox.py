@@ -99,7 +99,7 @@ def test_a_negative_mu_is_refused(mu: float) -> None:
 def test_a_run_with_mu_zero_is_fedavg_bit_for_bit(
     run_experiment: Callable[..., Path], metrics_hash: Callable[[Path], str]
 ) -> None:
-    setting = ["num_clients=4", "rounds_per_task=1", "strategy/projection=none"]
+    setting = ["num_clients=4", "rounds_per_task=1", "strategy/projection=none", "engine=loop"]
     plain = run_experiment("fedavg", *setting, "strategy/collaboration=fedavg")
     zero = run_experiment("zero", *setting, "strategy/collaboration=fedprox", "strategy.collaboration.client.mu=0")
     pulled = run_experiment("pulled", *setting, "strategy/collaboration=fedprox", "strategy.collaboration.client.mu=1")

@@ -72,8 +72,8 @@ def test_distillation_by_hand(device: torch.device) -> None:
 
 def test_weight_zero_is_fine_tuning_bit_for_bit(tmp_path: Path, device: torch.device) -> None:
     files = write_files(tmp_path)
-    small = ["strategy.projection.server.iterations=5", "strategy.projection.server.samples=8"]
-    naive = play(configure({}, files, device))
+    small = ["strategy.projection.server.iterations=5", "strategy.projection.server.samples=8", "engine=loop"]
+    naive = play(configure({}, files, device, "engine=loop"))
     off = play(
         configure({"strategy/projection": "target"}, files, device, *small, "strategy.projection.client.weight=0")
     )
