@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fedcl.client.runtime import ClientRuntime, stacks
+from fedcl.client.engines import stacks
+from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
 from fedcl.config import compose
 from fedcl.crosschecks import is_local

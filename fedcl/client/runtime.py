@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedcl.client.engines import Engine, stack_size, stacks
 from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
 from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
 from fedcl.client.probe import Probe, ProbeOf
-from fedcl.client.stacked import fit_stacked, stackable
+from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
-from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.scenario.task import Task
 from fedcl.tree import clone, num_bytes
 
 PluginFactories = Mapping[str, Callable[[], Plugin]]
-STACK = 8  # clients trained together: more of them no longer fit into a core's cache,
-SMALL = 1 << 15  # but for plain linear networks of so few parameters
-Engine = Literal["auto", "loop", "fused", "stack"]
 
 
 @dataclass(slots=True)
@@ -69,8 +65,7 @@ class ClientRuntime:
 
     def __post_init__(self) -> None:
         plugins = [build() for build in self.plugins.values()]
-        small = chain_of(self.model.module) is not None and self.model.num_parameters <= SMALL
-        self._together = 2 * STACK if small else STACK
+        self._together = stack_size(self.model)
         self._stacks = self.probe is None and stacks(self.engine, self.model, plugins) is None
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
@@ -326,15 +321,6 @@ class ClientRuntime:
         kept = clone(state, torch.device("cpu"))
         store.stage(request.client, request.visit, kept)
         return num_bytes(kept)
-
-
-def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
-    """Return why ``engine`` trains clients of this model and learner one after another; None if it stacks them."""
-    if engine in ("loop", "fused"):
-        return f"engine={engine}"
-    if engine == "auto" and chain_of(model.module) is None:
-        return "the model is no plain linear network"
-    return stackable(model, plugins)
 
 
 def check_learner(plugins: PluginFactories) -> None:

@@ -18,30 +18,13 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedcl.client.loop import LocalTraining, summary
-from fedcl.client.plugin import Context, Plugin, overrides
+from fedcl.client.plugin import Context
 from fedcl.models.chain import Chain, Names, chain_of
-from fedcl.models.flat import FlatModel, Spec, TensorSpec
-from fedcl.models.networks import RandomLayer
+from fedcl.models.flat import Spec, TensorSpec
 
-STEP_HOOKS = ("indices", "before_step", "objective", "loss", "after_backward", "after_step")
 WINDOW_BYTES = 1 << 25  # of samples, gathered at once for all clients of a stack
 ALIGN = 16  # float32 numbers: 64 bytes, the width of the widest vector registers and of a cache line
 Samples = tuple[Tensor, Tensor]
-
-
-def stackable(model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
-    """Return why clients of this model and learner cannot be trained together, None if they can."""
-    for plugin in plugins:
-        hook = next((hook for hook in STEP_HOOKS if overrides(plugin, hook)), None)
-        if hook is not None:
-            return f"{type(plugin).__name__} takes part in every step ({hook})"
-    if chain_of(model.module) is not None:
-        return None
-    if any(tensor.kind == "buffer" for tensor in model.spec):
-        return "the model keeps running statistics"
-    if any(isinstance(layer, RandomLayer) for layer in model.module.modules()):
-        return "the model draws random numbers in its layers"
-    return None
 
 
 class Steps(Protocol):

@@ -32,10 +32,10 @@ from fedcl.messages import (
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query
-from fedcl.server.fold import BLOCK
 from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import rejection
 
+COHORT = 64  # clients that one message addresses at most: the more of them, the less each of them costs
 CommitState = Callable[[str, int], None]
 TaskOf = Callable[[str], Task | None]
 NoteOf = Callable[[str], str]
@@ -258,8 +258,8 @@ class Exchange:
             yield Message(content, dst_node_id=self.nodes[first.client], message_type=MESSAGE_TYPE[first.kind])
 
     def _groups(self, recipients: Recipients) -> Iterator[Recipients]:
-        """Cut recipients into blocks, and blocks into runs that share model, payload, config and task."""
-        size = BLOCK if self.cohorts else 1
+        """Cut recipients into cohorts, and these into runs that share model, payload, config and task."""
+        size = COHORT if self.cohorts else 1
         for start in range(0, len(recipients), size):
             block = recipients[start : start + size]
             begin = 0

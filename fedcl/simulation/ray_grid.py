@@ -6,6 +6,7 @@ driver owns order, ids and every client's state, so a worker or a node that dies
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.data.dataset import Dataset, Partition
-from fedcl.messages import VISIT
+from fedcl.messages import ARRAYS, VISIT
 from fedcl.simulation.cluster import check_fits, free_places, start_ray
 from fedcl.simulation.compat import CLIENT_CRASHED, NODE_UNAVAILABLE, quiet_environment
 from fedcl.simulation.compute import on_workers
@@ -33,6 +34,7 @@ __all__ = ["RayGrid", "WorkerClass", "start_ray"]
 
 IN_FLIGHT = 2  # chunks a worker has: one running, one waiting, so that it never idles while the driver thinks
 PIECE = 8  # clients a call: few enough for workers to end a round together, and as many as are well stacked at once
+SMALL_BYTES = 1 << 17  # of a model: calls on smaller ones are as few as there are workers
 DEATH_LIMIT = 2  # workers that a client may kill, each running it alone, before it is taken for the cause
 LOSS_LIMIT = 8  # workers, dead of whatever cause, that a job may be lost with before it is given up
 GET_SECONDS = 60.0  # to read a result that Ray holds ready on this node
@@ -130,16 +132,27 @@ class RayGrid(BaseGrid):
     def _submit(self, batch: list[tuple[str, RecordDict]]) -> None:
         shared: dict[int, Shared] = {}
         jobs = []
+        most = self._most(batch)
         for message_id, content in batch:
             visit = cast(ConfigRecord, content[VISIT])
             clients, committed = cast(list[str], visit["clients"]), cast(list[int], visit["committed"])
             whole = Job(message_id, self._share(content, shared), list(clients), list(committed), 0)
-            for job in whole.split(PIECE):
+            for job in whole.split(most):
                 job.size = sum(self._sizes[client] for client in job.clients)
                 jobs.append(job)
             self._outcomes[message_id] = dict.fromkeys(clients)
         self._queue.extend(sorted(jobs, key=lambda job: -job.size))
         self._feed()
+
+    def _most(self, batch: Sequence[tuple[str, RecordDict]]) -> int:
+        """Return how many clients a call may have: a call costs as much as many visits that train a small model."""
+        records = [cast(ArrayRecord, content[ARRAYS]) for _, content in batch[:1] if ARRAYS in content]
+        size = sum(4 * math.prod(array.shape) for record in records for array in record.values())
+        if not 0 < size <= SMALL_BYTES:
+            return PIECE
+        clients = sum(len(cast(list[str], cast(ConfigRecord, content[VISIT])["clients"])) for _, content in batch)
+        share = -(-clients // max(len(self._workers.slots), 1))
+        return -(-share // PIECE) * PIECE  # stacks of networks are cut by this number, on any number of workers
 
     def _share(self, content: RecordDict, shared: dict[int, Shared]) -> dict[str, Any]:
         """Replace array records by references, the same record always by the same one."""

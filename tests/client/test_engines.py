@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedcl.client.engines import stackable, stacks
 from fedcl.client.fused import FusedStep
 from fedcl.client.loop import LocalTraining, fit
 from fedcl.client.plugin import Batch, Context, Plugin, TaskData
-from fedcl.client.runtime import stacks
-from fedcl.client.stacked import fit_stacked, stackable
+from fedcl.client.stacked import fit_stacked
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, LeNet, build_model

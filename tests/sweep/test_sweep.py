@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 SMALL = (
     "backend=inline", "num_clients=2", "rounds_per_task=1", "scenario.num_tasks=2", "figures=false",
     "strategy/projection=none", "model.hidden=[8]",

@@ -1,0 +1,46 @@
+"""Which engine trains whom: a question of model and learner alone, so that every process answers it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fedcl.client.plugin import Plugin, overrides
+from fedcl.models.chain import chain_of
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import RandomLayer
+
+STEP_HOOKS = ("indices", "before_step", "objective", "loss", "after_backward", "after_step")
+STACK = 8  # clients trained together: more of them no longer fit into a core's cache,
+SMALL = 1 << 15  # but for plain linear networks of so few parameters
+Engine = Literal["auto", "loop", "fused", "stack"]
+
+
+def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
+    """Return why ``engine`` trains clients of this model and learner one after another; None if it stacks them."""
+    if engine in ("loop", "fused"):
+        return f"engine={engine}"
+    if engine == "auto" and chain_of(model.module) is None:
+        return "the model is no plain linear network"
+    return stackable(model, plugins)
+
+
+def stackable(model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
+    """Return why clients of this model and learner cannot be trained together, None if they can."""
+    for plugin in plugins:
+        hook = next((hook for hook in STEP_HOOKS if overrides(plugin, hook)), None)
+        if hook is not None:
+            return f"{type(plugin).__name__} takes part in every step ({hook})"
+    if chain_of(model.module) is not None:
+        return None
+    if any(tensor.kind == "buffer" for tensor in model.spec):
+        return "the model keeps running statistics"
+    if any(isinstance(layer, RandomLayer) for layer in model.module.modules()):
+        return "the model draws random numbers in its layers"
+    return None
+
+
+def stack_size(model: FlatModel) -> int:
+    """Return how many clients are trained together at most."""
+    small = chain_of(model.module) is not None and model.num_parameters <= SMALL
+    return 2 * STACK if small else STACK
