@@ -78,7 +78,7 @@ def wait_for(folder: Path, name: str) -> None:
         time.sleep(0.05)
 
 
-LONG = (*SMALL[:2], "rounds_per_task=60", *SMALL[3:], "checkpoint.min_seconds=0", "seed=0,1")
+LONG = (*SMALL[:2], "rounds_per_task=400", *SMALL[3:], "checkpoint.min_seconds=0", "seed=0,1")
 
 
 def test_interrupted_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
