@@ -60,6 +60,7 @@ def test_bad_input_is_refused_before_anything_runs(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.ray
 def test_repro_finds_one_hash_everywhere() -> None:
