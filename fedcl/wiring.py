@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedcl.building import build, builder
+from fedcl.client.engines import STEP_HOOKS
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Plugin
@@ -42,7 +43,7 @@ from fedcl.server.strategy import Pipeline, check_payloads
 Config = dict[str, Any]
 PARTS = ("collaboration", "staleness", "optimizer", "projection")
 # hooks by which a plugin makes local training something else than descent on the cross-entropy of the client's samples
-_CHANGES_LOSS = ("indices", "before_step", "objective", "loss", "after_backward", "after_step", "before_round")
+_CHANGES_LOSS = (*STEP_HOOKS, "before_round")
 
 
 def device_of(cfg: Config) -> torch.device:

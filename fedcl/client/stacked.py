@@ -64,14 +64,9 @@ def fit_stacked(
     # the longest first: who has no batch left is at the end, and the others are a slice
     places = sorted(range(len(ctxs)), key=lambda k: (-lengths[k], k))
     chosen = [ctxs[k] for k in places]
-    model, starts_KP = chosen[0].model, torch.stack([starts[k] for k in places])
-    model.train()
-    chain = chain_of(model.module)
-    steps: Steps = (
-        _Differentiated(chosen, starts_KP, training) if chain is None else _Linear(chosen, starts_KP, chain, training)
-    )
+    steps = _steps(chosen, torch.stack([starts[k] for k in places]), training)
     batches = _Batches(chosen, training, steps.width)
-    losses = torch.zeros(len(chosen), max(lengths), device=starts_KP.device)
+    losses = torch.zeros(len(chosen), max(lengths), device=chosen[0].device)
     for number in range(max(lengths)):
         active = [k for k, place in enumerate(places) if lengths[place] > number]
         for (size, lr), run in groupby(active, key=lambda k: (batches.size(k, number), chosen[k].lr)):
@@ -84,6 +79,15 @@ def fit_stacked(
     for ctx, length in zip(ctxs, lengths, strict=True):
         ctx.step = length
     return [trained[place] for place in range(len(ctxs))]
+
+
+def _steps(ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> Steps:
+    model = ctxs[0].model
+    model.train()
+    chain = chain_of(model.module)
+    if chain is None:
+        return _Differentiated(ctxs, starts_KP, training)
+    return _Linear(ctxs, starts_KP, chain, training)
 
 
 def _num_steps(size: int, training: LocalTraining) -> int:
