@@ -25,17 +25,8 @@ from fedcl.client.device_state import DeviceStateStore
 from fedcl.client.plugin import State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
-from fedcl.messages import (
-    CHANGES_STATE,
-    Reply,
-    Request,
-    content_bytes,
-    hello_reply,
-    record_tensors,
-    reply_content,
-    requests,
-    tensors_record,
-)
+from fedcl.messages import CHANGES_STATE, Reply, Request, content_bytes, hello_reply, reply_content, requests
+from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.tree import pack, unpack
 from fedcl.wiring import Config, client_ids, client_runtime, load_dataset, simulated_data, split_dataset

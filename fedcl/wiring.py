@@ -34,6 +34,7 @@ from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
 from fedcl.server.contracts import LocalWork, Part
+from fedcl.server.folding import Folding
 from fedcl.server.planned import planned_requests
 from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.statistics import Statistics
@@ -336,6 +337,13 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
         _checked(functools.partial(plugin.check, model))
     _checked(lambda: check_payloads(strategy.payloads + Statistics(plugins).payloads, plugins))
     return strategy
+
+
+def make_folding(cfg: Config, model: FlatModel) -> Folding | None:
+    """Return how replies can be folded where they are made, None where the strategy needs each of them."""
+    if "stock" in cfg["strategy"]:
+        return None
+    return make_strategy(cfg, model, {}).folding(model.spec, cfg["max_update_norm"])
 
 
 def make_statistics(cfg: Config, model: FlatModel) -> Statistics:

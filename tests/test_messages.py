@@ -11,11 +11,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedcl.messages import (
     ARRAYS,
     CONFIG,
-    FLAT,
     METRICS,
     PAYLOAD,
     VISIT,
-    LiveArray,
     Reply,
     Request,
     hello_content,
@@ -23,12 +21,10 @@ from fedcl.messages import (
     instruction,
     read_hello,
     read_reply,
-    record_tensors,
     reply_content,
     requests,
-    tensors_record,
-    vector_record,
 )
+from fedcl.messages.arrays import FLAT, LiveArray, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
 TASK = Task(2, (4, 5), (4, 5), (0, 1, 4, 5), 0, {"name": "rotate", "degrees": 30.0})

@@ -23,7 +23,8 @@ from torch import Tensor
 from fedcl.client.plugin import Payload
 from fedcl.config import compose
 from fedcl.data.dataset import Dataset, Partition
-from fedcl.messages import PAYLOAD, VISIT, record_tensors
+from fedcl.messages import PAYLOAD, VISIT
+from fedcl.messages.arrays import record_tensors
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import make_unlearning
 from fedcl.server.loop import Server

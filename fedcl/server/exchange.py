@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
 from fedcl.client.state import NEVER
-from fedcl.messages import (
-    CHANGES_STATE,
-    CONFIG,
-    MESSAGE_TYPE,
-    Kind,
-    Reply,
-    Request,
-    instruction,
-    read_reply,
-    tensors_record,
-    vector_record,
-)
+from fedcl.messages import CHANGES_STATE, CONFIG, MESSAGE_TYPE, Kind, Reply, Request, instruction, read_reply
+from fedcl.messages.arrays import tensors_record, vector_record
+from fedcl.messages.blocks import is_block, read_block
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query
+from fedcl.server.fold import BLOCK, RunningFold
 from fedcl.server.strategy import Outgoing
-from fedcl.server.validation import rejection
+from fedcl.server.validation import rejection, uploads
 
 COHORT = 64  # clients that one message addresses at most: the more of them, the less each of them costs
 CommitState = Callable[[str, int], None]
@@ -70,7 +63,8 @@ class Exchange:
     accepted visit. ``cohorts`` says that the grid understands messages to several clients; ``commit_state`` tells a
     state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients,
     ``release`` only what is under way, and the workers' copies.
-    ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any.
+    ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any. ``running`` adds up the
+    blocks that come back folded.
     """
 
     grid: Grid
@@ -84,6 +78,7 @@ class Exchange:
     release: Callable[[Sequence[str]], None] | None = None
     timeout: float | None = None
     max_update_norm: float | None = None
+    running: RunningFold | None = None
     visits: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
@@ -107,6 +102,7 @@ class Exchange:
         version: int,
         name: str = "",
         note: str = "",
+        block: int = -1,
     ) -> Request:
         """Return the request for one client; one that changes its state takes the client's next visit number."""
         client = out.client
@@ -116,12 +112,12 @@ class Exchange:
         if kind == "train":
             self.turns[client] = turn + 1
         committed = self.committed.get(client, NEVER)
-        out_of = (out.model, out.payload, turn, note)
+        out_of = (out.model, out.payload, turn, note, block)
         return Request(kind, client, visit, committed, server_round, version, task, name, *out_of)
 
     def push(self, recipients: Recipients) -> list[str]:
         """Send messages and return, for each recipient, the id of the message that carries its request."""
-        groups = list(self._groups(recipients))
+        groups = _whole_blocks(list(self._groups(recipients)))
         ids = self.grid.push_messages(self._messages(groups))
         return [message_id for group, message_id in zip(groups, ids, strict=True) for _ in group]
 
@@ -132,12 +128,11 @@ class Exchange:
 
     def sound(self, request: Request, reply: Reply | Fault | None) -> Reply | None:
         """Return the reply to a train request if it is fit to enter an aggregate; if not, record why."""
-        uploads = {
-            p.name: (self.spec.size,) if p.like_model else None
-            for p in self.payloads
-            if p.direction == "up" and p.when == "every_train"
-        }
-        return self._accept(request, reply, uploads, model=True, max_norm=self.max_update_norm)
+        if isinstance(reply, Reply) and reply.folded is not None:
+            self.bytes_up += reply.num_bytes
+            return reply  # judged where it was folded
+        expected = uploads(self.payloads, self.spec)
+        return self._accept(request, reply, expected, model=True, max_norm=self.max_update_norm)
 
     def commit(self, request: Request) -> None:
         """Let what the client staged at this visit become its state."""
@@ -207,7 +202,7 @@ class Exchange:
     ) -> Reply | None:
         fault = Fault("client_failed", "no reply in time") if reply is None else reply
         if isinstance(fault, Reply):
-            self.bytes_up += _reply_bytes(fault)
+            self.bytes_up += fault.num_bytes
             reason = rejection(fault, self.spec, payloads, model=model, base=request.model, max_norm=max_norm)
             if reason is None:
                 return fault
@@ -232,6 +227,8 @@ class Exchange:
                 self.log.event("reply_rejected", client=client, reason="answers another message than those in flight")
             elif client in replies:
                 self.log.event("reply_rejected", client=client, reason="a second reply to one message")
+            elif not message.has_error() and self.cohorts and is_block(message.content):
+                replies.update(self._block(message.content))
             elif message.has_error():
                 replies[client] = Fault("client_failed", message.error.reason or f"error {message.error.code}")
             else:
@@ -239,6 +236,12 @@ class Exchange:
                     replies[client] = read_reply(message.content)
                 except ValueError as error:
                     replies[client] = Fault("reply_rejected", str(error))
+        return replies
+
+    def _block(self, content: RecordDict) -> dict[str, Reply]:
+        sums, replies = read_block(content)
+        if self.running is not None:
+            self.running.add(sums)
         return replies
 
     def _messages(self, groups: Iterable[Recipients]) -> Iterator[Message]:
@@ -259,14 +262,31 @@ class Exchange:
 
     def _groups(self, recipients: Recipients) -> Iterator[Recipients]:
         """Cut recipients into cohorts, and these into runs that share model, payload, config and task."""
-        size = COHORT if self.cohorts else 1
-        for start in range(0, len(recipients), size):
-            block = recipients[start : start + size]
-            begin = 0
-            for i in range(1, len(block) + 1):
-                if i == len(block) or not _alike(block[begin], block[i]):
-                    yield block[begin:i]
-                    begin = i
+        begin = 0
+        for i in range(1, len(recipients) + 1):
+            if i == len(recipients) or self._parts(recipients, begin, i):
+                yield recipients[begin:i]
+                begin = i
+
+    def _parts(self, recipients: Recipients, begin: int, i: int) -> bool:
+        """Whether the message that begins at ``begin`` must end before ``i``."""
+        if not self.cohorts or not _alike(recipients[begin], recipients[i]):
+            return True
+        # at the limit it ends with a block, and one begins within the last places before the limit
+        block, before = recipients[i][1].block, recipients[i - 1][1].block
+        return i - begin >= COHORT - (BLOCK - 1 if block >= 0 else 0) and (block < 0 or block != before)
+
+
+def _whole_blocks(groups: Sequence[Recipients]) -> list[Recipients]:
+    """Return the messages with no block in two of them: of such a one each reply comes back by itself."""
+    torn = {a[-1][1].block for a, b in pairwise(groups) if a[-1][1].block == b[0][1].block}
+    torn.discard(-1)
+    if not torn:
+        return list(groups)
+    return [
+        [(out, replace(request, block=-1) if request.block in torn else request) for out, request in group]
+        for group in groups
+    ]
 
 
 def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
@@ -280,10 +300,6 @@ def _alike(a: tuple[Outgoing, Request], b: tuple[Outgoing, Request]) -> bool:
         and request_a.note == request_b.note
         and (request_a.server_round, request_a.version) == (request_b.server_round, request_b.version)
     )
-
-
-def _reply_bytes(reply: Reply) -> int:
-    return (reply.model.nbytes if reply.model is not None else 0) + sum(t.nbytes for t in reply.payload.values())
 
 
 def _num_bytes(records: Iterable[ArrayRecord]) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fedcl.messages.blocks import BlockSum
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.server.contracts import Fold, Update
 
 # P = parameters, T = tensors, C = coordinates of a piece
-BLOCK = 16  # selected positions a block: fixed before dispatch, so that any worker count folds the same numbers
+BLOCK = 8  # selected positions a block: fixed before dispatch, so that any worker count folds the same numbers
 # Coordinates a piece: three float64 buffers of it stay in a processor's cache. A multiple of any vector register's
 # width, so that a coordinate meets the same instruction as in the sum of whole vectors.
 PIECE = 1 << 16
@@ -19,14 +23,67 @@ Term = Callable[[Update], tuple[Tensor, float]]
 Weight = Callable[[Update], float]
 
 
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A client's update that is in the sum of its block already: what is left to know of it.
+
+    ``norm`` is the L2 norm of its change. It is never late: an update that ages comes back by itself.
+    """
+
+    client: str
+    num_examples: int
+    task: int
+    metrics: dict[str, float]
+    norm: float
+    age: int = field(default=0, init=False)
+
+
+Contribution = Update | Folded
+
+
+class RunningFold:
+    """A round's blocks, added up in order while they come in any: those that wait are the ones that came too early.
+
+    ``numbers`` are the blocks that were sent out, ascending.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._awaited = deque(numbers)
+        self._early: dict[int, BlockSum] = {}
+        self._sum: BlockSum | None = None
+
+    def add(self, block: BlockSum) -> None:
+        """Take the sums of a block, and all that have waited for it."""
+        self._early[block.number] = block
+        while self._awaited and self._awaited[0] in self._early:
+            self._take(self._early.pop(self._awaited.popleft()))
+
+    def finish(self, others: Mapping[int, Callable[[], BlockSum]]) -> BlockSum | None:
+        """Return the sums of all blocks; ``others`` makes those that came back client by client."""
+        for number in sorted({*self._early, *others}):
+            self._take(self._early[number] if number in self._early else others[number]())
+        return self._sum
+
+    def _take(self, block: BlockSum) -> None:
+        if self._sum is None:  # to be added to: what came may be memory that others read
+            payload = {name: tensor.clone() for name, tensor in block.payload.items()}
+            self._sum = BlockSum(block.number, block.total.clone(), block.weights.clone(), payload)
+            return
+        self._sum.total.add_(block.total)
+        self._sum.weights.add_(block.weights)
+        for name, tensor in block.payload.items():
+            self._sum.payload[name].add_(tensor)
+
+
 def fold(
-    positions: Sequence[Update | None],
+    positions: Sequence[Contribution | None],
     term: Term,
     spec: Spec,
     sums: Sequence[str] = (),
     *,
     block: int = BLOCK,
     weight: Weight | None = None,
+    running: RunningFold | None = None,
 ) -> Fold:
     """Fold the updates of one round.
 
@@ -41,6 +98,8 @@ def fold(
     weight
         Where the vector is the update's change and nothing else: gives the weight that ``term`` would. The change is
         then made in pieces and never whole. The sums are the same to the bit, several times faster.
+    running
+        The sums of those blocks that were folded where they were made; their positions are :class:`Folded`.
 
     Notes
     -----
@@ -48,17 +107,45 @@ def fold(
     A tensor that a task head owns counts only the clients that trained that head. Memory beyond the updates' own: two
     vectors (P,) float64, and what ``term`` makes for one update.
     """
-    starts = range(0, len(positions), block)
-    blocks = [[update for update in positions[start : start + block] if update is not None] for start in starts]
-    blocks = [members for members in blocks if members]
+    blocks = {
+        start // block: [update for update in positions[start : start + block] if isinstance(update, Update)]
+        for start in range(0, len(positions), block)
+    }
+    blocks = {number: members for number, members in blocks.items() if members}
+    clients = tuple(update.client for update in positions if update is not None)
+    if running is not None:
+        whole = running.finish({n: partial(fold_block, n, blocks[n], term, spec, sums, weight=weight) for n in blocks})
+    elif blocks:
+        whole = _sums(0, list(blocks.values()), term, spec, sums, weight)
+    else:
+        whole = None
+    if whole is None:
+        zeros = torch.zeros(spec.size, dtype=torch.float64)
+        return Fold(zeros, zeros.clone(), {}, ())
+    sizes = torch.tensor([tensor.size for tensor in spec])
+    return Fold(whole.total, whole.weights.repeat_interleave(sizes), whole.payload, clients)
+
+
+def fold_block(
+    number: int, members: Sequence[Update], term: Term, spec: Spec, sums: Sequence[str], *, weight: Weight | None
+) -> BlockSum:
+    """Return the sums of one block, with at least one member, as :func:`fold` forms them: pure, so anywhere."""
+    return _sums(number, [members], term, spec, sums, weight)
+
+
+def _sums(
+    number: int,
+    blocks: Sequence[Sequence[Update]],
+    term: Term,
+    spec: Spec,
+    sums: Sequence[str],
+    weight: Weight | None,
+) -> BlockSum:
     if weight is None:
         total, weights_T = _fold_terms(blocks, term, spec)
     else:
         total, weights_T = _fold_changes(blocks, weight, spec)
-    sizes = torch.tensor([tensor.size for tensor in spec])
-    payload = {name: _in_blocks(blocks, name) for name in sums} if blocks else {}
-    clients = tuple(update.client for members in blocks for update in members)
-    return Fold(total, weights_T.repeat_interleave(sizes), payload, clients)
+    return BlockSum(number, total, weights_T, {name: _in_blocks(blocks, name) for name in sums})
 
 
 def _in_blocks(blocks: Sequence[Sequence[Update]], name: str) -> Tensor:

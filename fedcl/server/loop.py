@@ -17,6 +17,7 @@ from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
 from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.server.exchange import Exchange
+from fedcl.server.fold import Contribution
 from fedcl.server.measurement import Known, Measurement, Record
 from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
 from fedcl.server.serving import UNTOLD
@@ -69,7 +70,7 @@ class Server(View):
         self.curriculum = Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten)
         self.statistics = statistics or Statistics()
         self.measurement = Measurement(record, stream, evaluator, known)
-        self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum)
+        self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum, self._folds)
         self.compute_in = compute or at_once
         self.initial = initial.detach().cpu().clone()
         self.state = ServerState({GLOBAL: self.initial.clone()})
@@ -123,13 +124,20 @@ class Server(View):
         self._take_in(arrived, counted)
         self.record.timing(server_round, "aggregate", time.perf_counter() - started)
 
-    def _take_in(self, arrived: Sequence[Arrived], counted: Sequence[Update]) -> None:
+    def _take_in(self, arrived: Sequence[Arrived], counted: Sequence[Contribution]) -> None:
         before = self.global_model
-        self._replace(self.strategy.aggregate([one.update for one in arrived], self))
+        self._replace(self.strategy.aggregate([one.update for one in arrived], self, self.exchange.running))
+        self.exchange.running = None
         if self.unlearning is not None:
-            self.unlearning.observe(counted, before, self)
+            self.unlearning.observe(_whole(counted), before, self)
 
-    def _conclude(self, server_round: int, counted: list[Update]) -> None:
+    def _folds(self) -> bool:
+        """Whether nobody must see the updates of the round to come."""
+        if self.unlearning is not None and self.unlearning.unlearner.observes:
+            return False
+        return self.strategy.folding(self._spec, self.exchange.max_update_norm) is not None
+
+    def _conclude(self, server_round: int, counted: Sequence[Contribution]) -> None:
         """Do what follows a round: conclude tasks that end, ask questions, measure."""
         stage = self.curriculum.stage(server_round)
         ended = tuple(self.curriculum.ended(self._clients, server_round))
@@ -204,9 +212,9 @@ class Server(View):
 
         self.exchange.tell("task_end", self._outgoing(clients), task_of, server_round, self.version)
 
-    def _ask(self, stage: int, ended: tuple[str, ...], server_round: int, counted: Sequence[Update]) -> None:
+    def _ask(self, stage: int, ended: tuple[str, ...], server_round: int, counted: Sequence[Contribution]) -> None:
         """Put the strategy's and the learner's questions, and replace the models that they conclude with."""
-        kept = tuple(counted) if self.strategy.keeps_updates else ()
+        kept = tuple(_whole(counted)) if self.strategy.keeps_updates else ()
         last = server_round == self.schedule.num_rounds - 1
         event = Event("task_end" if ended else "round_end", stage, server_round, last, kept, ended)
         for query in self.strategy.queries(event, self):
@@ -293,3 +301,8 @@ class Server(View):
     def met(self, server_round: int) -> list[int]:
         """Return the ids of the tasks that were trained before ``server_round``."""
         return self.curriculum.met(self._clients, server_round - 1) if server_round else []
+
+
+def _whole(counted: Sequence[Contribution]) -> list[Update]:
+    """Return the updates that came back by themselves: all of them, wherever somebody asks for them."""
+    return [update for update in counted if isinstance(update, Update)]

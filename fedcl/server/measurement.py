@@ -12,8 +12,8 @@ from torch import Tensor
 from fedcl.client.probe import iteration
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.scenario.task import Stage, Stream
-from fedcl.server.contracts import Update
 from fedcl.server.exchange import Exchange
+from fedcl.server.fold import Contribution
 from fedcl.server.strategy import Outgoing
 
 _PHASES = {"accuracy_received": ("received", "accuracy"), "accuracy_trained": ("trained", "accuracy")}
@@ -151,13 +151,13 @@ class Measurement:
                         virtual_time=now,
                     )
 
-    def training(self, updates: Sequence[Update], server_round: int, now: float, *, ages: bool) -> None:
+    def training(self, updates: Sequence[Contribution], server_round: int, now: float, *, ages: bool) -> None:
         """Record what clients report of their training, and with ``ages`` how late they were."""
         for update in updates:
             values = {"num_examples": float(update.num_examples), **update.metrics}
             if ages:
                 values["age"] = float(update.age)
-            for key, value in values.items():
+            for key, value in sorted(values.items()):  # in a fixed order, whichever way they came
                 at = iteration(key)
                 phase, name = _PHASES.get(key, ("train", key)) if at is None else ("iteration", "accuracy")
                 self.record.row(

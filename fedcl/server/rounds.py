@@ -18,8 +18,10 @@ from fedcl.messages import Reply
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Task
 from fedcl.server.arrivals import Arrivals, Flight
-from fedcl.server.contracts import ServerView, Update
+from fedcl.server.contracts import GLOBAL, ServerView, Update
 from fedcl.server.exchange import EventLog, Exchange
+from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
+from fedcl.server.folding import update_of
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Outgoing, exact_sum
 from fedcl.server.validation import change_norm
@@ -55,12 +57,16 @@ class Arrived:
 
     flight: Flight
     reply: Reply | None
-    update: Update | None
+    update: Contribution | None
 
 
 @dataclass
 class Rounds:
-    """Plays rounds over the messages in flight."""
+    """Plays rounds over the messages in flight.
+
+    ``folds`` says whether a round needs no more of its updates than their sum, so that they may be folded in blocks
+    where they are made.
+    """
 
     outgoing: Callable[[Sequence[str]], list[Outgoing]]
     exchange: Exchange
@@ -68,6 +74,7 @@ class Rounds:
     log: EventLog
     options: RoundOptions
     curriculum: Curriculum
+    folds: Callable[[], bool] = lambda: False
 
     def play(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
         """Return what arrived in this round, in canonical client order, with the clients' states committed.
@@ -120,6 +127,7 @@ class Rounds:
     def _top_up(self, server_round: int, view: ServerView, model_epoch: int) -> None:
         """Send messages to idle clients until as many are in flight as a round selects."""
         arrivals, wanted = self.arrivals, self.options.clients_per_round or len(view.clients)
+        self.exchange.running = None
         present = self.curriculum.active(view.clients, server_round)
         idle = arrivals.idle(present)
         while not idle and not arrivals.flights:
@@ -132,18 +140,33 @@ class Rounds:
         if free <= 0 or not idle:
             return
         selected = select(idle, free, seed=self.options.seed, server_round=server_round)
+        outgoing = self.outgoing(selected)
+        folds = self._may_fold(outgoing)
         recipients = []
-        for out in self.outgoing(selected):
+        for place, out in enumerate(outgoing):
             task = self.curriculum.task(out.client, server_round)
             assert task is not None  # only clients that take part were selected
-            recipients.append((out, self.exchange.request("train", out, task, server_round, view.version)))
+            block = place // BLOCK if folds else -1
+            request = self.exchange.request("train", out, task, server_round, view.version, block=block)
+            recipients.append((out, request))
+        if folds:
+            self.exchange.running = RunningFold(range(-(-len(recipients) // BLOCK)))
         arrivals.dispatch(recipients, model_epoch)
+
+    def _may_fold(self, outgoing: Sequence[Outgoing]) -> bool:
+        """Whether all that is sent now comes back in this round, to be added to the one global model and no more."""
+        waits = self.options.buffer is None and self.options.deadline is None and not self.arrivals.flights
+        return waits and self.exchange.cohorts and self.folds() and all(out.target == GLOBAL for out in outgoing)
 
     def _judge(self, flight: Flight, server_round: int, view: ServerView, model_epoch: int) -> Arrived:
         reply = self.exchange.sound(flight.request, flight.reply)
-        if reply is None or reply.model is None or reply.num_examples == 0 or flight.request.task is None:
+        if reply is None or reply.num_examples == 0 or flight.request.task is None:
             return Arrived(flight, reply, None)
-        update = _update(flight, reply, flight.request.task, view.version)
+        task = flight.request.task
+        if reply.folded is not None:
+            norm = reply.folded.norm
+            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, norm))
+        update = _update(flight, reply, task, view.version)
         refused = self._refusal(flight, update, server_round, model_epoch)
         if refused is None:
             return Arrived(flight, reply, update)
@@ -168,7 +191,7 @@ class Rounds:
         counted = updates(arrived)
         if len(counted) < 3:
             return  # of two, neither is the odd one out
-        norms = [change_norm(update.model, update.base) for update in counted]
+        norms = [u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted]
         median = statistics.median(norms)
         for update, norm in zip(counted, norms, strict=True):
             if norm > OUTLIER * median:
@@ -179,27 +202,13 @@ class Rounds:
 
 
 def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
-    assert reply.model is not None
     base, model = flight.out.model, reply.model
-    if flight.moved is not None:
+    if flight.moved is not None and model is not None:
         base, model = exact_sum(base, flight.moved), exact_sum(model, flight.moved)
-    return Update(
-        client=flight.client,
-        visit=flight.request.visit,
-        target=flight.out.target,
-        base_version=flight.request.version,
-        base=base,
-        model=model,
-        num_examples=reply.num_examples,
-        weight=float(reply.num_examples),
-        task=task.id,
-        head=task.head,
-        age=version - flight.request.version,
-        payload=reply.payload,
-        metrics=reply.metrics,
-    )
+    age = version - flight.request.version
+    return update_of(flight.request, reply, task, base, model=model, target=flight.out.target, age=age)
 
 
-def updates(arrived: Sequence[Arrived]) -> list[Update]:
+def updates(arrived: Sequence[Arrived]) -> list[Contribution]:
     """Return the updates that count, in canonical client order."""
     return [one.update for one in arrived if one.update is not None]

@@ -19,12 +19,14 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
-from fedcl.messages import ARRAYS, CONFIG, FLAT, METRICS, NUM_EXAMPLES, vector_record
+from fedcl.messages import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES
+from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.models.flat import Spec
 from fedcl.randomness import key
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.rules import ConfigError
 from fedcl.server.contracts import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
+from fedcl.server.fold import Contribution, RunningFold
 from fedcl.server.strategy import Outgoing
 
 
@@ -135,9 +137,14 @@ class Stock:
         """Everybody uses the global model."""
         return GLOBAL
 
-    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
+    def folding(self, spec: Spec, max_norm: float | None) -> None:
+        """Return none: Flower's strategies are given each reply."""
+
+    def aggregate(
+        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+    ) -> dict[Target, Tensor]:
         """Let the strategy aggregate the accepted replies."""
-        updates = [update for update in positions if update is not None]
+        updates = [update for update in positions if isinstance(update, Update)]
         # Flower refuses replies whose metrics differ in name, and a client may have nothing to test itself on
         common = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
         replies = [self._reply(update, common) for update in updates]

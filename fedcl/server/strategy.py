@@ -17,7 +17,6 @@ from fedcl.server.contracts import (
     Answer,
     Collaboration,
     Event,
-    Fold,
     LocalWork,
     Part,
     PastView,
@@ -29,7 +28,9 @@ from fedcl.server.contracts import (
     Target,
     Update,
 )
-from fedcl.server.fold import fold
+from fedcl.server.fold import Contribution, RunningFold, Weight, fold
+from fedcl.server.folding import Folding
+from fedcl.server.validation import uploads
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,17 @@ class Strategy(Protocol):
         """Return what to send to each selected client."""
         ...
 
-    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
-        """Turn a round's updates, one place for each selected position, into new models (P,)."""
+    def folding(self, spec: Spec, max_norm: float | None) -> Folding | None:
+        """Return how updates that are not late become a sum, where no more is needed of them; None where it is."""
+        ...
+
+    def aggregate(
+        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+    ) -> dict[Target, Tensor]:
+        """Turn a round's updates, one place for each selected position, into new models (P,).
+
+        ``running`` holds the sums of those that were folded where they were made.
+        """
         ...
 
     def target_of(self, client: str, view: ServerView) -> Target:
@@ -216,18 +226,27 @@ class Pipeline:
         """Return whose model ``client`` trains from."""
         return self.collaboration.message_for(client, view)[0]
 
-    def aggregate(self, positions: Sequence[Update | None], view: ServerView) -> dict[Target, Tensor]:
+    def folding(self, spec: Spec, max_norm: float | None) -> Folding | None:
+        """Return the collaboration's sum, unless a part must see each update."""
+        part, late = self.collaboration, type(self.staleness)
+        looks = late.admit is not Staleness.admit or late.observe is not Staleness.observe or self.keeps_updates
+        expected = uploads(self.payloads, spec)
+        if looks or part.needs != "sum" or set(expected) != set(self._sums):
+            return None
+        return Folding(spec, part.term, self._weight, self._sums, expected, max_norm)
+
+    def aggregate(
+        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+    ) -> dict[Target, Tensor]:
         """Run the pipeline over one round and return the new models."""
-        present = [update for update in positions if update is not None]
-        for update in present:
-            self.staleness.observe(update, view)
-        admitted = {update.client: update for update in self.staleness.admit(present, view)}
-        kept = [admitted.get(update.client) if update is not None else None for update in positions]
+        kept = positions if running is not None else self._admitted(positions, view)
         models = {GLOBAL: view.global_model}
         if self.collaboration.needs == "sum":
-            changes = self.collaboration.finish(self._fold(kept, view.spec), view)
+            part = self.collaboration
+            total = fold(kept, part.term, view.spec, self._sums, weight=self._weight, running=running)
+            changes = part.finish(total, view)
         else:
-            combined = self.collaboration.combine([u for u in kept if u is not None], view)
+            combined = self.collaboration.combine([u for u in kept if isinstance(u, Update)], view)
             models |= {target: view.model_at(target) for target in combined if target != GLOBAL}
             changes = {target: new.double() - models[target].double() for target, new in combined.items()}
         result = {}
@@ -238,10 +257,18 @@ class Pipeline:
             result[target] = exact_sum(models.get(target, view.global_model), change)
         return result
 
-    def _fold(self, updates: Sequence[Update | None], spec: Spec) -> Fold:
+    @property
+    def _weight(self) -> Weight | None:
+        """What a change weighs, where changes and nothing else are summed."""
         part = self.collaboration
-        plain = type(part).term is Collaboration.term
-        return fold(updates, part.term, spec, self._sums, weight=part.weight if plain else None)
+        return part.weight if type(part).term is Collaboration.term else None
+
+    def _admitted(self, positions: Sequence[Contribution | None], view: ServerView) -> list[Contribution | None]:
+        present = [update for update in positions if isinstance(update, Update)]
+        for update in present:
+            self.staleness.observe(update, view)
+        admitted = {update.client: update for update in self.staleness.admit(present, view)}
+        return [admitted.get(update.client) if update is not None else None for update in positions]
 
     def queries(self, event: Event, view: ServerView) -> list[Query]:
         """Return the projection's questions."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from fedcl.client.plugin import Payload
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 
 MAX_EXAMPLES = 1_000_000_000
+
+
+def uploads(payloads: Iterable[Payload], spec: Spec) -> dict[str, tuple[int, ...] | None]:
+    """Return what the reply to every train message carries of ``payloads``: by name its shape, None for any."""
+    return {
+        p.name: (spec.size,) if p.like_model else None
+        for p in payloads
+        if p.direction == "up" and p.when == "every_train"
+    }
 
 
 def rejection(

@@ -23,7 +23,7 @@ from fedcl.simulation.compat import identity, quiet_environment
 from fedcl.simulation.fleet import FleetGrid
 from fedcl.simulation.grid import BaseGrid, InlineGrid
 from fedcl.simulation.host import ClientHost
-from fedcl.wiring import client_ids, client_runtime, participants, simulated_data
+from fedcl.wiring import client_ids, client_runtime, make_folding, participants, simulated_data
 
 FIRST_NODE = 2  # Flower's node 1 is the server
 RUN_ID = 1
@@ -101,7 +101,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, states), run_id=RUN_ID)
+        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model)), run_id=RUN_ID)
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]

@@ -20,8 +20,8 @@ from fedcl.simulation.jobs import without
 class BaseGrid(Grid):
     """Message ids, order and delivery; a subclass computes.
 
-    A message may address a cohort: then one reply for each of its clients is delivered, all together. Replies come in
-    the order in which messages were pushed, so that nothing depends on who finished first.
+    A message may address a cohort: then the replies of its clients, or of blocks of them, are delivered all together.
+    They come in the order in which messages were pushed, so that nothing depends on who finished first.
     """
 
     cohorts = True
@@ -128,7 +128,11 @@ class BaseGrid(Grid):
     def _deliver(self, message_id: str) -> list[Message]:
         sent = self._sent.pop(message_id)
         replies = []
+        block: object = None
         for client, outcome in self._done.pop(message_id):
+            if outcome is block:
+                continue  # what several clients answer as one is delivered once
+            block = outcome
             metadata = Metadata(
                 run_id=self.run_id,
                 message_id=f"{message_id}/{client}",

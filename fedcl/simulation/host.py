@@ -11,6 +11,8 @@ from flwr.app import RecordDict
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
 from fedcl.messages import CHANGES_STATE, Reply, Request, reply_content, requests
+from fedcl.messages.blocks import block_content
+from fedcl.server.folding import Folding
 from fedcl.simulation.compat import CLIENT_RAISED
 
 
@@ -27,10 +29,11 @@ Outcome = list[tuple[str, RecordDict | Failure]]  # replies by client, in the or
 
 @dataclass
 class ClientHost:
-    """A runtime and the states of the clients it has met."""
+    """A runtime and the states of the clients it has met; with ``folding`` it adds up blocks of replies itself."""
 
     runtime: ClientRuntime
     store: ClientStateStore
+    folding: Folding | None = None
 
     def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
         """Run an instruction for each client it addresses and yield (client, reply).
@@ -44,11 +47,19 @@ class ClientHost:
                     # a question may come while a later visit waits for the server's word: that one's state must stay
                     self.store.commit(request.client, request.committed)
             replies = self.runtime.train(asked, self.store) if kind == "train" else self._visits(asked)
-            for request, reply in zip(asked, replies, strict=True):
-                if isinstance(reply, Exception):
-                    yield request.client, Failure(CLIENT_RAISED, f"{type(reply).__name__}: {reply}")
+            pairs = zip(asked, replies, strict=True)
+            for number, members in groupby(pairs, key=lambda pair: pair[0].block):
+                if number < 0 or self.folding is None:
+                    for request, reply in members:
+                        yield request.client, _content(reply)
                 else:
-                    yield request.client, reply_content(reply, live=True)
+                    yield from self._folded(number, list(members), self.folding)
+
+    def _folded(self, number: int, members: Sequence[tuple[Request, Reply | Exception]], folding: Folding) -> Outcome:
+        """Return a block's reply for each client that is in its sum, always the same, and what the others answered."""
+        block = folding.block(number, [request for request, _ in members], [reply for _, reply in members])
+        left = {} if block is None else dict.fromkeys(block[1], block_content(*block))
+        return [(request.client, left.get(request.client) or _content(reply)) for request, reply in members]
 
     def _visits(self, asked: Sequence[Request]) -> Iterator[Reply | Exception]:
         for request in asked:
@@ -56,3 +67,9 @@ class ClientHost:
                 yield self.runtime.visit(request, self.store)
             except Exception as error:
                 yield error
+
+
+def _content(reply: Reply | Exception) -> RecordDict | Failure:
+    if isinstance(reply, Exception):
+        return Failure(CLIENT_RAISED, f"{type(reply).__name__}: {reply}")
+    return reply_content(reply, live=True)

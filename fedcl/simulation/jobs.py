@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedcl.messages import VISIT
+from fedcl.messages import BLOCKS, VISIT
 
 
 @dataclass(eq=False)
@@ -44,8 +45,7 @@ class Job:
         if len(self.clients) <= most:
             return [self]
         jobs = []
-        for start in range(0, len(self.clients), most):
-            places = range(start, min(start + most, len(self.clients)))
+        for places in _pieces(self.wire[VISIT], most):
             wire = {**self.wire, VISIT: narrowed(self.wire[VISIT], places)}
             clients, committed = [self.clients[i] for i in places], [self.committed[i] for i in places]
             size = self.size * len(places) // len(self.clients)
@@ -54,9 +54,29 @@ class Job:
 
 
 def narrowed(visit: ConfigRecord, places: Sequence[int]) -> ConfigRecord:
-    """Return the record that addresses the clients at ``places`` only."""
+    """Return the record that addresses the clients at ``places`` only; a block of which some are left out is none."""
     lists = {name: cast(list[Any], visit[name]) for name in ("clients", "visits", "committed", "turns")}
-    return ConfigRecord({**visit, **{name: [values[i] for i in places] for name, values in lists.items()}})
+    chosen = {name: [values[i] for i in places] for name, values in lists.items()}
+    blocks = cast(list[int], visit.get(BLOCKS, []))
+    if blocks:
+        whole, left = Counter(blocks), Counter(blocks[i] for i in places)
+        chosen[BLOCKS] = [blocks[i] if left[blocks[i]] == whole[blocks[i]] else -1 for i in places]
+    return ConfigRecord({**visit, **chosen})
+
+
+def _pieces(visit: ConfigRecord, most: int) -> Iterator[range]:
+    """Cut places into runs of at most ``most``, between blocks where these are no longer than that."""
+    blocks = cast(list[int], visit.get(BLOCKS, []))
+    begin, total = 0, len(cast(list[str], visit["clients"]))
+    while begin < total:
+        end = min(begin + most, total)
+        if blocks and end < total and blocks[end] >= 0:
+            first = end
+            while first > begin and blocks[first - 1] == blocks[end]:
+                first -= 1
+            end = first if first > begin else end
+        yield range(begin, end)
+        begin = end
 
 
 def without(content: RecordDict, clients: Collection[str]) -> RecordDict | None:

@@ -38,12 +38,16 @@ class Worker:
         torch.set_num_threads(1)
         quiet_environment()
         sys.path.extend(path for path in paths if path not in sys.path)
-        from fedcl.wiring import client_runtime, simulated_data  # after the user's own modules can be found
+        from fedcl.wiring import (  # after the user's own modules can be found
+            client_runtime,
+            make_folding,
+            simulated_data,
+        )
 
         runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
         self._data = runtime.data
         self._store = _NotingStore()
-        self._host = ClientHost(runtime, self._store)
+        self._host = ClientHost(runtime, self._store, make_folding(config, runtime.model))
         self._records: OrderedDict[str, Any] = OrderedDict()
 
     def ready(self) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedcl.config import compose
 from fedcl.data.dataset import Dataset
-from fedcl.messages import ARRAYS, FLAT, read_reply, record_tensors, reply_content
+from fedcl.messages import ARRAYS, read_reply, reply_content
+from fedcl.messages.arrays import FLAT, record_tensors
 from fedcl.prepared import Prepared, make_server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.simulation.compat import message_with

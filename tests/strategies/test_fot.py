@@ -16,7 +16,7 @@ from clients.fot import Sketch, SubspaceAnswer, layer_rows
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Context, TaskData
 from fedcl.linalg import project_out
-from fedcl.messages import record_tensors, tensors_record
+from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, Dropout, Network, Output, build_model
 from fedcl.randomness import torch_generator

@@ -18,7 +18,8 @@ from fedcl import wiring
 from fedcl.client.state import MemoryStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
-from fedcl.messages import FLAT, VISIT, Request, vector_record, visit_record
+from fedcl.messages import VISIT, Request, visit_record
+from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
@@ -191,7 +192,7 @@ def test_krum_returns_one_clients_model() -> None:
         returned = {}
         aggregate = server.strategy.aggregate
 
-        def noting(positions: Any, view: Any) -> Any:
+        def noting(positions: Any, view: Any, running: Any = None) -> Any:
             returned.update({update.client: update.model for update in positions})
             changed = aggregate(positions, view)
             assert any(torch.equal(changed["*"], model) for model in returned.values())

@@ -1,4 +1,4 @@
-"""The wire: the only module that knows the names of records and keys.
+"""The wire: nobody else knows the names of records and keys.
 
 Down, a message holds ``arrays`` (one float32 vector ``flat``), ``fedcl`` (who, when, which task) and perhaps
 ``payload``; a stock strategy adds its own ``config``. Up, a reply holds ``arrays`` under the key that was sent,
@@ -9,21 +9,19 @@ A *cohort message* addresses several clients that train from one model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
-ARRAYS, FLAT, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "flat", "fedcl", "metrics", "payload", "config"
+ARRAYS, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
-NOTE = "note"
+NOTE, BLOCKS = "note", "blocks"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 Kind = Literal["train", "evaluate", "query", "task_end", "unlearn", "forget", "hello"]
@@ -33,49 +31,6 @@ MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate"} | dict.fromkeys(
 )
 
 
-class LiveArray(Array):
-    """A Flower array that holds a numpy array and turns it into bytes only when somebody reads ``data``.
-
-    Inside one machine arrays then travel by reference or zero-copy; on a network they serialise as any other does.
-    """
-
-    def __init__(self, ndarray: NDArray[Any]) -> None:
-        self.__dict__.update(
-            dtype=str(ndarray.dtype), shape=tuple(ndarray.shape), stype="numpy.ndarray", _live=ndarray, _is_dirty=True
-        )
-
-    @property
-    def data(self) -> bytes:
-        """Bytes of the array in numpy's own format, without pickle."""
-        if "_bytes" not in self.__dict__:
-            self.__dict__["_bytes"] = Array.from_numpy_ndarray(self.__dict__["_live"]).data
-        return cast(bytes, self.__dict__["_bytes"])
-
-    @data.setter
-    def data(self, value: bytes) -> None:
-        self.__dict__["_bytes"] = value
-
-    def numpy(self) -> NDArray[Any]:
-        """Return a copy, as the base class does: what others do to it stays with them."""
-        return cast(NDArray[Any], self.__dict__["_live"].copy())
-
-    def view(self) -> NDArray[Any]:
-        """Return the array itself, which may be shared memory: read, never write."""
-        return cast(NDArray[Any], self.__dict__["_live"])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_live_array, (self.view(),))
-
-
-# Flower writes the class's name into a header when it ships an array; the other side knows only "Array". By that name
-# pickle would not find the class, and cloudpickle would ship its code: both are given a function instead.
-LiveArray.__qualname__ = "Array"
-
-
-def _live_array(ndarray: NDArray[Any]) -> LiveArray:
-    return LiveArray(ndarray)
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One client's instruction, unpacked.
@@ -83,7 +38,8 @@ class Request:
     ``committed`` is the client's last visit that the server accepted (-1: none); ``model`` the weights to start from,
     float32 (P,), to be read only; ``name`` the question of a query. ``turn`` counts the client's trainings (-1: as
     ``visit``): random draws are keyed by it, so that they do not depend on what else a client was told in between.
-    ``note`` is text that a kind of message needs besides: what to forget, and the tasks it lies in.
+    ``note`` is text that a kind of message needs besides: what to forget, and the tasks it lies in. ``block`` is the
+    number of the block that its reply may be folded in where it is made (-1: it must come back by itself).
     """
 
     kind: Kind
@@ -98,13 +54,23 @@ class Request:
     payload: dict[str, Tensor] = field(default_factory=dict)
     turn: int = -1
     note: str = ""
+    block: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class InBlock:
+    """What is left of a model that was folded where it was made: the L2 norm of its change, and the bytes it had."""
+
+    norm: float
+    num_bytes: int
 
 
 @dataclass(slots=True)
 class Reply:
     """What a client answers; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads.
 
-    ``note`` is text: what became of a client's memory of a forget set.
+    ``note`` is text: what became of a client's memory of a forget set. ``folded`` stands for model and payload where
+    they are part of a block's sum already.
     """
 
     num_examples: int
@@ -112,38 +78,14 @@ class Reply:
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
     note: str = ""
+    folded: InBlock | None = None
 
-
-def vector_record(vector: Tensor, *, live: bool) -> ArrayRecord:
-    """Wrap a flat vector as the ``arrays`` record; ``live`` avoids serialising it."""
-    return tensors_record({FLAT: vector}, live=live)
-
-
-def tensors_record(tensors: Mapping[str, Tensor], *, live: bool) -> ArrayRecord:
-    """Wrap named tensors as an array record."""
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        ndarray = tensor.detach().cpu().contiguous().numpy()
-        record[name] = LiveArray(ndarray) if live else Array(ndarray)
-    return record
-
-
-def record_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Return the tensors of a record. They may share read-only memory with it: copy before writing."""
-    return {name: _tensor(array) for name, array in record.items()}
-
-
-def _tensor(array: Array) -> Tensor:
-    ndarray = array.view() if isinstance(array, LiveArray) else array.numpy()
-    return torch.from_numpy(ndarray if ndarray.flags.writeable else np.asarray(_Unlocked(ndarray)))
-
-
-class _Unlocked:
-    """Shows a read-only array as writable: torch has no read-only tensors, and warns at each one it is given."""
-
-    def __init__(self, ndarray: NDArray[Any]) -> None:
-        self.base = ndarray  # keeps the memory alive
-        self.__array_interface__ = {**ndarray.__array_interface__, "data": (ndarray.ctypes.data, False)}
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays that the client sent, or would have sent if its reply had not been folded."""
+        if self.folded is not None:
+            return self.folded.num_bytes
+        return (self.model.nbytes if self.model is not None else 0) + sum(t.nbytes for t in self.payload.values())
 
 
 def instruction(requests: Sequence[Request], arrays: ArrayRecord | None, payload: ArrayRecord | None) -> RecordDict:
@@ -163,6 +105,7 @@ def instruction(requests: Sequence[Request], arrays: ArrayRecord | None, payload
 def visit_record(requests: Sequence[Request]) -> ConfigRecord:
     """Return the record that says who is addressed, at which visit, in which task."""
     first = requests[0]
+    blocks = [r.block for r in requests]
     return ConfigRecord(
         {
             "kind": first.kind,
@@ -175,6 +118,7 @@ def visit_record(requests: Sequence[Request]) -> ConfigRecord:
             "version": first.version,
             "task": first.task.to_json() if first.task is not None else "",
             NOTE: first.note,
+            **({BLOCKS: blocks} if max(blocks) >= 0 else {}),
         }
     )
 
@@ -187,11 +131,11 @@ def requests(content: RecordDict) -> Iterator[Request]:
     ValueError
         If the message is not one of fedcl's.
     """
-    visit = _named(content, VISIT, ConfigRecord)
+    visit = named(content, VISIT, ConfigRecord)
     if visit is None:
         raise ValueError("the message has no 'fedcl' record: it does not come from a fedcl server")
-    arrays = _named(content, ARRAYS, ArrayRecord)
-    payload = _named(content, PAYLOAD, ArrayRecord)
+    arrays = named(content, ARRAYS, ArrayRecord)
+    payload = named(content, PAYLOAD, ArrayRecord)
     clients, visits = cast(list[str], visit["clients"]), cast(list[int], visit["visits"])
     committed, task = cast(list[int], visit["committed"]), cast(str, visit["task"])
     shared = Request(
@@ -203,16 +147,16 @@ def requests(content: RecordDict) -> Iterator[Request]:
         version=cast(int, visit["version"]),
         task=Task.from_json(task) if task else None,
         name=cast(str, visit["name"]),
-        model=_tensor(arrays[FLAT]) if arrays is not None else None,
+        model=read_array(arrays[FLAT]) if arrays is not None else None,
         payload=record_tensors(payload) if payload is not None else {},
         note=cast(str, visit.get(NOTE, "")),
     )
-    turns = cast(list[int], visit["turns"])
-    for client, number, last, turn in zip(clients, visits, committed, turns, strict=True):
-        yield replace(shared, client=client, visit=number, committed=last, turn=turn)
+    turns, blocks = cast(list[int], visit["turns"]), cast(list[int], visit.get(BLOCKS, [-1] * len(clients)))
+    for client, number, last, turn, block in zip(clients, visits, committed, turns, blocks, strict=True):
+        yield replace(shared, client=client, visit=number, committed=last, turn=turn, block=block)
 
 
-def _named(content: RecordDict, name: str, kind: type[R]) -> R | None:
+def named(content: RecordDict, name: str, kind: type[R]) -> R | None:
     """Return the record ``name`` if it is of ``kind``: Flower's views by kind copy the whole dict at each look."""
     record = content.get(name)
     return record if isinstance(record, kind) else None
@@ -241,16 +185,16 @@ def read_reply(content: RecordDict) -> Reply:
     ValueError
         If a record is missing, has keys that were not asked for, or cannot be read, naming them.
     """
-    metrics = _named(content, METRICS, MetricRecord)
+    metrics = named(content, METRICS, MetricRecord)
     if metrics is None or NUM_EXAMPLES not in metrics:
         raise ValueError(f"the reply has no '{METRICS}' record with '{NUM_EXAMPLES}'")
-    arrays = _named(content, ARRAYS, ArrayRecord)
+    arrays = named(content, ARRAYS, ArrayRecord)
     if arrays is not None and list(arrays) != [FLAT]:
         raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
     unknown = set(content) - {ARRAYS, METRICS, PAYLOAD, VISIT}
     if unknown:
         raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
-    payload, visit = _named(content, PAYLOAD, ArrayRecord), _named(content, VISIT, ConfigRecord)
+    payload, visit = named(content, PAYLOAD, ArrayRecord), named(content, VISIT, ConfigRecord)
     num_examples = metrics[NUM_EXAMPLES]
     if isinstance(num_examples, list) or not float(num_examples).is_integer():
         raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
@@ -268,7 +212,7 @@ def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
     tensors = {}
     for key, array in record.items():
         try:
-            tensors[key] = _tensor(array)
+            tensors[key] = read_array(array)
         except Exception as error:  # numpy's reader raises whatever foreign bytes lead it to
             raise ValueError(f"the reply's '{name}' holds an unreadable '{key}': {error}") from error
     return tensors
@@ -302,7 +246,7 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     ValueError
         If the reply is not one, or its client id has other characters than letters, digits, ``.``, ``_`` and ``-``.
     """
-    visit, metrics = _named(content, VISIT, ConfigRecord), _named(content, METRICS, MetricRecord)
+    visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
     if visit is None or metrics is None:
         raise ValueError("the reply is not an answer to fedcl's hello")
     client = str(visit["client"])
