@@ -83,6 +83,8 @@ def builder(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] =
     found = locate(node[TARGET_KEY], trusted, at)
     if type(first) is not found or any(isinstance(value, Mapping) for value in params.values()):
         return functools.partial(build, node, at=at, trusted=trusted)
+    if all(value is None or isinstance(value, (bool, int, float, str)) for value in params.values()):
+        return lambda: found(**params)
     return lambda: found(**copy.deepcopy(params))
 
 

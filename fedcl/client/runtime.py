@@ -12,17 +12,19 @@ from fedcl.client.engines import Engine, stack_size, stacks
 from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
-from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData
+from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData, overrides
 from fedcl.client.probe import Probe, ProbeOf
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.flat import FlatModel
+from fedcl.models.networks import RandomLayer
 from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.scenario.task import Task
 from fedcl.tree import clone, num_bytes
 
+_BEFORE = ("setup", "before_task", "before_round")  # where a plugin may change the weights that came
 PluginFactories = Mapping[str, Callable[[], Plugin]]
 
 
@@ -62,11 +64,16 @@ class ClientRuntime:
     rates: Callable[[str, int], float] | None = None
     engine: Engine = "loop"
     _spare: FlatModel | None = field(default=None, init=False, repr=False)
+    _notes: dict[tuple[tuple[int, tuple[int, ...]], ...], State] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         plugins = [build() for build in self.plugins.values()]
         self._together = stack_size(self.model)
         self._stacks = self.probe is None and stacks(self.engine, self.model, plugins) is None
+        # copies of a model cost as much as a step: none is made that no plugin can tell
+        self._moves = any(overrides(plugin, hook) for plugin in plugins for hook in _BEFORE)
+        self._ends = any(overrides(plugin, "after_round") for plugin in plugins)
+        self._draws = any(isinstance(layer, RandomLayer) for layer in self.model.module.modules())
 
     def visit(self, request: Request, store: ClientStateStore) -> Reply:
         """Do what ``request`` asks and stage the state that results.
@@ -117,8 +124,7 @@ class ClientRuntime:
             try:
                 visit = self._begin(request, store)
                 if isinstance(visit, _Visit):
-                    # without plugins nobody has moved the model that came
-                    visit.start = self.model.vector() if visit.learner else visit.ctx.received
+                    visit.start = self.model.vector() if self._moves else visit.ctx.received
                 begun.append(visit)
             except Exception as error:
                 begun.append(error)
@@ -141,10 +147,9 @@ class ClientRuntime:
     ) -> Reply | Exception:
         try:
             visit.metrics.update(metrics)
-            if not visit.learner and visit.test is None:
-                return Reply(len(visit.ctx.data), visit.metrics, vector)  # nobody asks for the model
-            self.model.load(vector)
-            return self._finish(visit, store)
+            if self._ends or visit.test is not None:
+                self.model.load(vector)
+            return self._finish(visit, store, vector)
         except Exception as error:
             return error
 
@@ -168,8 +173,11 @@ class ClientRuntime:
             plugin.before_round(ctx)
         return _Visit(request, learner, ctx, test, probe, metrics)
 
-    def _finish(self, visit: _Visit, store: ClientStateStore) -> Reply:
-        """Do all that comes after the last step, with the trained weights in the model."""
+    def _finish(self, visit: _Visit, store: ClientStateStore, trained: Tensor | None = None) -> Reply:
+        """Do all that comes after the last step; the ``trained`` weights (P,) are in the model if not given.
+
+        If they are, they are in the model too where anybody looks at it.
+        """
         ctx, metrics, plugins = visit.ctx, visit.metrics, list(visit.learner.values())
         if visit.probe is not None:
             visit.probe.after_round(ctx)
@@ -182,7 +190,8 @@ class ClientRuntime:
         state_bytes = self._stage(visit.request, store, visit.learner, ctx)
         if state_bytes:
             metrics["state_bytes"] = float(state_bytes)
-        return Reply(len(ctx.data), metrics, self.model.vector(), payload)
+        model = self.model.vector() if self._ends or trained is None else trained
+        return Reply(len(ctx.data), metrics, model, payload)
 
     def _task_end(self, request: Request, store: ClientStateStore) -> Reply:
         learner, ctx = self._enter(request, store)
@@ -267,11 +276,12 @@ class ClientRuntime:
         instances = {name: build() for name, build in self.plugins.items()}
         names = {id(plugin): name for name, plugin in instances.items()}
         learner = {names[id(plugin)]: plugin for plugin in ordered(list(instances.values()))}
-        state = clone(store.load(request.client, request.committed), self.model.device) if learner else {}
+        state = store.load(request.client, request.committed) if learner else {}
         ctx = self._context(request, request.task, request.model, state)
-        self.model.set_generator(self._layer_generator(ctx.rng("dropout")))
+        if self._draws:
+            self.model.set_generator(self._layer_generator(ctx.rng("dropout")))
         for name, plugin in learner.items():
-            plugin.load(state.get("plugins", {}).get(name, {}))
+            plugin.load(clone(state.get("plugins", {}).get(name, {}), self.model.device))
             plugin.setup(ctx)
         return learner, ctx
 
@@ -319,11 +329,21 @@ class ClientRuntime:
         """Stage what must survive and return its size in bytes."""
         if not learner:
             return 0  # a learner without plugins has nothing to remember
-        tasks = {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
-        state = {"tasks": tasks, "plugins": {name: plugin.state() for name, plugin in learner.items()}}
-        kept = clone(state, torch.device("cpu"))
-        store.stage(request.client, request.visit, kept)
-        return num_bytes(kept)
+        plugins = {name: plugin.state() for name, plugin in learner.items()}
+        if any(plugins.values()):
+            kept = clone({"tasks": _columns(ctx), "plugins": plugins}, torch.device("cpu"))
+            store.stage(request.client, request.visit, kept)
+            return num_bytes(kept)
+        # ten thousand clients that remember nothing but which tasks they have met share one note of it
+        met = tuple(ctx.task_columns.items())
+        if met not in self._notes:
+            self._notes[met] = {"tasks": _columns(ctx), "plugins": plugins}
+        store.stage(request.client, request.visit, self._notes[met])
+        return 0
+
+
+def _columns(ctx: Context) -> dict[str, list[int]]:
+    return {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
 
 
 def check_learner(plugins: PluginFactories) -> None:

@@ -128,11 +128,11 @@ class BaseGrid(Grid):
     def _deliver(self, message_id: str) -> list[Message]:
         sent = self._sent.pop(message_id)
         replies = []
-        block: object = None
-        for client, outcome in self._done.pop(message_id):
-            if outcome is block:
+        outcomes, delivered = self._done.pop(message_id), set()
+        for client, outcome in outcomes:
+            if id(outcome) in delivered:
                 continue  # what several clients answer as one is delivered once
-            block = outcome
+            delivered.add(id(outcome))
             metadata = Metadata(
                 run_id=self.run_id,
                 message_id=f"{message_id}/{client}",

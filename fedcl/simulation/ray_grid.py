@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcl.client.state import NEVER, ClientStateStore
@@ -27,14 +26,14 @@ from fedcl.simulation.grid import BaseGrid
 from fedcl.simulation.host import Failure, Outcome
 from fedcl.simulation.jobs import Job
 from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool, demand
-from fedcl.simulation.worker import Shared, pack_numpy
-from fedcl.tree import unpack
+from fedcl.simulation.worker import Shared, pack_states, unpack_states
 
 __all__ = ["RayGrid", "WorkerClass", "start_ray"]
 
 IN_FLIGHT = 2  # chunks a worker has: one running, one waiting, so that it never idles while the driver thinks
 PIECE = 8  # clients a call: few enough for workers to end a round together, and as many as are well stacked at once
-SMALL_BYTES = 1 << 17  # of a model: calls on smaller ones are as few as there are workers
+SMALL_BYTES = 1 << 17  # of a model: calls on smaller ones are as few as there are workers,
+MOST = 512  # of no more clients each: a worker holds the replies until the last is there
 DEATH_LIMIT = 2  # workers that a client may kill, each running it alone, before it is taken for the cause
 LOSS_LIMIT = 8  # workers, dead of whatever cause, that a job may be lost with before it is given up
 GET_SECONDS = 60.0  # to read a result that Ray holds ready on this node
@@ -152,7 +151,9 @@ class RayGrid(BaseGrid):
             return PIECE
         clients = sum(len(cast(list[str], cast(ConfigRecord, content[VISIT])["clients"])) for _, content in batch)
         share = -(-clients // max(len(self._workers.slots), 1))
-        return -(-share // PIECE) * PIECE  # stacks of networks are cut by this number, on any number of workers
+        return min(
+            -(-share // PIECE) * PIECE, MOST
+        )  # stacks of networks are cut by this number, on any number of workers
 
     def _share(self, content: RecordDict, shared: dict[int, Shared]) -> dict[str, Any]:
         """Replace array records by references, the same record always by the same one."""
@@ -177,14 +178,14 @@ class RayGrid(BaseGrid):
             self._dispatch(slot, (self._suspects or self._queue).popleft())
 
     def _dispatch(self, slot: Slot, job: Job) -> None:
-        states = {}
+        states = []
         for client, visit in zip(job.clients, job.committed, strict=True):
             if visit != NEVER and visit not in slot.held.get(client, ()) and self.states.has(client, visit):
-                states[client] = (visit, pack_numpy(self.states.load(client, visit)))
+                states.append((client, visit, self.states.load(client, visit)))
             slot.held[client] = {visit}
         if not slot.calls:
             slot.since = time.monotonic()
-        slot.calls[slot.actor.run.remote(job.message_id, job.wire, states)] = job
+        slot.calls[slot.actor.run.remote(job.message_id, job.wire, pack_states(states))] = job
 
     def _progress(self, timeout: float | None) -> None:
         """Wait a moment for whatever comes first, then look after the workers: no wait here is without a bound."""
@@ -224,11 +225,10 @@ class RayGrid(BaseGrid):
             return cast(Exception, error)
         job = slot.calls.pop(call)
         slot.since = time.monotonic()
-        for client, (visit, (tree, arrays)) in staged.items():
+        for client, visit, state in unpack_states(staged):
             if client in job.cancelled:
                 continue
-            tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-            self.states.stage(client, visit, unpack(tree, tensors))
+            self.states.stage(client, visit, state)
             slot.held.setdefault(client, set()).add(visit)
         self._collect(job.message_id, [(client, reply) for client, reply in outcome if client not in job.cancelled])
         return None

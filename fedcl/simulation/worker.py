@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from flwr.app import RecordDict
 
+from fedcl.client.plugin import State
 from fedcl.client.state import MemoryStateStore
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.simulation.compat import quiet_environment
@@ -60,13 +61,12 @@ class Worker:
         self, message_id: str, wire: dict[str, Any], states: dict[str, tuple[int, Packed]]
     ) -> tuple[Outcome, dict[str, tuple[int, Packed]]]:
         """Run one instruction; return its replies, and the states staged meanwhile."""
-        for client, (visit, (tree, arrays)) in states.items():
-            tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-            self._store.stage(client, visit, unpack(tree, tensors))
+        for client, visit, state in unpack_states(states):
+            self._store.stage(client, visit, state)
         self._store.noted.clear()
         content = RecordDict({name: self._record(record) for name, record in wire.items()})
         outcome = list(self._host.run(content))
-        return outcome, {c: (v, pack_numpy(self._store.load(c, v))) for c, v in self._store.noted.items()}
+        return outcome, pack_states((c, v, self._store.load(c, v)) for c, v in self._store.noted.items())
 
     def compute(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run a pure function for the server."""
@@ -105,7 +105,30 @@ class _NotingStore(MemoryStateStore):
         self.noted[client] = visit
 
 
-def pack_numpy(state: Any) -> Packed:
-    """Return a state as JSON values and numpy arrays, which cross processes without a copy."""
-    tree, tensors = pack(state)
-    return tree, {name: tensor.numpy() for name, tensor in tensors.items()}
+def pack_states(states: Iterable[tuple[str, int, State]]) -> dict[str, tuple[int, Packed]]:
+    """Return (client, visit, state) as JSON values and numpy arrays, which cross processes without a copy.
+
+    A state that clients share is packed once, and crosses once.
+    """
+    packed: dict[int, Packed] = {}
+    found = {}
+    for client, visit, state in states:
+        if id(state) not in packed:
+            tree, tensors = pack(state)
+            packed[id(state)] = tree, {name: tensor.numpy() for name, tensor in tensors.items()}
+        found[client] = visit, packed[id(state)]
+    return found
+
+
+def unpack_states(packed: Mapping[str, tuple[int, Packed]]) -> Iterator[tuple[str, int, State]]:
+    """Yield (client, visit, state) again: arrays are copied, and a state without any is shared by those who did."""
+    shared: dict[int, State] = {}
+    for client, (visit, one) in packed.items():
+        tree, arrays = one
+        if id(one) in shared:
+            yield client, visit, shared[id(one)]
+            continue
+        state = unpack(tree, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+        if not arrays:
+            shared[id(one)] = state
+        yield client, visit, state
