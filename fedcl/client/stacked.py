@@ -8,7 +8,7 @@ all clients (``torch.func``). Each client sees the batches that the loop would g
 # K = clients of the stack, B = batch, C = logit columns, D = a layer's inputs, F = its outputs
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Protocol, cast
 
@@ -36,8 +36,8 @@ class Steps(Protocol):
         """Move the models of ``part`` by a step on x (K, B, ...), y (K, B); return their losses before, (K,)."""
         ...
 
-    def vector(self, k: int) -> Tensor:
-        """Return the k-th model (P,)."""
+    def vectors(self) -> Tensor:
+        """Return the models (K, P)."""
         ...
 
 
@@ -64,21 +64,26 @@ def fit_stacked(
     # the longest first: who has no batch left is at the end, and the others are a slice
     places = sorted(range(len(ctxs)), key=lambda k: (-lengths[k], k))
     chosen = [ctxs[k] for k in places]
-    steps = _steps(chosen, torch.stack([starts[k] for k in places]), training)
+    steps = _steps(chosen, _stacked([starts[k] for k in places]), training)
     batches = _Batches(chosen, training, steps.width)
     losses = torch.zeros(len(chosen), max(lengths), device=chosen[0].device)
     for number in range(max(lengths)):
-        active = [k for k, place in enumerate(places) if lengths[place] > number]
-        for (size, lr), run in groupby(active, key=lambda k: (batches.size(k, number), chosen[k].lr)):
-            members = list(run)
-            part = slice(members[0], members[-1] + 1)
+        for part, size, lr in batches.parts(number):
             losses[part, number] = steps.step(part, *batches.take(part, number, size), lr)
     seen = zip(losses.tolist(), places, strict=True)
     reports = [summary(row[: lengths[k]], training.epochs * len(ctxs[k].data)) for row, k in seen]
-    trained = {place: (steps.vector(k), reports[k]) for k, place in enumerate(places)}
+    trained = dict(zip(places, zip(steps.vectors(), reports, strict=True), strict=True))
     for ctx, length in zip(ctxs, lengths, strict=True):
         ctx.step = length
     return [trained[place] for place in range(len(ctxs))]
+
+
+def _stacked(vectors: Sequence[Tensor]) -> Tensor:
+    """Return vectors as the rows of one tensor, to be read only: without a copy where all are the same."""
+    first = vectors[0]
+    if all(vector is first for vector in vectors):
+        return first.expand(len(vectors), -1)
+    return torch.stack(list(vectors))
 
 
 def _steps(ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> Steps:
@@ -101,7 +106,9 @@ class _Batches:
     """
 
     def __init__(self, ctxs: Sequence[Context], training: LocalTraining, width: int | None) -> None:
-        self._batch, self._sizes = training.batch_size, [len(ctx.data) for ctx in ctxs]
+        self._batch, self._sizes, self._lrs = training.batch_size, [len(c.data) for c in ctxs], [c.lr for c in ctxs]
+        self._lengths = [_num_steps(size, training) for size in self._sizes]
+        self._alike = len(set(self._sizes)) == 1 and len(set(self._lrs)) == 1
         self._x = [ctx.data.x if width is None else ctx.data.x.flatten(1) for ctx in ctxs]
         self._rows = [_rows(ctx, training) for ctx in ctxs]
         self._y = _side_by_side([ctx.data.y[rows] for ctx, rows in zip(ctxs, self._rows, strict=True)])
@@ -110,7 +117,17 @@ class _Batches:
         self._window = max(1, WINDOW_BYTES // max(sample, 1)) * training.batch_size
         self._start, self._held = -1, torch.empty(0)
 
-    def size(self, k: int, number: int) -> int:
+    def parts(self, number: int) -> Iterator[tuple[slice, int, float]]:
+        """Yield the clients that take step ``number``, those together whose batches and learning rates are alike."""
+        if self._alike:
+            yield slice(0, len(self._sizes)), self._size(0, number), self._lrs[0]
+            return
+        active = [k for k, length in enumerate(self._lengths) if length > number]
+        for (size, lr), run in groupby(active, key=lambda k: (self._size(k, number), self._lrs[k])):
+            members = list(run)
+            yield slice(members[0], members[-1] + 1), size, lr
+
+    def _size(self, k: int, number: int) -> int:
         """Return how many samples client k's batch of step ``number`` has."""
         per_epoch = -(-self._sizes[k] // self._batch)
         return min(self._batch, self._sizes[k] - number % per_epoch * self._batch)
@@ -126,17 +143,24 @@ class _Batches:
 
     def _gather(self, start: int) -> None:
         rows = [rows[start : start + self._window] for rows in self._rows]
-        longest = max(len(own) for own in rows)
-        self._start, self._held = start, self._x[0].new_zeros(len(rows), longest, *self._shape)
+        shortest, longest = min(map(len, rows)), max(map(len, rows))
+        full = shortest == longest and self._x[0].shape[1:] == self._shape
+        make = self._x[0].new_empty if full else self._x[0].new_zeros
+        self._start, self._held = start, make(len(rows), longest, *self._shape)
         for k, own in enumerate(rows):
-            self._held[k, : len(own), : self._x[k].shape[1]].copy_(self._x[k][own])
+            if full:
+                torch.index_select(self._x[k], 0, own, out=self._held[k])
+            else:
+                self._held[k, : len(own), : self._x[k].shape[1]].copy_(self._x[k][own])
 
 
 def _rows(ctx: Context, training: LocalTraining) -> Tensor:
     """Return the positions of a client's samples for all its steps, each epoch filled up to whole batches."""
     generator, size = ctx.rng("batches"), len(ctx.data)
+    missing = -size % training.batch_size
     orders = [torch.randperm(size, generator=generator) for _ in range(training.epochs)]
-    return torch.cat([functional.pad(order, (0, -size % training.batch_size)) for order in orders]).to(ctx.device)
+    filled = [functional.pad(order, (0, missing)) if missing else order for order in orders]
+    return (torch.cat(filled) if len(filled) > 1 else filled[0]).to(ctx.device)
 
 
 def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
@@ -144,9 +168,9 @@ def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _tensor(vectors_KP: Tensor, tensor: TensorSpec) -> Tensor:
-    """Return a copy of the tensor for every client, (K, *shape)."""
-    return vectors_KP[:, tensor.start : tensor.stop].reshape(-1, *tensor.shape).clone()
+def _view(vectors_KP: Tensor, tensor: TensorSpec) -> Tensor:
+    """Return the tensor for every client, (K, *shape), in the same memory."""
+    return vectors_KP[:, tensor.start : tensor.stop].view(-1, *tensor.shape)
 
 
 class _Linear:
@@ -163,7 +187,7 @@ class _Linear:
         self._layers = [_joined(starts_KP, self._spec, names) for names in self._names]
         self.width: int | None = self._layers[0][0].shape[2]
         self._velocity = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in self._layers if training.momentum]
-        self._generators = [ctx.rng("dropout") for ctx in ctxs]
+        self._generators = [ctx.rng("dropout") for ctx in ctxs] if any(chain.dropout) else []
         columns = sum(self._spec[bias].size for _, bias in chain.heads)
         refused = torch.ones(self._layers[-1][1].shape[2], dtype=torch.bool, device=starts_KP.device)
         refused[:columns] = False if ctxs[0].mask is None else ~ctxs[0].mask
@@ -193,16 +217,17 @@ class _Linear:
                 signal = torch.ops.aten.threshold_backward(back if mask is None else back.mul_(mask), inputs[k], 0.0)
         return losses
 
-    def vector(self, k: int) -> Tensor:
-        vector = torch.empty(self._spec.size, device=self._layers[0][0].device)
+    def vectors(self) -> Tensor:
+        first = self._layers[0][0]
+        vectors_KP = torch.empty(len(first), self._spec.size, device=first.device)
         for names, (weight, bias) in zip(self._names, self._layers, strict=True):
             row = 0
             for weight_name, bias_name in names:
                 rows, columns = self._spec[weight_name].shape
-                self._spec.view(vector, weight_name).copy_(weight[k, row : row + rows, :columns])
-                self._spec.view(vector, bias_name).copy_(bias[k, 0, row : row + rows])
+                _view(vectors_KP, self._spec[weight_name]).copy_(weight[:, row : row + rows, :columns])
+                _view(vectors_KP, self._spec[bias_name]).copy_(bias[:, 0, row : row + rows])
                 row += rows
-        return vector
+        return vectors_KP
 
     def _drop(self, h_KBF: Tensor, p: float, part: slice, k: int) -> Tensor | None:
         """Drop entries in place as each client's k-th layer would, and return what they were multiplied by."""
@@ -240,8 +265,12 @@ def _joined(vectors_KP: Tensor, spec: Spec, names: Sequence[Names]) -> tuple[Ten
     rows, inputs = sum(spec[bias].size for _, bias in names), spec[names[0][0]].shape[1]
     weight = vectors_KP.new_zeros(len(vectors_KP), _aligned(rows), _aligned(inputs))
     bias = vectors_KP.new_zeros(len(vectors_KP), 1, _aligned(rows))
-    weight[:, :rows, :inputs] = torch.cat([_tensor(vectors_KP, spec[name]) for name, _ in names], 1)
-    bias[:, 0, :rows] = torch.cat([_tensor(vectors_KP, spec[name]) for _, name in names], 1)
+    row = 0
+    for weight_name, bias_name in names:
+        part = slice(row, row + spec[bias_name].size)
+        weight[:, part, :inputs] = _view(vectors_KP, spec[weight_name])
+        bias[:, 0, part] = _view(vectors_KP, spec[bias_name])
+        row = part.stop
     return weight, bias
 
 
@@ -254,7 +283,8 @@ class _Differentiated:
 
     def __init__(self, ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> None:
         self._model, self._training, self._mask = ctxs[0].model, training, ctxs[0].mask
-        self._params = {tensor.name: _tensor(starts_KP, tensor) for tensor in self._model.spec}
+        whole = torch.contiguous_format
+        self._params = {t.name: _view(starts_KP, t).clone(memory_format=whole) for t in self._model.spec}
         named = dict(self._model.module.named_parameters())
         self._trained = [name for name in self._params if named[name].requires_grad]
         self.width: int | None = None
@@ -286,9 +316,9 @@ class _Differentiated:
             gradient = self._velocity[name][part].mul_(training.momentum).add_(gradient)
         weight.sub_(gradient, alpha=lr)
 
-    def vector(self, k: int) -> Tensor:
-        spec = self._model.spec
-        vector = torch.empty(spec.size, device=self._model.device)
+    def vectors(self) -> Tensor:
+        spec, clients = self._model.spec, len(next(iter(self._params.values())))
+        vectors_KP = torch.empty(clients, spec.size, device=self._model.device)
         for name, stacked in self._params.items():
-            spec.view(vector, name).copy_(stacked[k])
-        return vector
+            _view(vectors_KP, spec[name]).copy_(stacked)
+        return vectors_KP

@@ -165,10 +165,10 @@ def _fold_terms(blocks: Sequence[Sequence[Update]], term: Term, spec: Spec) -> t
     """Return the weighted sum (P,) and the weights by tensor (T,), float64, of any term."""
     total = torch.zeros(spec.size, dtype=torch.float64)
     block_total = torch.empty(spec.size, dtype=torch.float64)
-    weights_T = torch.zeros(len(spec), dtype=torch.float64)
+    weighted: list[list[tuple[Update, float]]] = []
     for members in blocks:
         block_total.zero_()
-        block_weights_T = torch.zeros(len(spec), dtype=torch.float64)
+        weighted.append([])
         for update in members:
             kept = "delta" in update.__dict__
             vector, weight = term(update)
@@ -181,18 +181,15 @@ def _fold_terms(blocks: Sequence[Sequence[Update]], term: Term, spec: Spec) -> t
                 for tensor in foreign:
                     vector[tensor.start : tensor.stop] = 0.0
             block_total.add_(vector, alpha=weight)
-            block_weights_T += _weights(update, weight, spec)
+            weighted[-1].append((update, weight))
         total += block_total
-        weights_T += block_weights_T
-    return total, weights_T
+    return total, _sum_weights(weighted, spec)
 
 
 def _fold_changes(blocks: Sequence[Sequence[Update]], weight: Weight, spec: Spec) -> tuple[Tensor, Tensor]:
     """Return what :func:`_fold_terms` returns for changes, piece by piece."""
     weighted = [[(update, weight(update), _foreign(update, spec)) for update in members] for members in blocks]
-    weights_T = torch.zeros(len(spec), dtype=torch.float64)
-    for members in weighted:
-        weights_T += _in_order([_weights(update, alpha, spec) for update, alpha, _ in members])
+    weights_T = _sum_weights([[(update, alpha) for update, alpha, _ in members] for members in weighted], spec)
     total = torch.zeros(spec.size, dtype=torch.float64)
     with torch.inference_mode():  # a third less of what a call costs besides its arithmetic
         change_C, base_C, block_C = (torch.empty(PIECE, dtype=torch.float64) for _ in range(3))
@@ -219,7 +216,11 @@ def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:
     return [tensor for tensor in spec if tensor.task is not None and tensor.task != update.head]
 
 
-def _weights(update: Update, weight: float, spec: Spec) -> Tensor:
-    """Return by tensor (T,) what an update counts, float64."""
-    counts = [weight if tensor.task is None or tensor.task == update.head else 0.0 for tensor in spec]
-    return torch.tensor(counts, dtype=torch.float64)
+def _sum_weights(blocks: Sequence[Sequence[tuple[Update, float]]], spec: Spec) -> Tensor:
+    """Return by tensor (T,) the weights of the updates that trained it, summed as their terms are, float64."""
+    heads = [tensor.task for tensor in spec]
+    sums = dict.fromkeys(heads, 0.0)
+    for members in blocks:
+        for head in sums:
+            sums[head] += sum(weight for update, weight in members if head is None or head == update.head)
+    return torch.tensor([sums[head] for head in heads], dtype=torch.float64)
