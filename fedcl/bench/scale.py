@@ -18,7 +18,6 @@ from fedcl.bench.workload import Workload, known
 
 COHORTS = (100, 1_000, 10_000)
 KB_MARK, WORKERS, REPETITIONS = 1.0, 2, 2
-CACHED = 2_000  # clients after whose visits the workers keep as many samples ready as they ever do
 LOOK_SECONDS = 0.25
 SPARE = 0.5  # of the memory that is free, which a round may be expected to take
 
@@ -58,9 +57,9 @@ def watching() -> Iterator[Watch]:
 def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: int = REPETITIONS) -> Result:
     """Play rounds of ever more clients out of the same ten thousand, on two workers.
 
-    A client holds 200 samples and takes ten steps. Workers first keep as many clients' samples ready as they may, so
-    that their cache, which is bounded, does not count as growth. A cohort that would not fit into memory, to judge by
-    the one before, is not played.
+    A client holds 200 samples and takes ten steps. As many visits as there are clients come before anything is
+    measured, so that caches, which are bounded, and processes' own pools of memory do not count as growth. A cohort that
+    would not fit into memory, to judge by the one before, is not played.
 
     Returns
     -------
@@ -73,8 +72,8 @@ def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: i
     seen: list[Cohort] = []
     notes = []
     with federation(workload, "backend=ray", f"backend.workers={WORKERS}") as run:
-        _select(run, cohorts[0])
-        run.play(-(-CACHED // cohorts[0]))
+        _select(run, cohorts[-2])
+        run.play(max(cohorts) // cohorts[-2])
         for clients in cohorts:
             needed = seen[-1].kb * (clients - seen[-1].clients) if seen else 0.0
             if needed > SPARE * _free_kb():

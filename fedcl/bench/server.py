@@ -23,7 +23,7 @@ from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import pack_bits
 from fedcl.randomness import torch_generator
 from fedcl.server.contracts import GLOBAL, Answer, Collaboration, Update
-from fedcl.server.fold import fold
+from fedcl.server.fold import BLOCK, fold
 
 OVERLAP_MARK, BASIS_MARK, FOLD_MARK = 50.0, 20.0, 0.5
 ENERGY = 1e-3  # share of the inputs' energy by which the two bases may differ
@@ -267,11 +267,11 @@ def _fold(sizes: Sizes) -> Group:
 
 
 def _plainly(updates: Sequence[Update], size: int) -> Tensor:
-    """Return the sum as it is defined: whole changes, in blocks of 16, in float64."""
+    """Return the sum as it is defined: whole changes, block by block in order, in float64."""
     total = torch.zeros(size, dtype=torch.float64)
-    for start in range(0, len(updates), 16):
+    for start in range(0, len(updates), BLOCK):
         block_total = torch.zeros(size, dtype=torch.float64)
-        for update in updates[start : start + 16]:
+        for update in updates[start : start + BLOCK]:
             block_total.add_(update.model.double() - update.base.double(), alpha=update.weight)
         total += block_total
     return total
