@@ -58,8 +58,8 @@ def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: i
     """Play rounds of ever more clients out of the same ten thousand, on two workers.
 
     A client holds 200 samples and takes ten steps. As many visits as there are clients come before anything is
-    measured, so that caches, which are bounded, and processes' own pools of memory do not count as growth. A cohort that
-    would not fit into memory, to judge by the one before, is not played.
+    measured, so that caches, which are bounded, and processes' own pools of memory do not count as growth. A cohort
+    that would not fit into memory, to judge by the one before, is not played.
 
     Returns
     -------
