@@ -91,7 +91,7 @@ class Device(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Flight:
     """A train message on its way: what was sent, when, and when its reply is due (infinite on a wall clock).
 

@@ -51,7 +51,7 @@ class RoundOptions:
     finished_task: Literal["drop", "keep"] = "drop"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """One message that came back: its sound reply, or None, and the update it makes, unless it must not count."""
 

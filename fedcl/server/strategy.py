@@ -33,7 +33,7 @@ from fedcl.server.folding import Folding
 from fedcl.server.validation import uploads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outgoing:
     """What one client is to be sent: whose model, its weights (P,), tensors to ride along, and a stock config."""
 
