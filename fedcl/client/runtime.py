@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
+from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import RandomLayer
 from fedcl.requests import ForgetNote, Residual, residuals_json
@@ -103,8 +105,8 @@ class ClientRuntime:
     def train(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
         """Train the clients that ``requests``, of kind ``train``, address; yield for each its reply or its fault."""
         if self._stacks:
-            for start in range(0, len(requests), self._together):
-                yield from self._train_together(requests[start : start + self._together], store)
+            for members in self._stacked(requests):
+                yield from self._train_together(members, store)
             return
         for request in requests:
             try:
@@ -117,6 +119,15 @@ class ClientRuntime:
                 yield self._finish(visit, store)
             except Exception as error:
                 yield error
+
+    def _stacked(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Cut requests into stacks. Where a client's fellows show in its bits no stack has a part of a block."""
+        runs = [list(requests)]
+        if chain_of(self.model.module) is None:
+            runs = [list(run) for _, run in groupby(requests, key=lambda request: request.block)]
+        for run in runs:
+            for start in range(0, len(run), self._together):
+                yield run[start : start + self._together]
 
     def _train_together(self, requests: Sequence[Request], store: ClientStateStore) -> Iterator[Reply | Exception]:
         begun: list[_Visit | Reply | Exception] = []

@@ -198,16 +198,21 @@ class Arrivals:
 
     def _fetch(self, wanted: Sequence[Flight]) -> None:
         """Wait until every wanted reply has been computed."""
-        while missing := {flight.message_id for flight in wanted if flight.reply is None}:
-            if not self._pull(missing) and not self.exchange.cohorts:
+        missing = {flight.message_id for flight in wanted if flight.reply is None}
+        while missing:
+            came = self._pull(missing)
+            if not came and not self.exchange.cohorts:
                 time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's answers at once
+            missing -= came
 
-    def _pull(self, message_ids: Iterable[str]) -> bool:
-        replies = self.exchange.pull(message_ids)
-        for client, reply in replies.items():
+    def _pull(self, message_ids: Iterable[str]) -> set[str]:
+        """Take the replies that are there; return the messages, of those in flight, that they answer."""
+        came = set()
+        for client, reply in self.exchange.pull(message_ids).items():
             if client in self.flights:
                 self.flights[client].reply = reply
-        return bool(replies)
+                came.add(self.flights[client].message_id)
+        return came
 
     def _collect_wall(self, count: int | None, deadline: float) -> list[Flight]:
         taken: list[Flight] = []

@@ -32,8 +32,8 @@ __all__ = ["RayGrid", "WorkerClass", "start_ray"]
 
 IN_FLIGHT = 2  # chunks a worker has: one running, one waiting, so that it never idles while the driver thinks
 PIECE = 8  # clients a call: few enough for workers to end a round together, and as many as are well stacked at once
-SMALL_BYTES = 1 << 17  # of a model: calls on smaller ones are as few as there are workers,
-MOST = 512  # of no more clients each: a worker holds the replies until the last is there
+SMALL_BYTES = 1 << 17  # of a model: calls on smaller ones are as few as there are workers
+CALLS = 16  # a worker at least in a large round: the fewer there are, the less they cost, and the later ends the last
 DEATH_LIMIT = 2  # workers that a client may kill, each running it alone, before it is taken for the cause
 LOSS_LIMIT = 8  # workers, dead of whatever cause, that a job may be lost with before it is given up
 GET_SECONDS = 60.0  # to read a result that Ray holds ready on this node
@@ -147,13 +147,10 @@ class RayGrid(BaseGrid):
         """Return how many clients a call may have: a call costs as much as many visits that train a small model."""
         records = [cast(ArrayRecord, content[ARRAYS]) for _, content in batch[:1] if ARRAYS in content]
         size = sum(4 * math.prod(array.shape) for record in records for array in record.values())
-        if not 0 < size <= SMALL_BYTES:
-            return PIECE
         clients = sum(len(cast(list[str], cast(ConfigRecord, content[VISIT])["clients"])) for _, content in batch)
         share = -(-clients // max(len(self._workers.slots), 1))
-        return min(
-            -(-share // PIECE) * PIECE, MOST
-        )  # stacks of networks are cut by this number, on any number of workers
+        fair = share if 0 < size <= SMALL_BYTES else share // CALLS
+        return max(-(-fair // PIECE), 1) * PIECE  # whole blocks, and whole stacks
 
     def _share(self, content: RecordDict, shared: dict[int, Shared]) -> dict[str, Any]:
         """Replace array records by references, the same record always by the same one."""
