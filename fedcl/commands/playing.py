@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from fedcl.sweep import sweep
 
-    folder, failed = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
+    folder, unfinished = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
     if not args.quiet:
         from fedcl.results.compare import compare
         from fedcl.results.tables import render
@@ -113,10 +113,14 @@ def _sweep(args: argparse.Namespace) -> None:
             print(render(compare([folder]), "markdown"))
         except ConfigError as error:  # all failed, or their streams differ
             print(f"no table: {error}")
-    for entry in failed:
-        print(f"fedcl: failed: {entry.name}: {entry.error}", file=sys.stderr)
+    for entry in unfinished:
+        print(f"fedcl: {entry.status}: {entry.name}: {entry.error}", file=sys.stderr)
+    if unfinished:
+        print(
+            f"fedcl: {folder / 'logs'} has all they said; fedcl sweep sweep_dir={folder} tries again", file=sys.stderr
+        )
     print(folder, flush=True)
-    if failed:
+    if unfinished:
         raise SystemExit(FAILED)
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcl.results import schema
-from fedcl.results.figures import save_all
 from fedcl.results.run import Run
 from fedcl.server.selection import client_order
 
@@ -51,6 +50,8 @@ def terminal_report(run: Run, *, width: int = 100, color: bool = False) -> str:
 
 def write_figures(run: Run) -> list[Path]:
     """Draw every figure that the run has data for into its ``figures/`` and return the files."""
+    from fedcl.results.figures import save_all  # here: a report on the terminal must not wait for matplotlib
+
     return save_all(run, run.path / schema.FIGURES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class Run:
 
     def accuracy_matrix(self) -> pd.DataFrame:
         """Return the global test accuracy, row = after task, column = on task; see ``accuracy_matrix``."""
+        return self._matrix.copy()
+
+    @functools.cached_property
+    def _matrix(self) -> pd.DataFrame:
         return accuracy_matrix(self.metrics)
 
     def baseline(self) -> NDArray[np.float64] | None:

@@ -21,7 +21,7 @@ _ROOT = Path("runs") / "sweep"
 
 
 def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool) -> tuple[Path, list[Entry]]:
-    """Play every combination of the overrides' values; return the sweep's folder and the jobs that failed.
+    """Play every combination of the overrides' values; return the sweep's folder and the jobs that are not done.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, q
     with locked(folder) as lock:
         index.write()
         Jobs(index, jobs, lock, _Progress(index, len(asked), len(asked) - len(todo), quiet)).play(todo)
-    return folder, [entry for entry in asked if entry.status == "failed"]
+    return folder, [entry for entry in asked if entry.status != "done"]
 
 
 def _asked(index: Index, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[Entry]:

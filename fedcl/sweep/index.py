@@ -15,7 +15,11 @@ from fedcl.sweep.expansion import Job
 
 @dataclass
 class Entry:
-    """One job: ``status`` is waiting, running, done, failed or interrupted; ``error`` the last line of what failed."""
+    """One job.
+
+    ``status`` is waiting, running, done, failed or interrupted; ``error`` tells why it ended without being done, by the
+    last line that it printed or a signal's name.
+    """
 
     name: str
     overrides: tuple[str, ...]

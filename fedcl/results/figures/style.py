@@ -63,7 +63,8 @@ def dress(axes: Axes) -> Axes:
 
 def title(axes: Axes, text: str, *, pad: float = 8.0, size: float = 12.0) -> None:
     """Write what the axes show above them."""
-    axes.set_title(text, color=INK, fontsize=size, pad=pad)
+    # at a given height: matplotlib would measure every tick to find one, and no axes here have ticks above
+    axes.set_title(text, color=INK, fontsize=size, pad=pad, y=1.0)
 
 
 def label(axes: Axes, x: str, y: str = "") -> None:
