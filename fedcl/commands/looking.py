@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcl.commands.folders import FAILED, file_to_write, run_folder
+from fedcl.rules import ConfigError
 
 if TYPE_CHECKING:
     from fedcl.commands import Commands
@@ -92,7 +93,10 @@ def _report(args: argparse.Namespace) -> None:
     from fedcl.results import html
     from fedcl.results.report import terminal_report
 
-    run = results.load(run_dir)
+    try:
+        run = results.load(run_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     page = html.write(run, defaults=compose([]), kinds=("png",))
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print(terminal_report(run, width=width, color=sys.stdout.isatty()), end="")

@@ -116,9 +116,8 @@ def _sweep(args: argparse.Namespace) -> None:
     for entry in unfinished:
         print(f"fedcl: {entry.status}: {entry.name}: {entry.error}", file=sys.stderr)
     if unfinished:
-        print(
-            f"fedcl: {folder / 'logs'} has all they said; fedcl sweep sweep_dir={folder} tries again", file=sys.stderr
-        )
+        logs = f"{folder / 'logs'} has all that they printed"
+        print(f"fedcl: {logs}; to try again: fedcl sweep sweep_dir={folder}", file=sys.stderr)
     print(folder, flush=True)
     if unfinished:
         raise SystemExit(FAILED)
@@ -149,11 +148,13 @@ def _forget(args: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number >= 1")
+    return int(text)
 
 
 def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers apart by commas, such as 1,5,9")
+    return [int(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Several runs side by side: one row a configuration, mean and interval over its seeds, a paired test over shared ones."""
+"""Several runs side by side: one row a configuration, mean and interval over seeds, a paired test over shared ones."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Row:
 class Comparison:
     """The table: ``rows`` in the order of the runs, ``baseline`` the number of the row that all are tested against.
 
-    ``left_out`` has a line for each sweep or run that is not (wholly) in it, and why; ``streams`` one for each difference of streams that
-    was let pass.
+    ``left_out`` has a line for each sweep or run that is not wholly in it, and why; ``streams`` one for each difference
+    of streams that was let pass.
     """
 
     metrics: tuple[str, ...]
@@ -90,7 +90,7 @@ def compare(
     configurations = found.configurations
     streams = _streams(configurations)
     if streams and not force:
-        raise ConfigError(f"{streams[0]}: other streams are not to be compared; --force does it all the same")
+        raise ConfigError(f"{streams[0]}: runs of other streams are not to be compared; leave one out, or use --force")
     labels = _labels(configurations)
     first = _baseline(baseline, found, labels)
     keys = _metrics(metrics, configurations)

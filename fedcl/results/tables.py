@@ -54,9 +54,7 @@ def _unequal(comparison: Comparison) -> list[str]:
     said = [f"{name} lacks {_listed(seeds)}" for name, seeds in lacking if seeds]
     if not said:
         return []
-    return [
-        f"Unequal seeds: {'; '.join(said)}. Values are over a row's own seeds; run those that lack to make it even."
-    ]
+    return [f"Unequal seeds: {'; '.join(said)}. Values are over a row's own seeds; to make them even, run those."]
 
 
 def _listed(seeds: Sequence[int]) -> str:

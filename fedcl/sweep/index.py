@@ -54,7 +54,7 @@ class Index:
             ]
             return cls(folder, tuple(raw["config_dirs"]), entries)
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no index of a sweep ({error})") from error
+            raise ConfigError(f"{path}: not a sweep's index, or damaged; choose another folder ({error})") from error
 
     def write(self) -> None:
         """Replace the file."""

@@ -43,7 +43,8 @@ def locked(folder: Path) -> Iterator[int | None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(f"sweep_dir={folder}: a sweep, or a job of one, is at work there") from error
+                said = f"sweep_dir={folder}: a sweep, or a job of one, is at work there; wait for it, or stop it first"
+                raise ConfigError(said) from error
         yield None if fcntl is None else file.fileno()
 
 

@@ -165,7 +165,7 @@ def test_unequal_seeds_are_told_and_tested_over_the_shared_ones(runs: Path) -> N
     write_run(runs / "c7", PLAIN | {"learner": EWC, "seed": 7}, accuracy__average=0.5)
     text = render(compare([runs]), "markdown")
     lacking = "learner=finetune lacks 7; learner=er lacks 2, 7; learner=ewc lacks 0, 1, 2"
-    assert f"Unequal seeds: {lacking}. Values are over a row's own seeds; run those that lack to make it even." in text
+    assert f"Unequal seeds: {lacking}. Values are over a row's own seeds; to make them even, run those." in text
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| learner=")}
     assert "2 pairs" in rows["learner=er"]
     assert "no pairs" in rows["learner=ewc"]

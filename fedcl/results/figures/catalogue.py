@@ -152,7 +152,10 @@ def draw_all(runs: Runs) -> tuple[list[Drawn], dict[str, str]]:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """Return the figure as the bytes of a ``svg``, ``pdf`` or ``png`` (150 dpi) file, the same for the same figure."""
+    """Return the figure as the bytes of a ``svg``, ``pdf`` or ``png`` (150 dpi) file.
+
+    They are the same for the same figure, but for the ids in an SVG file.
+    """
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
