@@ -108,7 +108,7 @@ def _sections(run: Run) -> Iterator[RenderableType]:
 
 
 def _what_was_run(run: Run) -> Iterator[RenderableType]:
-    scalars = [f"{key}={run.config[key]}" for key in _SCALARS if key in run.config]
+    scalars = [f"{key}={_told(key, run.config[key])}" for key in _SCALARS if key in run.config]
     if scalars:
         yield Text("  ".join(scalars))
     parts = [(name, _target(run.config, name)) for name in _COMPONENTS]
@@ -118,6 +118,10 @@ def _what_was_run(run: Run) -> Iterator[RenderableType]:
     yield Text("changed: " + ("  ".join(run.overrides) or "nothing"))
     if "cpu" in run.env:
         yield Text(f"on: {run.env['cpu']}" + (f", {run.env['gpu']}" if run.env.get("gpu") else ""))
+
+
+def _told(key: str, value: Any) -> Any:
+    return "all" if key == "clients_per_round" and value is None else value
 
 
 def _target(config: dict[str, Any], name: str) -> str:

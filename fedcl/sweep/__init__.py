@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedcl.building import add_plugin_paths
 from fedcl.results import schema
 from fedcl.rules import ConfigError
 from fedcl.sweep.expansion import Job, expand
@@ -112,6 +113,7 @@ def _check(index: Index, entries: Sequence[Entry]) -> None:
     from fedcl.config import compose  # here and below: help must not wait for them
 
     dirs = [Path(folder) for folder in index.config_dirs]
+    add_plugin_paths(dirs)  # a sweep that goes on was not given them
     cfgs = []
     for entry in entries:
         try:

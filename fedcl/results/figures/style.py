@@ -29,8 +29,12 @@ MARKED_POINTS = 40
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    """Return an empty figure, sizes in inches.
+
+    It is white, so that its dark words can be read in a dark notebook, too; only SVG files are not
+    (:func:`fedcl.results.figures.render`), which the report shows in the colours of its theme.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
