@@ -30,6 +30,12 @@ def reference() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def pages(reference: ModuleType) -> dict[str, str]:
+    made: dict[str, str] = reference.pages(ROOT)
+    return made
+
+
 def leaves(node: dict[str, Any]) -> set[str]:
     """Return the last words of all keys that hold a value, read by a YAML loader instead of from the text."""
     names = set()
@@ -69,14 +75,14 @@ def test_a_setting_has_its_key_default_rule_and_comment(reference: ModuleType, t
     ]
 
 
-def test_the_root_tells_what_is_chosen_by_default(reference: ModuleType) -> None:
-    page = reference.pages(ROOT)["reference/config/index.md"]
+def test_the_root_tells_what_is_chosen_by_default(pages: dict[str, str]) -> None:
+    page = pages["reference/config/index.md"]
     assert re.search(r"\[`strategy/projection`\]\(strategy_projection.md\) \| `fot` \|", page)
     assert re.search(r"`client.batch_size` \| `20` \| int >= 1 \|", page)
 
 
-def test_the_command_line_page_has_every_command(reference: ModuleType) -> None:
-    page = reference.pages(ROOT)["reference/cli.md"]
+def test_the_command_line_page_has_every_command(pages: dict[str, str]) -> None:
+    page = pages["reference/cli.md"]
     for command in ("run", "sweep", "resume", "forget", "compare", "deploy local"):
         assert f"## fedcl {command}\n" in page
 
@@ -92,9 +98,9 @@ def test_no_page_is_left_out() -> None:
             assert uri in nav, f"mkdocs.yml lacks {uri}"
 
 
-def test_every_group_has_its_place_in_the_navigation(reference: ModuleType) -> None:
+def test_every_group_has_its_place_in_the_navigation(pages: dict[str, str]) -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:", 1)[1]
-    for uri in reference.pages(ROOT):
+    for uri in pages:
         assert uri in nav, f"mkdocs.yml lacks {uri}"
 
 
