@@ -16,8 +16,8 @@ def run_folder(path: Path) -> Path:
         return path
     if not path.exists():
         raise ConfigError(f"{path}: not a run's folder, nothing is there; a run prints its own as its last line")
-    inner = sorted(config.parent for config in path.glob("*/config.yaml"))
-    meant = f"; a run in it is {inner[0]}" if inner else ""
+    newest = max(path.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime, default=None)
+    meant = "" if newest is None else f"; the newest run in it is {newest.parent}"
     raise ConfigError(f"{path}: not a run's folder, it has no config.yaml{meant}")
 
 

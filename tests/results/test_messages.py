@@ -23,7 +23,7 @@ def test_a_folder_of_runs_names_one_of_them(tmp_path: Path, capsys: pytest.Captu
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed: 0\n")
     message = said(capsys, "report", run.parent)
-    assert message.endswith(f"not a run's folder, it has no config.yaml; a run in it is {run}")
+    assert message.endswith(f"not a run's folder, it has no config.yaml; the newest run in it is {run}")
     assert said(capsys, "export", tmp_path / "gone").endswith("a run prints its own as its last line")
 
 
