@@ -1,12 +1,15 @@
 """The command line: what `fedcl` does with its words (`fedcl.commands` has the commands) and how it ends.
 
-Exit status: 0 done, 1 failed, 2 bad input (one line on stderr, nothing written), 130 interrupted, 143 terminated.
+Exit status: 0 done, 1 failed, 2 bad input (one line on stderr, nothing written), 130 interrupted, 143 terminated;
+141 where nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
 import signal
 import sys
 import threading
@@ -22,7 +25,7 @@ from fedcl.commands import add as add_commands
 from fedcl.deploy.commands import add as add_deploy
 from fedcl.rules import ConfigError
 
-OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141, 143
 
 _SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "rich", "yaml")
 
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminating():
             args.command(args)
+            sys.stdout.flush()
     except ConfigError as error:
         print(f"fedcl: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -65,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fedcl: error: needs the package '{error.name}'; pip install 'fedcl[sim]'", file=sys.stderr)
         return FAILED
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
         if error.errno not in _NO_ROOM:
             traceback.print_exc()
         else:
@@ -110,6 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, configs, quiet)
     add_deploy(commands, [quiet], configs)
     return parser
+
+
+def _nobody_reads() -> bool:
+    """Whether the program that read our output has gone, as `| head` does; what is left of it goes nowhere then."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 @contextmanager

@@ -138,16 +138,23 @@ def _compose(overrides: tuple[str, ...], folders: tuple[str, ...], cwd: str, con
 
 
 def _hydra(roots: Sequence[Path], overrides: Sequence[str], complete: bool = True) -> dict[str, Any]:
-    path = ",".join("'file://" + str(root).replace("'", "\\'") + "'" for root in roots[1:])
-    search = [f"hydra.searchpath=[{path}]"] if path else []
+    own = len(roots) > 1  # folders of one's own may change while the process lives
     try:
-        with _HYDRA_LOCK, initialize_config_dir(str(roots[0]), version_base="1.3"):
-            composed = hydra_compose("config", overrides=[*overrides, *search])
+        with _HYDRA_LOCK:
+            composed = (_composed.__wrapped__ if own else _composed)(tuple(roots), tuple(overrides))
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=complete)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(roots: tuple[Path, ...], overrides: tuple[str, ...]) -> DictConfig:
+    path = ",".join("'file://" + str(root).replace("'", "\\'") + "'" for root in roots[1:])
+    search = [f"hydra.searchpath=[{path}]"] if path else []
+    with initialize_config_dir(str(roots[0]), version_base="1.3"):
+        return hydra_compose("config", overrides=[*overrides, *search])
 
 
 def _one_line(error: Exception) -> str:

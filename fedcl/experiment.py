@@ -17,12 +17,12 @@ from fedcl.data.dataset import Dataset
 from fedcl.inbox import Line, lines
 from fedcl.play import play
 from fedcl.prepared import Prepared
-from fedcl.results import html, schema
+from fedcl.results import schema
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.recorder import write_atomic
 from fedcl.results.report import terminal_report
-from fedcl.results.run import load
+from fedcl.results.run import Run, load
 from fedcl.results.summary import add_reference
 from fedcl.results.trackers import check as check_trackers
 from fedcl.rules import ConfigError
@@ -201,11 +201,17 @@ def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[s
     if reference is not None:
         add_reference(run_dir, folder)
     finished = load(run_dir)
-    page = html.write(finished, defaults=compose([])) if cfg["figures"] else None
+    page = _page(finished) if cfg["figures"] else None
     if not quiet:
         print(terminal_report(finished), end="" if page else "\n")
         if page is not None:
             print(f"report: {page}\n")
+
+
+def _page(run: Run) -> Path:
+    from fedcl.results import html  # matplotlib takes longer to import than a short run to play
+
+    return html.write(run, defaults=compose([]))
 
 
 def _reference_config(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Config | None:

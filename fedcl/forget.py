@@ -46,7 +46,8 @@ class Asked:
         values: dict[Scope, tuple[int, ...]] = {"class": self.classes, "sample": self.samples, "task": self.tasks}
         named: list[Scope] = [scope for scope in values if values[scope]]
         if len(named) > 1 or not (named or self.clients):
-            raise ConfigError("name what to forget: --client, --class, --samples or --task, one of the last three")
+            what = "--client ID, or one of --class, --samples and --task, with --client for these clients alone"
+            raise ConfigError(f"name what to forget: {what}")
         scope: Scope = named[0] if named else "client"
         name = self.id or f"{scope}-{secrets.token_hex(4)}"
         return ForgetRequest(name, scope, self.clients, self.classes, self.samples, self.tasks)

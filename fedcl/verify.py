@@ -36,7 +36,7 @@ def verify(run_dir: Path, *, replay: bool = True) -> bool:
     noted = _noted(run_dir)
     state = Checkpoints(run_dir).load()[0]["server"] if Checkpoints(run_dir).begun() else None
     if not findings and not noted:
-        raise ConfigError(f"{run_dir}: has no certificates")
+        raise ConfigError(f"{run_dir}: has no certificates; no request to forget was served here")
     unlearning = {} if state is None else state.get("unlearning", {})
     requests = [ForgetRequest.from_json(text) for text in unlearning.get("forgotten", [])]
     served = None if state is None else [json.loads(text)["id"] for text in unlearning.get("served", [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -207,6 +208,10 @@ def test_the_tutorial_is_run_from_its_first_line_to_its_last(tmp_path: Path) -> 
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
     assert "learner=ewc" not in (tmp_path / "table.tex").read_text()
     assert "unsure" in (tmp_path / "mine.html").read_text()
+    late = next(command for command in commands(page) if any("async.deadline" in word for word in command.words))
+    whole = [word for word in late.words if not word.startswith("run_dir=")]
+    _run([*whole, "backend=inline", "figures=false", "run_dir=runs/whole"], tmp_path)
+    assert json.loads((tmp_path / "runs" / "whole" / "summary.json").read_text())["staleness/max"] >= 1
     loader = next(body for body in _python(page) if "load_model" in body)
     done = subprocess.run([sys.executable, "-c", loader], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, check=True)  # fmt: skip

@@ -11,10 +11,14 @@ FAILED = 1
 
 
 def run_folder(path: Path) -> Path:
-    """Return the path of a run's folder; ConfigError if it is none."""
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: not a run's folder; it has no config.yaml")
-    return path
+    """Return the path of a run's folder; ConfigError, with what may have been meant, if it is none."""
+    if (path / "config.yaml").is_file():
+        return path
+    if not path.exists():
+        raise ConfigError(f"{path}: not a run's folder, nothing is there; a run prints its own as its last line")
+    newest = max(path.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime, default=None)
+    meant = "" if newest is None else f"; the newest run in it is {newest.parent}"
+    raise ConfigError(f"{path}: not a run's folder, it has no config.yaml{meant}")
 
 
 def file_to_write(path: Path) -> Path:

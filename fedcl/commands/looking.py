@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcl.commands.folders import FAILED, file_to_write, run_folder
+from fedcl.rules import ConfigError
 
 if TYPE_CHECKING:
     from fedcl.commands import Commands
@@ -92,7 +94,10 @@ def _report(args: argparse.Namespace) -> None:
     from fedcl.results import html
     from fedcl.results.report import terminal_report
 
-    run = results.load(run_dir)
+    try:
+        run = results.load(run_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     page = html.write(run, defaults=compose([]), kinds=("png",))
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print(terminal_report(run, width=width, color=sys.stdout.isatty()), end="")
@@ -130,8 +135,11 @@ def _list(args: argparse.Namespace) -> None:
     else:
         rows = list_choices(args.kind, dirs)
     width = max((len(name) for name, _ in rows), default=0)
+    # in a terminal what is too long goes on below its own column; elsewhere a line stays one
+    room = max(shutil.get_terminal_size().columns - width - 2, 20) if sys.stdout.isatty() else sys.maxsize
     for name, text in rows:
-        print(f"{name:<{width}}  {text}".rstrip())
+        first, *rest = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+        print("\n".join([f"{name:<{width}}  {first}".rstrip(), *(" " * (width + 2) + line for line in rest)]))
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from fedcl.sweep import sweep
 
-    folder, failed = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
+    folder, unfinished = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
     if not args.quiet:
         from fedcl.results.compare import compare
         from fedcl.results.tables import render
@@ -113,10 +113,13 @@ def _sweep(args: argparse.Namespace) -> None:
             print(render(compare([folder]), "markdown"))
         except ConfigError as error:  # all failed, or their streams differ
             print(f"no table: {error}")
-    for entry in failed:
-        print(f"fedcl: failed: {entry.name}: {entry.error}", file=sys.stderr)
+    for entry in unfinished:
+        print(f"fedcl: {entry.status}: {entry.name}: {entry.error}", file=sys.stderr)
+    if unfinished:
+        logs = f"{folder / 'logs'} has all that they printed"
+        print(f"fedcl: {logs}; to try again: fedcl sweep sweep_dir={folder}", file=sys.stderr)
     print(folder, flush=True)
-    if failed:
+    if unfinished:
         raise SystemExit(FAILED)
 
 
@@ -145,11 +148,13 @@ def _forget(args: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be >= 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number >= 1")
+    return int(text)
 
 
 def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers apart by commas, such as 1,5,9")
+    return [int(part) for part in parts]

@@ -1,25 +1,21 @@
-"""Several runs side by side: one row a configuration, mean and interval over its seeds, a paired test over shared ones.
-
-Only small files are read (``config.yaml``, ``summary.json``, ``STATUS``), so that a hundred runs are compared at once.
-"""
+"""Several runs side by side: one row a configuration, mean and interval over seeds, a paired test over shared ones."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fedcl.results import schema
-from fedcl.results.configurations import names, settings, stream_differences
+from fedcl.results.configurations import names, stream_differences
+from fedcl.results.gathering import Configuration, Gathered, gather, run_folders
 from fedcl.results.intervals import half_width
 from fedcl.results.paired import PairedTest, paired_test
 from fedcl.rules import ConfigError
+
+__all__ = ["DEFAULT_METRICS", "Cell", "Comparison", "Row", "compare", "run_folders"]
 
 DEFAULT_METRICS = ("accuracy/average", "accuracy/average_incremental", "forgetting/chaudhry", "personal/accuracy_mean")
 
@@ -58,8 +54,8 @@ class Row:
 class Comparison:
     """The table: ``rows`` in the order of the runs, ``baseline`` the number of the row that all are tested against.
 
-    ``left_out`` has a line for each run that is not in it, and why; ``streams`` one for each difference of streams that
-    was let pass.
+    ``left_out`` has a line for each sweep or run that is not wholly in it, and why; ``streams`` one for each difference
+    of streams that was let pass.
     """
 
     metrics: tuple[str, ...]
@@ -67,13 +63,6 @@ class Comparison:
     baseline: int
     left_out: tuple[str, ...]
     streams: tuple[str, ...]
-
-
-@dataclass
-class _Configuration:
-    cfg: dict[str, Any]
-    folders: list[Path] = field(default_factory=list)
-    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def compare(
@@ -97,79 +86,23 @@ def compare(
     ConfigError
         If a folder holds no run, none is done, their streams differ, or metric or baseline are unknown.
     """
-    configurations, left_out = _gather(places)
-    if not configurations:
-        raise ConfigError(f"no run here is done: {'; '.join(left_out)}")
+    found = gather(places)
+    configurations = found.configurations
     streams = _streams(configurations)
     if streams and not force:
-        raise ConfigError(f"{streams[0]}: other streams are not to be compared; --force does it all the same")
+        raise ConfigError(f"{streams[0]}: runs of other streams are not to be compared; leave one out, or use --force")
     labels = _labels(configurations)
-    first = _baseline(baseline, configurations, labels)
+    first = _baseline(baseline, found, labels)
     keys = _metrics(metrics, configurations)
     base = configurations[first].summaries
     rows = tuple(
         Row(label, tuple(sorted(one.summaries)), tuple(_cell(key, one.summaries, base, i == first) for key in keys))
         for i, (label, one) in enumerate(zip(labels, configurations, strict=True))
     )
-    return Comparison(keys, rows, first, tuple(left_out), tuple(streams))
+    return Comparison(keys, rows, first, tuple(found.left_out()), tuple(streams))
 
 
-def run_folders(place: Path) -> list[Path]:
-    """Return the folders of all runs at or below ``place``: a sweep's in the order of its jobs, others by name.
-
-    A run's reference is part of the run.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
-    order = _jobs(place)
-    found = sorted(_runs_below(place), key=lambda path: (order.get(path.name, len(order)), path))
-    if not found:
-        raise ConfigError(f"{place}: holds no run; a run's folder has a {schema.CONFIG}")
-    return found
-
-
-def _jobs(place: Path) -> dict[str, int]:
-    """Return name -> place in the list of a sweep's jobs; empty if this is no sweep's folder."""
-    index = place / schema.SWEEP
-    jobs = json.loads(index.read_text(encoding="utf-8"))["jobs"] if index.is_file() else []
-    return {job["name"]: i for i, job in enumerate(jobs)}
-
-
-def _runs_below(place: Path) -> Iterator[Path]:
-    if (place / schema.CONFIG).is_file():
-        yield place
-        return
-    for folder in place.iterdir() if place.is_dir() else ():
-        if folder.is_dir() and not folder.is_symlink():
-            yield from _runs_below(folder)
-
-
-def _gather(places: Sequence[Path]) -> tuple[list[_Configuration], list[str]]:
-    """Return the runs that are done by configuration, in the order of their folders, and why others are left out."""
-    groups: dict[str, _Configuration] = {}
-    left_out = []
-    for folder in dict.fromkeys(folder for place in places for folder in run_folders(place)):
-        status = folder / schema.STATUS
-        said = status.read_text().strip() if status.is_file() else "unknown"
-        if said != "done" or not (folder / schema.SUMMARY).is_file():
-            left_out.append(f"{folder}: not done ({said})")
-            continue
-        cfg = yaml.safe_load((folder / schema.CONFIG).read_text(encoding="utf-8"))
-        one = groups.setdefault(json.dumps(settings(cfg), sort_keys=True, default=str), _Configuration(cfg))
-        if cfg["seed"] in one.summaries:
-            left_out.append(f"{folder}: the same settings and seed as another run")
-            continue
-        one.folders.append(folder)
-        one.summaries[cfg["seed"]] = json.loads((folder / schema.SUMMARY).read_text(encoding="utf-8"))
-    for place in places:
-        left_out += [f"{place / job}: not begun" for job in _jobs(place) if not (place / job / schema.CONFIG).is_file()]
-    return list(groups.values()), left_out
-
-
-def _streams(configurations: Sequence[_Configuration]) -> list[str]:
+def _streams(configurations: Sequence[Configuration]) -> list[str]:
     first = configurations[0]
     return [
         f"{other.folders[0]} against {first.folders[0]}: {'; '.join(differences)}"
@@ -178,7 +111,7 @@ def _streams(configurations: Sequence[_Configuration]) -> list[str]:
     ]
 
 
-def _labels(configurations: Sequence[_Configuration]) -> list[str]:
+def _labels(configurations: Sequence[Configuration]) -> list[str]:
     words = names([one.cfg for one in configurations])
     labels = [
         " ".join(told) or str(one.cfg.get("name", "run")) for told, one in zip(words, configurations, strict=True)
@@ -189,20 +122,27 @@ def _labels(configurations: Sequence[_Configuration]) -> list[str]:
     ]
 
 
-def _baseline(asked: str | None, configurations: Sequence[_Configuration], labels: Sequence[str]) -> int:
+def _baseline(asked: str | None, found: Gathered, labels: Sequence[str]) -> int:
     if asked is None:
         return 0
     folder = Path(asked).resolve()
-    for i, one in enumerate(configurations):
+    for i, one in enumerate(found.configurations):
         if any(folder == known.resolve() for known in one.folders):
             return i
+    for known in found.unfinished:
+        if folder == known.resolve():
+            raise ConfigError(f"--baseline {asked}: {found.advice(known)}")
+    if folder.is_dir():
+        raise ConfigError(f"--baseline {asked}: none of the runs that are compared; name it among them, too")
     fitting = [i for i, label in enumerate(labels) if set(asked.split()) <= set(label.split())]
-    if len(fitting) != 1:
-        raise ConfigError(f"--baseline {asked}: fits {len(fitting)} rows, must be one of: {'; '.join(labels)}")
-    return fitting[0]
+    if len(fitting) == 1:
+        return fitting[0]
+    fits = f"fits {len(fitting)} rows, name more of one" if fitting else "fits no row"
+    left = f"; runs that are not done have none: {len(found.unfinished)}" if found.unfinished else ""
+    raise ConfigError(f"--baseline {asked}: {fits}; the rows: {', '.join(map(repr, labels))}{left}")
 
 
-def _metrics(asked: Sequence[str], configurations: Sequence[_Configuration]) -> tuple[str, ...]:
+def _metrics(asked: Sequence[str], configurations: Sequence[Configuration]) -> tuple[str, ...]:
     known = {
         key: None
         for one in configurations

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcl.results import schema
-from fedcl.results.figures import save_all
 from fedcl.results.run import Run
 from fedcl.server.selection import client_order
 
@@ -51,6 +50,8 @@ def terminal_report(run: Run, *, width: int = 100, color: bool = False) -> str:
 
 def write_figures(run: Run) -> list[Path]:
     """Draw every figure that the run has data for into its ``figures/`` and return the files."""
+    from fedcl.results.figures import save_all  # here: a report on the terminal must not wait for matplotlib
+
     return save_all(run, run.path / schema.FIGURES)
 
 
@@ -107,7 +108,7 @@ def _sections(run: Run) -> Iterator[RenderableType]:
 
 
 def _what_was_run(run: Run) -> Iterator[RenderableType]:
-    scalars = [f"{key}={run.config[key]}" for key in _SCALARS if key in run.config]
+    scalars = [f"{key}={_told(key, run.config[key])}" for key in _SCALARS if key in run.config]
     if scalars:
         yield Text("  ".join(scalars))
     parts = [(name, _target(run.config, name)) for name in _COMPONENTS]
@@ -117,6 +118,10 @@ def _what_was_run(run: Run) -> Iterator[RenderableType]:
     yield Text("changed: " + ("  ".join(run.overrides) or "nothing"))
     if "cpu" in run.env:
         yield Text(f"on: {run.env['cpu']}" + (f", {run.env['gpu']}" if run.env.get("gpu") else ""))
+
+
+def _told(key: str, value: Any) -> Any:
+    return "all" if key == "clients_per_round" and value is None else value
 
 
 def _target(config: dict[str, Any], name: str) -> str:

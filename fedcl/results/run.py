@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,10 @@ class Run:
 
     def accuracy_matrix(self) -> pd.DataFrame:
         """Return the global test accuracy, row = after task, column = on task; see ``accuracy_matrix``."""
+        return self._matrix.copy()
+
+    @functools.cached_property
+    def _matrix(self) -> pd.DataFrame:
         return accuracy_matrix(self.metrics)
 
     def baseline(self) -> NDArray[np.float64] | None:
@@ -115,7 +122,7 @@ def load(run_dir: Path | str) -> Run:
     Raises
     ------
     ValueError
-        The folder is missing or holds no run.
+        The folder is missing or holds no run, or a file in it is damaged; it is named.
     """
     path = Path(run_dir)
     if not _is_run(path):
@@ -163,7 +170,8 @@ def _is_run(path: Path) -> bool:
 def _table(path: Path, table: str, columns: dict[str, str]) -> pd.DataFrame:
     parquet = path / f"{table}.parquet"
     if parquet.exists():
-        return pd.read_parquet(parquet, columns=list(columns)).astype(columns)
+        with _readable(parquet):  # pyarrow's ArrowInvalid is a ValueError
+            return pd.read_parquet(parquet, columns=list(columns)).astype(columns)
     return pd.DataFrame(_lines(path / f"{table}.jsonl"), columns=list(columns)).astype(columns)
 
 
@@ -177,16 +185,28 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     # a last line without its end is one that is being written, or was when the process died
     complete = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in complete]
+    with _readable(path):
+        return [json.loads(line) for line in complete]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with _readable(path):
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return value
 
 
 def _yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    with _readable(path):
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say which file is damaged."""
+    try:
+        yield
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged, it cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def _status(path: Path) -> str:

@@ -12,6 +12,7 @@ from fedcl.results.paired import PairedTest
 
 _RATES = ("accuracy/", "forgetting/", "personal/", "stability/", "reference/accuracy/", "reference/forgetting/")
 _OTHER_RATES = ("bwt", "fwt", "intransigence")
+_SEEDS = 8  # that a note lists
 _LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
 
@@ -40,9 +41,25 @@ def notes(comparison: Comparison) -> list[str]:
             "95 % t interval; p of the paired t test, then of the exact sign-flip test, which with n pairs is never "
             "below 2/2^n. Many rows are many tests: the p are not corrected for that."
         )
+    told += _unequal(comparison)
     told += [f"Other stream: {line}" for line in comparison.streams]
     told += [f"Left out: {line}" for line in comparison.left_out]
     return told
+
+
+def _unequal(comparison: Comparison) -> list[str]:
+    """Return which rows lack seeds that others have: their means are over other runs."""
+    every = sorted({seed for row in comparison.rows for seed in row.seeds})
+    lacking = [(row.name, [seed for seed in every if seed not in row.seeds]) for row in comparison.rows]
+    said = [f"{name} lacks {_listed(seeds)}" for name, seeds in lacking if seeds]
+    if not said:
+        return []
+    return [f"Unequal seeds: {'; '.join(said)}. Values are over a row's own seeds; to make them even, run those."]
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    shown = ", ".join(map(str, seeds[:_SEEDS]))
+    return shown if len(seeds) <= _SEEDS else f"{shown} and {len(seeds) - _SEEDS} more"
 
 
 def _head(comparison: Comparison) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedcl.building import add_plugin_paths
 from fedcl.results import schema
 from fedcl.rules import ConfigError
 from fedcl.sweep.expansion import Job, expand
@@ -21,7 +22,7 @@ _ROOT = Path("runs") / "sweep"
 
 
 def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool) -> tuple[Path, list[Entry]]:
-    """Play every combination of the overrides' values; return the sweep's folder and the jobs that failed.
+    """Play every combination of the overrides' values; return the sweep's folder and the jobs that are not done.
 
     Parameters
     ----------
@@ -55,19 +56,24 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, q
     with locked(folder) as lock:
         index.write()
         Jobs(index, jobs, lock, _Progress(index, len(asked), len(asked) - len(todo), quiet)).play(todo)
-    return folder, [entry for entry in asked if entry.status == "failed"]
+    return folder, [entry for entry in asked if entry.status != "done"]
 
 
 def _asked(index: Index, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[Entry]:
     resolved = tuple(str(Path(folder).resolve()) for folder in config_dirs)
     if index.entries and index.config_dirs != resolved:
         raise ConfigError(
-            f"sweep_dir={index.folder}: its jobs have --config-dir {' '.join(index.config_dirs) or 'none'}"
+            f"sweep_dir={index.folder}: its jobs have {_folders(index.config_dirs)}, and new ones must have the same; "
+            "choose another sweep_dir"
         )
     index.config_dirs = resolved
     alone = any(text.partition("=")[0] == "compare_with" for text in overrides)
     fixed = [] if alone else ["compare_with=null"]
     return index.add([Job(job.name, (*fixed, *job.overrides)) for job in expand(overrides, config_dirs)])
+
+
+def _folders(config_dirs: Sequence[str]) -> str:
+    return " ".join(f"--config-dir {folder}" for folder in config_dirs) or "no --config-dir"
 
 
 def _sweep_dir(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -76,7 +82,7 @@ def _sweep_dir(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
     for text in overrides:
         key, _, value = text.partition("=")
         if key == "run_dir":
-            raise ConfigError(f"{text}: each job of a sweep has a folder of its own; set sweep_dir")
+            raise ConfigError(f"{text}: each job of a sweep has a folder of its own; set sweep_dir, where these are")
         if key == "sweep_dir":
             folder = Path(value.strip("'\""))
         else:
@@ -95,7 +101,7 @@ def _new_folder() -> Path:
 
 def _make(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / schema.SWEEP).is_file():
-        raise ConfigError(f"sweep_dir={folder}: must be new, empty, or a sweep's folder")
+        raise ConfigError(f"sweep_dir={folder}: holds other files; it must be new, empty, or a sweep's folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -107,6 +113,7 @@ def _check(index: Index, entries: Sequence[Entry]) -> None:
     from fedcl.config import compose  # here and below: help must not wait for them
 
     dirs = [Path(folder) for folder in index.config_dirs]
+    add_plugin_paths(dirs)  # a sweep that goes on was not given them
     cfgs = []
     for entry in entries:
         try:
@@ -114,7 +121,8 @@ def _check(index: Index, entries: Sequence[Entry]) -> None:
         except ConfigError as error:
             raise ConfigError(f"job {entry.name}: {error}") from error
         if cfg["protocol"]["name"] != "none":
-            raise ConfigError(f"protocol={cfg['protocol']['name']}: is many runs of its own, and no job of a sweep")
+            name = cfg["protocol"]["name"]
+            raise ConfigError(f"protocol={name}: is many runs of its own, and no job of a sweep; use fedcl run for it")
         cfgs.append((entry, cfg))
     _check_fit(cfgs, dirs)
 

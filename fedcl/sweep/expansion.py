@@ -62,7 +62,7 @@ def expand(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[J
         for choice in product(*options)
     ]
     if len({job.overrides for job in jobs}) < len(jobs):
-        raise ConfigError(f"{' '.join(overrides)}: makes the same job twice; a value is listed twice")
+        raise ConfigError(f"{' '.join(overrides)}: makes the same job twice; list each value once")
     names = Counter(job.name for job in jobs)
     return [job if names[job.name] == 1 else Job(_told_apart(job), job.overrides) for job in jobs]
 
@@ -81,7 +81,7 @@ def _values(override: Override, text: str, config_dirs: Sequence[Path]) -> list[
     else:
         values = list(override.sweep_string_iterator())
     if not values:
-        raise ConfigError(f"{text}: has no value")
+        raise ConfigError(f"{text}: has no value; list them: key=value,value")
     return [f"{key}={value}" for value in values]
 
 

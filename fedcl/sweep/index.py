@@ -15,7 +15,11 @@ from fedcl.sweep.expansion import Job
 
 @dataclass
 class Entry:
-    """One job: ``status`` is waiting, running, done, failed or interrupted; ``error`` the last line of what failed."""
+    """One job.
+
+    ``status`` is waiting, running, done, failed or interrupted; ``error`` tells why it ended without being done, by the
+    last line that it printed or a signal's name.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -50,7 +54,7 @@ class Index:
             ]
             return cls(folder, tuple(raw["config_dirs"]), entries)
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no index of a sweep ({error})") from error
+            raise ConfigError(f"{path}: not a sweep's index, or damaged; choose another folder ({error})") from error
 
     def write(self) -> None:
         """Replace the file."""

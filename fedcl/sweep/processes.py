@@ -24,7 +24,8 @@ try:
 except ImportError:  # where there is none, two sweeps in one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
-_BAD_INPUT, _STOPPED = 2, (130, 143)
+_STOPPED = {130: signal.SIGINT, 143: signal.SIGTERM, -signal.SIGINT: signal.SIGINT, -signal.SIGTERM: signal.SIGTERM}
+# exit status -> the signal behind it: a run's own, or the bare process's where it came too early for the run
 _PATIENCE = 60.0  # seconds that a job told twice to stop is waited for
 
 
@@ -42,7 +43,8 @@ def locked(folder: Path) -> Iterator[int | None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(f"sweep_dir={folder}: a sweep, or a job of one, is at work there") from error
+                said = f"sweep_dir={folder}: a sweep, or a job of one, is at work there; wait for it, or stop it first"
+                raise ConfigError(said) from error
         yield None if fcntl is None else file.fileno()
 
 
@@ -104,21 +106,21 @@ class Jobs:
             file.close()
             code = process.returncode
             entry.status = "done" if code == 0 else "interrupted" if code in _STOPPED else "failed"
-            entry.error = _error(self.index.log(entry), offset, code) if entry.status == "failed" else None
+            entry.error = _error(self.index.log(entry), offset, code) if code else None
             self.index.write()
             self.tell(entry, time.monotonic() - started)
 
     def _stop(self) -> None:
         """Tell whatever still runs to stop, wait for it, and at a second signal insist."""
         for process in self._running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT: what comes from a shell's background ignores it
         try:
             while self._running:
                 self._gather()
                 time.sleep(0.05)
         except (KeyboardInterrupt, SystemExit):
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
             deadline = time.monotonic() + _PATIENCE
             for process in self._running:
                 try:
@@ -132,6 +134,8 @@ class Jobs:
 
 def _error(log: Path, offset: int, code: int) -> str:
     """Return what a job said last, or what killed it."""
+    if code in _STOPPED:
+        return f"by {_STOPPED[code].name}"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     with log.open("rb") as file:

@@ -86,19 +86,91 @@ def test_what_is_not_done_or_repeated_is_named_and_left_out(runs: Path) -> None:
     write_run(runs / "d0", PLAIN | {"checkpoint.keep": 9}, accuracy__average=0.9)
     found = compare([runs])
     assert len(found.rows) == 2
-    assert [line.partition(": ")[2] for line in found.left_out] == [
-        "not done (running)",
-        "the same settings and seed as another run",
-    ]
+    assert found.left_out == (
+        f"{runs / 'c0'}: not done (running); wait for it or, if it was killed: fedcl resume {runs / 'c0'}",
+        f"{runs / 'd0'}: the same settings and seed as another run",
+    )
     assert all(line in render(found, "markdown") for line in found.left_out)
 
 
+def index(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps({"jobs": [{"name": name} for name in names]}))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Return the one line that a comparison is refused with."""
+    assert main(["compare", *map(str, words)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err.removeprefix("fedcl: error: ").strip()
+
+
 def test_a_sweep_is_in_the_order_of_its_jobs_and_names_those_that_never_began(runs: Path) -> None:
-    (runs / "sweep.json").write_text(json.dumps({"jobs": [{"name": name} for name in ("b0", "a1", "z9", "a0")]}))
+    index(runs, "b0", "a1", "z9", "a0")
     assert [path.name for path in run_folders(runs)] == ["b0", "a1", "a0", "a2", "b1", "b2"]
     found = compare([runs])
     assert found.rows[0].name == "learner=er"
-    assert found.left_out == (f"{runs / 'z9'}: not begun",)
+    going_on = f"fedcl sweep sweep_dir={runs} goes on"
+    assert found.left_out == (f"{runs}: 1 of 4 jobs not done (z9 not begun); {going_on}",)
+
+
+def test_an_unfinished_sweep_says_how_to_finish_it(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    for seed in range(3):
+        (runs / f"b{seed}" / "STATUS").write_text("interrupted\n")
+    index(runs, "a0", "a1", "a2", "b0", "b1", "b2", "c0")
+    assert main(["compare", "."]) == 0
+    left = ".: 4 of 7 jobs not done (3 interrupted, 1 not begun); fedcl sweep sweep_dir=. goes on"
+    assert f"Left out: {left}" in capsys.readouterr().out
+    assert refusal(capsys, ".", "--baseline", "learner=er") == (
+        "--baseline learner=er: fits no row; the rows: 'run'; runs that are not done have none: 4"
+    )
+    assert refusal(capsys, ".", "--baseline", "b0") == (
+        "--baseline b0: not done (interrupted); fedcl sweep sweep_dir=. goes on with it"
+    )
+    for seed in range(3):
+        (runs / f"a{seed}" / "STATUS").write_text("failed\n")
+    nothing = ".: 7 of 7 jobs not done (3 failed, 3 interrupted, 1 not begun); fedcl sweep sweep_dir=. goes on"
+    assert refusal(capsys, ".") == f"nothing to compare yet: {nothing}"
+    index(runs / "new", "a", "b")
+    waiting = "2 of 2 jobs not done (a not begun, b not begun); fedcl sweep sweep_dir=new goes on"
+    assert refusal(capsys, "new") == f"nothing to compare yet: new: {waiting}"
+
+
+def test_a_folder_that_is_no_run_says_what_is_wanted(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    (runs / "empty").mkdir()
+    (runs / "note.txt").write_text("")
+    wanted = "name a run's folder"
+    assert refusal(capsys, "absent") == f"absent: not there; {wanted} or a sweep's"
+    assert refusal(capsys, "note.txt") == f"note.txt: no folder; {wanted} or a sweep's"
+    assert refusal(capsys, "empty") == f"empty: holds no run; {wanted}, with a config.yaml, or one with runs in it"
+    assert refusal(capsys, "a0", "--baseline", "b0").startswith("--baseline b0: none of the runs that are compared")
+    again = "leave a0 out or run it again"
+    (runs / "a0" / "summary.json").write_text('{"accuracy/average": 0.5')
+    assert refusal(capsys, "a0") == f"a0/summary.json: cannot be read, it is damaged; {again}"
+    (runs / "a0" / "config.yaml").write_text("name: other\n")
+    assert refusal(capsys, "a0") == f"a0/config.yaml: not what a run of fedcl writes there; {again}"
+    (runs / "sweep.json").write_text("{}")
+    assert refusal(capsys, ".").startswith("sweep.json: not the index of a sweep; remove it")
+
+
+def test_unequal_seeds_are_told_and_tested_over_the_shared_ones(runs: Path) -> None:
+    (runs / "b2" / "STATUS").write_text("running\n")
+    write_run(runs / "c7", PLAIN | {"learner": EWC, "seed": 7}, accuracy__average=0.5)
+    text = render(compare([runs]), "markdown")
+    lacking = "learner=finetune lacks 7; learner=er lacks 2, 7; learner=ewc lacks 0, 1, 2"
+    assert f"Unequal seeds: {lacking}. Values are over a row's own seeds; to make them even, run those." in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| learner=")}
+    assert "2 pairs" in rows["learner=er"]
+    assert "no pairs" in rows["learner=ewc"]
+    (runs / "b2" / "STATUS").write_text("done\n")
+    assert "Unequal" not in render(compare([runs / name for name in ("a0", "a1", "a2", "b0", "b1", "b2")]), "markdown")
 
 
 @pytest.mark.parametrize(
@@ -149,9 +221,9 @@ def test_one_configuration_and_one_seed_have_no_interval_and_no_test(tmp_path: P
 def test_bad_input(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="did you mean accuracy/average"):
         compare([runs], metrics=["accuracy/averge"])
-    with pytest.raises(ConfigError, match="fits 0 rows"):
+    with pytest.raises(ConfigError, match="fits no row"):
         compare([runs], baseline="learner=lwf")
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="not there"):
         run_folders(tmp_path / "absent")
     assert compare([runs], baseline=str(runs / "b1")).baseline == 1
     assert main(["compare", str(runs), "--out", str(tmp_path / "no" / "t.csv")]) == 2

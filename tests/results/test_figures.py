@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,18 @@ def test_the_heat_map_prints_every_accuracy_in_percent(run: Run) -> None:
     assert printed == {(j, i): f"{100 * v:.1f}" for (i, j), v in np.ndenumerate(matrix)}
     assert axes.get_xlabel() == "evaluated on task"
     assert axes.get_ylabel() == "after task"
+
+
+def test_a_picture_is_opaque_for_dark_notebooks_and_a_vector_is_not(run: Run) -> None:
+    figure = figures.forgetting_bars(run)
+    for made in (figures.render(figure, "svg"), figures.render(figure, "svg")):  # one file changes nothing for others
+        assert b'id="patch_1"' in made
+        assert b"fill: #ffffff" not in made
+    shown = io.BytesIO()
+    figure.savefig(shown)  # as a notebook does
+    for data in (shown.getvalue(), figures.render(figure, "png")):
+        corner = imread(io.BytesIO(data))[0, 0]
+        assert corner.tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_the_heat_map_marks_what_was_not_measured(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedcl.results import figures
+from fedcl.results.recorder import Recorder
 from fedcl.results.run import Run, load
 from tests.results.rich_run import NAMES, write_run
 
@@ -99,6 +100,13 @@ def test_ages_are_counted_and_errors_are_means_by_age(run: Run) -> None:
     axes = figures.estimation_error(run).axes[0]
     assert [y for _, y in _points(axes, "the late change as it came")] == [1.0]
     assert [y for _, y in _points(axes, "what inversion made of it")] == [0.5]
+
+
+def test_nobody_late_is_told_and_not_drawn(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.row(round=0, phase="train", name="age", value=0, client="0", task=0, after=0)
+    with pytest.raises(ValueError, match="no update was late"):
+        figures.staleness_histogram(load(tmp_path))
 
 
 def test_the_timeline_places_updates_faults_and_requests_on_the_clock(run: Run) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,11 @@ SMALL = (
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fedcl", "sweep", *arguments, f"sweep_dir={folder}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    # what a shell starts in the background ignores Ctrl-C, and so would all that these tests start
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -33,6 +39,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def statuses(folder: Path) -> dict[str, str]:
     return {job["name"]: job["status"] for job in json.loads((folder / "sweep.json").read_text())["jobs"]}
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def write_plugin(folder: Path, body: str) -> None:
@@ -71,42 +81,80 @@ def test_a_failed_job_does_not_lose_the_sweep_and_is_tried_again(tmp_path: Path)
     assert (folder / "harm-0" / "summary.json").stat().st_mtime_ns == done
 
 
-def wait_for(folder: Path, name: str) -> None:
-    deadline = time.monotonic() + 400
-    while not (folder / name / "checkpoints" / "LATEST").is_file():
+# With a gate a job waits in the midst of a round, for as long as a test needs it to be at work.
+GATED = """\
+        import pathlib, time
+        gate = pathlib.Path(r'{gate}')
+        if ctx.visit == 3 and gate.parent.is_dir():
+            (gate.parent / 'reached').touch()
+            while not gate.exists():
+                time.sleep(0.01)
+"""
+LONG = (*SMALL[:2], "rounds_per_task=4", *SMALL[3:], "checkpoint.min_seconds=0", "seed=0,1", "learner=fragile")
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not is_so():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
-LONG = (*SMALL[:2], "rounds_per_task=400", *SMALL[3:], "checkpoint.min_seconds=0", "seed=0,1")
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A file for which jobs wait once its folder is there."""
+    gate = tmp_path / "gate" / "open"
+    write_plugin(tmp_path / "own", GATED.format(gate=gate))
+    return gate
 
 
-def test_interrupted_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert finish(start(straight, *LONG, "--jobs", "2"))[0] == 0
-    process = start(broken, *LONG, "--quiet")
-    wait_for(broken, "seed-0")
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_goes_on_to_the_same_bits(signum: signal.Signals, gate: Path, tmp_path: Path) -> None:
+    straight, broken, own = tmp_path / "straight", tmp_path / "broken", str(tmp_path / "own")
+    assert finish(start(straight, *LONG, "--config-dir", own, "--jobs", "2"))[0] == 0
+    gate.parent.mkdir()
+    process = start(broken, *LONG, "--config-dir", own, "--quiet")
+    wait_for((gate.parent / "reached").exists)
+    process.send_signal(signum)
+    wait_for(lambda: "finishing the round" in (broken / "logs" / "seed-0.log").read_text())
+    gate.touch()
     code, _, _ = finish(process)
-    assert code == 130
-    assert statuses(broken)["seed-0"] in ("interrupted", "done")
-    assert statuses(broken)["seed-1"] == "waiting"
+    assert code == 128 + signum
+    assert statuses(broken) == {"seed-0": "interrupted", "seed-1": "waiting"}
+    assert (broken / "seed-0" / "checkpoints" / "LATEST").is_file()
     code, out, _ = finish(start(broken, "--quiet"))  # the folder alone goes on with what it holds
     assert (code, out) == (0, f"{broken}\n")
     for seed in ("seed-0", "seed-1"):
         assert (broken / seed / "metrics.parquet").read_bytes() == (straight / seed / "metrics.parquet").read_bytes()
 
 
-def test_a_job_that_outlives_its_killed_sweep_is_not_started_twice(tmp_path: Path) -> None:
+def test_a_job_that_outlives_its_killed_sweep_is_not_started_twice(gate: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    process = start(folder, *LONG, "client.epochs=3")
-    wait_for(folder, "seed-0")
+    gate.parent.mkdir()
+    process = start(folder, *LONG, "--config-dir", str(tmp_path / "own"))
+    wait_for((gate.parent / "reached").exists)
     process.kill()
     process.communicate()
     code, _, err = finish(start(folder))
     assert code == 2
     assert "is at work there" in err
-    deadline = time.monotonic() + 400
+    gate.touch()
+    wait_for((folder / "seed-0" / "summary.json").is_file)
+    deadline = time.monotonic() + 60
     while (code := finish(start(folder))[0]) == 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert (code, set(statuses(folder).values())) == (0, {"done"})
+
+
+def test_a_job_that_somebody_stops_is_told_of_and_gone_on_with(gate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    gate.parent.mkdir()
+    process = start(folder, *LONG[:-2], "learner=fragile", "seed=0", "--config-dir", str(tmp_path / "own"))
+    wait_for((gate.parent / "reached").exists)
+    job = int(*children_of(process.pid))
+    os.kill(job, signal.SIGTERM)
+    gate.touch()
+    code, _, err = finish(process)
+    assert (code, statuses(folder)) == (1, {"run": "interrupted"})
+    assert "fedcl: interrupted: run: by SIGTERM" in err
+    assert finish(start(folder))[0] == 0

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedcl.results.figures.accuracy import accuracy_by_task, accuracy_matrix, forgetting_bars
@@ -20,6 +22,7 @@ from fedcl.results.figures.subspace import subspace_rank
 from fedcl.results.figures.timeline import timeline
 from fedcl.results.figures.unlearning import revival_curve, unlearning_gaps
 
+_DPI = 150
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
 
 
@@ -149,16 +152,37 @@ def draw_all(runs: Runs) -> tuple[list[Drawn], dict[str, str]]:
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """Return the figure as the bytes of a ``svg``, ``pdf`` or ``png`` (150 dpi) file, the same for the same figure."""
-    buffer = io.BytesIO()
-    background = "none" if kind == "svg" else "white"
+    """Return the figure as the bytes of a ``svg``, ``pdf`` or ``png`` (150 dpi) file.
+
+    They are the same for the same figure, but for the ids in an SVG file.
+    """
     engine = figure.get_layout_engine()
     if engine is not None:
-        # savefig would draw everything once more to find the places; they hold for every file
         engine.execute(figure)
-        figure.set_layout_engine("none")
-    figure.savefig(buffer, format=kind, dpi=150, facecolor=background, metadata=_METADATA[kind])
+        figure.set_layout_engine("none")  # the places hold for every file
+    buffer = io.BytesIO()
+    shown, background, dots = figure.canvas, figure.get_facecolor(), figure.dpi
+    try:
+        figure.set(dpi=_DPI, facecolor="none" if kind == "svg" else "white")
+        # savefig would draw everything once more, to find places that are found already
+        getattr(_canvas(kind)(figure), f"print_{kind}")(buffer, metadata=_METADATA[kind])
+    finally:
+        figure.set(dpi=dots, facecolor=background)
+        figure.set_canvas(shown)
     return buffer.getvalue()
+
+
+def _canvas(kind: str) -> type[FigureCanvasBase]:
+    """Return what draws into a kind of file, imported when it is asked for: a page needs no PDF."""
+    if kind == "svg":
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        return FigureCanvasSVG
+    if kind == "pdf":
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+        return FigureCanvasPdf
+    return FigureCanvasAgg
 
 
 def save_all(runs: Runs, folder: Path | str, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:

@@ -22,13 +22,15 @@ def staleness_histogram(runs: Runs) -> Figure:
     Raises
     ------
     ValueError
-        No update could be late.
+        No update was late, or could be.
     """
     found = as_list(runs)
     ages = [run.staleness() for run in found]
     if not any(len(counts) for counts in ages):
         raise ValueError("no update could be late: every round waited for everybody (async.buffer, async.deadline)")
     oldest = max(int(counts.index.max()) for counts in ages if len(counts))
+    if oldest == 0:
+        raise ValueError("no update was late: all came before their round closed (devices, async.deadline)")
     whole = range(oldest + 1)
     width = 1 + oldest // _BARS
     table = over_seeds([_binned(counts.reindex(whole, fill_value=0), width) for counts in ages])

@@ -29,8 +29,12 @@ MARKED_POINTS = 40
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    """Return an empty figure, sizes in inches.
+
+    It is white, so that its dark words can be read in a dark notebook, too; only SVG files are not
+    (:func:`fedcl.results.figures.render`), which the report shows in the colours of its theme.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -63,7 +67,8 @@ def dress(axes: Axes) -> Axes:
 
 def title(axes: Axes, text: str, *, pad: float = 8.0, size: float = 12.0) -> None:
     """Write what the axes show above them."""
-    axes.set_title(text, color=INK, fontsize=size, pad=pad)
+    # at a given height: matplotlib would measure every tick to find one, and no axes here have ticks above
+    axes.set_title(text, color=INK, fontsize=size, pad=pad, y=1.0)
 
 
 def label(axes: Axes, x: str, y: str = "") -> None:

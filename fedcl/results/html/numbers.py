@@ -25,6 +25,7 @@ _CARDS = {
     "wall_time": "wall time",
     "rounds": "rounds",
 }
+_IDLE = ("staleness/mean", "virtual_time")  # no card where nothing could be late and devices took no time
 _PHASES = {"received": "received (%)", "trained": "after training (%)", "personal": "would use (%)"}
 _MAX_CLIENTS = 1000
 
@@ -35,11 +36,13 @@ def headline(run: Run) -> str:
     if not shown:
         return e.section("results", "Results", e.paragraph("No accuracy has been measured yet."))
     by_key = {row[0]: row for row in shown}
-    cards = "".join(_card(_CARDS[key], by_key[key]) for key in _CARDS if key in by_key and by_key[key][1])
     compared = any(reference for _, _, reference, _ in shown)
     columns = ("number", "this run", "reference", "difference") if compared else ("number", "this run")
     values = run.headline()
     beside = run.reference.headline() if run.reference is not None else {}
+    idle = [key for key in _IDLE if not (values.get(key) or beside.get(key))]
+    told = [key for key in _CARDS if key in by_key and by_key[key][1] and key not in idle]
+    cards = "".join(_card(_CARDS[key], by_key[key]) for key in told)
     rows = []
     for key, own, reference, difference in shown:
         value, other = _number(values.get(key)), _number(beside.get(key, values.get(f"reference/{key}")))

@@ -124,7 +124,8 @@ def environment(run: Run) -> str:
     """Return where and with what the run ran."""
     env = {key: value for key, value in run.env.items() if key not in ("launch", "packages", "threads", "git")}
     rows = [(str(key), _plain(value)) for key, value in env.items()]
-    rows += [(f"threads, {key}", _plain(value)) for key, value in (run.env.get("threads") or {}).items()]
+    threads = (run.env.get("threads") or {}).items()
+    rows += [(f"threads, {key}", "not set" if value is None else _plain(value)) for key, value in threads]
     git = run.env.get("git")
     rows.append(("commit", f"{git['sha']}{', changed' if git.get('dirty') else ''}" if git else "not a git checkout"))
     rows += [(str(key), str(value)) for key, value in (run.env.get("packages") or {}).items()]
