@@ -40,6 +40,7 @@ BACKDOOR = 9  # the class that the leaver's marked samples are called
 POISONED = 0.8  # share of the leaver's samples that carry the mark
 SEQUENCE = (3, 5, 7, 1)  # classes that are asked to be forgotten one after another, a round apart
 KINDS = ("client", "class", "sample", "sequence")
+SHADOWS = {"sample": 8}  # retrained models of other seeds that the likelihood-ratio attack is fitted to
 Numbers = dict[str, float]
 Look = Callable[[Tensor], Numbers]
 
@@ -201,6 +202,7 @@ def measure(bench: Bench, kinds: Sequence[str], only: Sequence[str] | None, seed
                 if file.is_file() or (only and name not in only):
                     continue
                 settings = [f"experiment={bench.name}", f"seed={seed}", f"unlearning.cache={cache}"]
+                settings.append(f"unlearning.references={SHADOWS.get(kind, 0)}")
                 try:
                     cfg = compose([*settings, f"unlearning.requests={asked}", *overrides])
                     Prepared.of(cfg, prepared.dataset)
