@@ -102,9 +102,7 @@ class SimulatedPanel:
             behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
             numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
         numbers |= self._backdoor(models, met, earlier)
-        for name in ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"):
-            if f"reference/{name}" in numbers:
-                numbers[f"gap/{name}"] = abs(numbers[name] - numbers[f"reference/{name}"])
+        numbers |= _gaps(numbers, ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"))
         if self.ensemble is not None and reference is not None:
             others = self.ensemble.others(requests, earlier, server_round)
             if others is not None:
@@ -274,6 +272,11 @@ class SimulatedPanel:
             both.append({name: torch.stack([margins(one[name], targets[name]) for one in logits]) for name in targets})
         unlearned_margins, oracle_margins = ({str(name): m for name, m in one.items()} for one in both)
         return ensemble_distance(unlearned_margins, oracle_margins)
+
+
+def _gaps(numbers: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    there = [name for name in names if f"reference/{name}" in numbers]
+    return {f"gap/{name}": abs(numbers[name] - numbers[f"reference/{name}"]) for name in there}
 
 
 def marked(dataset: Dataset, trigger: Mapping[str, Any]) -> Dataset:
