@@ -41,7 +41,6 @@ SETTINGS: dict[str, tuple[Bench, tuple[str, ...]]] = {
     "lr 0.2, eight pixels in checks": (BENCH, ()),
 }
 ROWS: dict[str, tuple[str, ...]] = {
-    "no request": ("unlearner=continue_without",),
     "retrain": ("unlearner=retrain",),
     "federaser": ("unlearner=federaser",),
     "federaser, two rounds more": ("unlearner=federaser", "unlearning.recovery_rounds=2"),
@@ -85,7 +84,7 @@ def main() -> None:
     file = FOLDER / "federaser.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
     for setting, (bench, overrides) in SETTINGS.items():
-        honest = {f"{name}, honest leaver": ROWS[name] for name in ("retrain", "federaser")}
+        honest = {f"{name}, honest leaver": ROWS[name] for name in ("federaser",)}
         for name, own in {**ROWS, **honest}.items():
             runs = results.setdefault(setting, {}).setdefault(name, {})
             for seed in map(str, args.seeds):

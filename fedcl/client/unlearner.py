@@ -83,7 +83,7 @@ class UnlearnContext:
     """What the client half may use in one step.
 
     ``model`` holds the weights ``received`` (P,) that came with the message; ``forget`` and ``retain`` are the client's
-    samples of all tasks it has met, apart; ``tensors`` and ``args`` came along. ``present`` lists the task it is in.
+    samples of all tasks it has met, apart, to be read only; ``tensors`` and ``args`` came along.
     """
 
     model: FlatModel
