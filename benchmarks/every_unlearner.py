@@ -273,11 +273,11 @@ def _sequence(runs: dict[str, dict[str, Numbers]]) -> str:
         cells = []
         for i in range(len(SEQUENCE)):
             pair = [
-                mean(100 * one[f"{i + 1}/{key}"] for one in runs[name].values())
+                spread([100 * one[f"{i + 1}/{key}"] for one in runs[name].values()], 1)
                 for key in ("forget_test_accuracy", "retain_test_accuracy")
                 if all(f"{i + 1}/{key}" in one for one in runs[name].values())
             ]
-            cells.append(" / ".join(f"{value:.1f}" for value in pair))
+            cells.append(" / ".join(pair))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

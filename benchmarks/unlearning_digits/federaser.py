@@ -1,10 +1,10 @@
-"""FedEraser on the digits: is what is left a backdoor, or a model that is wrong about everything?
+"""FedEraser on the digits: whether what is left is a backdoor, or a model that is wrong about everything.
 
     OMP_NUM_THREADS=1 python -m benchmarks.unlearning_digits.federaser
 
-Two settings: this benchmark's, and the one that the mark of at most 10 % comes from. In each the largest of ten clients
-leaves after thirty rounds. It poisoned 80 % of its samples, or nothing (honest): then what the trigger does to the model
-is nobody's doing. Writes federaser.json and the table in README.md.
+Two settings: this benchmark's, and one with momentum and a trigger in a block. In each the largest of ten clients
+leaves after thirty rounds. It poisoned 80 % of its samples, or nothing (honest): then what the trigger does to the
+model is nobody's doing. Writes federaser.json and the table in README.md.
 """
 
 from __future__ import annotations
