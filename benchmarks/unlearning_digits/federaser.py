@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def play(bench: Bench, overrides: tuple[str, ...], seed: int, *, honest: bool) -
     if not honest:
         prepared = poison(bench, prepared, leaver, seed)
     cfg = compose([*settings, *overrides, f"unlearning.requests={asked}"])
-    found = case(bench, cfg, prepared, None, Path())
+    with tempfile.TemporaryDirectory() as folder:  # for what retraining keeps
+        found = case(bench, cfg, prepared, None, Path(folder))
     return {name: found[f"now/{name}"] for name in ("clean", "backdoor")}
 
 
