@@ -40,6 +40,7 @@ BACKDOOR = 9  # the class that the leaver's marked samples are called
 POISONED = 0.8  # share of the leaver's samples that carry the mark
 SEQUENCE = (3, 5, 7, 1)  # classes that are asked to be forgotten one after another, a round apart
 KINDS = ("client", "class", "sample", "sequence")
+SHADOWS = {"sample": 8}  # retrained models of other seeds that the likelihood-ratio attack is fitted to
 Numbers = dict[str, float]
 Look = Callable[[Tensor], Numbers]
 
@@ -201,6 +202,7 @@ def measure(bench: Bench, kinds: Sequence[str], only: Sequence[str] | None, seed
                 if file.is_file() or (only and name not in only):
                     continue
                 settings = [f"experiment={bench.name}", f"seed={seed}", f"unlearning.cache={cache}"]
+                settings.append(f"unlearning.references={SHADOWS.get(kind, 0)}")
                 try:
                     cfg = compose([*settings, f"unlearning.requests={asked}", *overrides])
                     Prepared.of(cfg, prepared.dataset)
@@ -271,11 +273,11 @@ def _sequence(runs: dict[str, dict[str, Numbers]]) -> str:
         cells = []
         for i in range(len(SEQUENCE)):
             pair = [
-                mean(100 * one[f"{i + 1}/{key}"] for one in runs[name].values())
+                spread([100 * one[f"{i + 1}/{key}"] for one in runs[name].values()], 1)
                 for key in ("forget_test_accuracy", "retain_test_accuracy")
                 if all(f"{i + 1}/{key}" in one for one in runs[name].values())
             ]
-            cells.append(" / ".join(f"{value:.1f}" for value in pair))
+            cells.append(" / ".join(pair))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

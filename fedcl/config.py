@@ -125,7 +125,7 @@ def _compose(overrides: tuple[str, ...], folders: tuple[str, ...], cwd: str, con
             raise ConfigError(f"--config-dir {folder}: no such folder")
     groups = _groups(roots)
     choices, values = _split(overrides, groups)
-    schema = _hydra(roots, _schema_choices(choices, groups), complete=False)
+    schema = _schema(tuple(roots), tuple(_schema_choices(choices, groups)))
     for override in values:
         _check_key(override, schema, groups)
     full = _hydra(roots, [*choices.values(), *(str(override.input_line) for override in values)])
@@ -135,6 +135,12 @@ def _compose(overrides: tuple[str, ...], folders: tuple[str, ...], cwd: str, con
         cfg["trusted_packages"] = sorted({*cfg.get("trusted_packages", []), *plugins})
     cross_check(cfg)
     return cfg
+
+
+@functools.lru_cache(maxsize=64)
+def _schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the YAML files alone say, rules and all; it is read and never changed."""
+    return _hydra(roots, choices, complete=False)
 
 
 def _hydra(roots: Sequence[Path], overrides: Sequence[str], complete: bool = True) -> dict[str, Any]:

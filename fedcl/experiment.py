@@ -36,6 +36,7 @@ _SERVING = (
     "unlearning.recovery_rounds",
     "unlearning.reference",
     "unlearning.klom",
+    "unlearning.references",
     "unlearning.trigger",
 )
 _VERSIONS = ("fedcl", "torch", "flwr")  # what decides a run's bits

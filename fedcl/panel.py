@@ -41,6 +41,10 @@ class Ensemble(Protocol):
         """Return unlearned and retrained global models (P,), or None where they cannot be had."""
         ...
 
+    def references(self, forgotten: Forgotten, until: int) -> list[Tensor]:
+        """Return retrained global models (P,) of other seeds (``unlearning.references``)."""
+        ...
+
 
 @dataclass
 class SimulatedPanel:
@@ -83,21 +87,22 @@ class SimulatedPanel:
         }
         now, was, random = (self._logits(sets, vector) for vector in (after[GLOBAL], before[GLOBAL], self.random))
         ideal = None if reference is None else self._logits(sets, reference[GLOBAL])
-        holdout = "forget_test" if sets["forget_test"] else "retain_test"
-        numbers = panel(targets, now, original=was, reference=ideal, random=random, holdout=holdout)  # type: ignore[arg-type]
         models = {"": after[GLOBAL], "original/": before[GLOBAL]}
-        numbers |= {f"original/{name}": value for name, value in panel(targets, was).items()}
+        attack: dict[str, Any] = {
+            "shadows": self._shadows(sets, Forgotten([*earlier.requests, *requests]), server_round),
+            "holdout": "forget_test" if sets["forget_test"] else "retain_test",
+        }
+        numbers = panel(targets, now, original=was, reference=ideal, random=random, **attack)
+        numbers |= {f"original/{name}": value for name, value in panel(targets, was, **attack).items()}
         if ideal is not None and reference is not None:
             models["reference/"] = reference[GLOBAL]
-            own = panel(targets, ideal, original=was, random=random, holdout=holdout)  # type: ignore[arg-type]
+            own = panel(targets, ideal, original=was, random=random, **attack)
             numbers |= {f"reference/{name}": value for name, value in own.items()}
         for prefix, vector in models.items():
             behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
             numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
         numbers |= self._backdoor(models, met, earlier)
-        for name in ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"):
-            if f"reference/{name}" in numbers:
-                numbers[f"gap/{name}"] = abs(numbers[name] - numbers[f"reference/{name}"])
+        numbers |= _gaps(numbers, ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"))
         if self.ensemble is not None and reference is not None:
             others = self.ensemble.others(requests, earlier, server_round)
             if others is not None:
@@ -192,6 +197,10 @@ class SimulatedPanel:
             if pairs
         }
 
+    def _shadows(self, sets: Sets, forgotten: Forgotten, server_round: int) -> list[dict[Part, Tensor]]:
+        vectors = [] if self.ensemble is None else self.ensemble.references(forgotten, server_round)
+        return [self._logits(sets, vector) for vector in vectors]
+
     def _behind(
         self, requests: Sequence[ForgetRequest], sets: Sets, vector: Tensor, original: float | None
     ) -> dict[str, float]:
@@ -263,6 +272,11 @@ class SimulatedPanel:
             both.append({name: torch.stack([margins(one[name], targets[name]) for one in logits]) for name in targets})
         unlearned_margins, oracle_margins = ({str(name): m for name, m in one.items()} for one in both)
         return ensemble_distance(unlearned_margins, oracle_margins)
+
+
+def _gaps(numbers: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    there = [name for name in names if f"reference/{name}" in numbers]
+    return {f"gap/{name}": abs(numbers[name] - numbers[f"reference/{name}"]) for name in there}
 
 
 def marked(dataset: Dataset, trigger: Mapping[str, Any]) -> Dataset:

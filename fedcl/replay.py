@@ -155,13 +155,15 @@ def _anonymous(request: str) -> str:
 class SimulatedEnsemble:
     """Plays the run and its references from other seeds: same samples, clients and requests, other draws.
 
-    ``count`` models of each kind, the run's own among them.
+    ``count`` models of each kind for comparing distributions, the run's own among them; ``shadows`` references for
+    attacks, without the run's own. What both have in common is played once.
     """
 
     cfg: Config
     prepared: Prepared
     cache: Path
-    count: int
+    count: int = 0
+    shadows: int = 0
     _served: list[tuple[int, ForgetRequest]] = field(default_factory=list, init=False)
 
     def others(
@@ -169,22 +171,36 @@ class SimulatedEnsemble:
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """Return other seeds' global models (P,) after ``requests`` before round ``until``: served, retrained.
 
-        None where an earlier request was served before this process began: it is not known when.
+        None if not asked for, or where an earlier request was served before this process began: it is not known when.
         """
         known = {request.to_json() for _, request in self._served}
-        if any(request.to_json() not in known for request in earlier.requests):
+        if not self.count or any(request.to_json() not in known for request in earlier.requests):
             return None
         self._served += [(until, request) for request in requests]
         gone = Forgotten([*earlier.requests, *requests])
         unlearned, retrained = [], []
         for more in range(1, self.count):
-            options = {**self.cfg["unlearning"], "requests": [], "window": 0}
-            cfg = inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
+            cfg = self._other(more)
             with open_backend(cfg, self.prepared.dataset, self.prepared.partition) as backend:
                 replay = SimulatedReplay(cfg, self.prepared, backend, self.cache)
                 retrained.append(replay.run(gone, until)[0]["models"][GLOBAL])
                 unlearned.append(self._serve(cfg, backend, replay, until))
         return unlearned, retrained
+
+    def references(self, forgotten: Forgotten, until: int) -> list[Tensor]:
+        """Return ``shadows`` global models (P,) of other seeds that never held what is ``forgotten``."""
+        found = []
+        for more in range(1, self.shadows + 1):
+            cfg = self._other(more)
+            with open_backend(cfg, self.prepared.dataset, self.prepared.partition) as backend:
+                replay = SimulatedReplay(cfg, self.prepared, backend, self.cache)
+                found.append(replay.run(forgotten, until)[0]["models"][GLOBAL])
+        return found
+
+    def _other(self, more: int) -> Config:
+        """Return the run with a seed ``more`` further, and no requests."""
+        options = {**self.cfg["unlearning"], "requests": [], "window": 0}
+        return inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
 
     def _serve(self, cfg: Config, backend: Backend, replay: SimulatedReplay, until: int) -> Tensor:
         queue = make_queue(cfg, self.prepared.stream, self.prepared.schedule, self.prepared.dataset)
@@ -220,6 +236,7 @@ def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: 
             raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
         queue.bounds = replace(queue.bounds, scopes=frozenset())
     options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
-    ensemble = SimulatedEnsemble(cfg, prepared, cache, settings["klom"]) if settings["klom"] else None
+    models = settings["klom"], settings["references"]
+    ensemble = SimulatedEnsemble(cfg, prepared, cache, *models) if any(models) else None
     panel = None if replay is None else SimulatedPanel(cfg, prepared, ensemble)
     return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

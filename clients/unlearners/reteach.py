@@ -12,6 +12,7 @@ hardly moves what they use. No state is kept before the request, and no recovery
 # N = samples, D = inputs of a layer and its bias, F = random features and a constant, C = logit columns, P = parameters
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -24,16 +25,17 @@ from torch.nn import functional as F
 from clients.unlearners.averaging import edited_targets, users_of
 from clients.unlearners.sparing import (
     GRAM,
+    Spared,
+    add_gram,
     half,
     input_sums,
     layers_of,
     random_features,
-    spare,
     sparing_matrices,
     total,
     whole,
 )
-from clients.unlearners.steps import BATCH, answered, gradients, settings, sgd
+from clients.unlearners.steps import BATCH, answered, settings, sgd
 from fedcl.client.loop import LocalTraining
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
@@ -63,6 +65,9 @@ class Reteach(Unlearner):
     max_steps
         Steps after which it ends all the same: what is to be unlearned does not grow with the leaver's samples. None:
         no such bound.
+    max_samples
+        How many samples of each client that stays are summed up, drawn at random: what a teacher of F features and a
+        second moment of D inputs need does not grow with the clients' samples either. None: all.
 
     Raises
     ------
@@ -75,7 +80,7 @@ class Reteach(Unlearner):
     def __init__(
         self,
         *,
-        features: int = 500,
+        features: int = 400,
         ridge: float = 0.01,
         sharpness: float = 8.0,
         epsilon: float = 0.1,
@@ -83,7 +88,8 @@ class Reteach(Unlearner):
         lr: float | None = 0.04,
         momentum: float = 0.9,
         batch_size: int | None = 64,
-        max_steps: int | None = 30,
+        max_steps: int | None = 20,
+        max_samples: int | None = 250,
     ) -> None:
         positive = {"features": features, "ridge": ridge, "sharpness": sharpness, "epsilon": epsilon}
         for name, value in positive.items():
@@ -91,11 +97,13 @@ class Reteach(Unlearner):
                 raise ValueError(f"unlearner.{name}={value}: must be > 0")
         if max_steps is not None and max_steps < 0:
             raise ValueError(f"unlearner.max_steps={max_steps}: must be >= 0 or null")
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"unlearner.max_samples={max_samples}: must be >= 1 or null")
         if epochs < 0 or not 0 <= momentum < 1:
             raise ValueError(f"unlearner: epochs={epochs} must be >= 0, momentum={momentum} in [0, 1)")
         self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
-        self.max_steps = max_steps
+        self.max_steps, self.max_samples = max_steps, max_samples
         self._metrics: dict[str, float] = {}
 
     def check(self, model: FlatModel) -> None:
@@ -111,19 +119,27 @@ class Reteach(Unlearner):
             return self._relearn(ctx) if len(ctx.forget) else Local(0, {})
         if not len(ctx.retain):
             return Local(0, {})
-        tensors = {} if step == "inputs" else self._teach(ctx)
+        samples = self._some(ctx)
+        tensors = {} if step == "inputs" else self._teach(ctx, samples)
         if step != "teacher":
-            sums = input_sums(ctx.model, ctx.retain)
-            tensors |= {f"{GRAM}/{layer}": half(gram) for layer, gram in sums.items()}
-        return Local(len(ctx.retain), tensors)
+            tensors |= {f"{GRAM}/{layer}": sums for layer, sums in input_sums(ctx.model, samples).items()}
+        return Local(len(samples), tensors)
 
-    def _teach(self, ctx: UnlearnContext) -> dict[str, Tensor]:
+    def _some(self, ctx: UnlearnContext) -> Samples:
+        """Return at most ``max_samples`` of what the client retains."""
+        count = len(ctx.retain)
+        if self.max_samples is None or count <= self.max_samples:
+            return ctx.retain
+        chosen = torch.randperm(count, generator=ctx.rng("samples"))[: self.max_samples]
+        return ctx.retain.at(chosen.to(ctx.device))
+
+    def _teach(self, ctx: UnlearnContext, samples: Samples) -> dict[str, Tensor]:
         width = self.features + 1
         # float32 is enough: the penalty is far above its rounding
         gram, cross = (torch.zeros(width, columns, device=ctx.device) for columns in (width, ctx.num_columns))
-        for batch in ctx.retain.batches(BATCH):
+        for batch in samples.batches(BATCH):
             phi_NF = random_features(batch.x, self.features, int(ctx.args["seed"]))
-            gram.addmm_(phi_NF.T, phi_NF)
+            add_gram(gram, phi_NF)
             cross.addmm_(phi_NF.T, F.one_hot(batch.y, ctx.num_columns).to(phi_NF))
         return {GRAM: half(gram), "cross": cross}
 
@@ -134,25 +150,14 @@ class Reteach(Unlearner):
         scores_NC = random_features(ctx.forget.x, self.features, int(ctx.args["seed"])) @ ctx.tensors[_TEACHER].to(
             ctx.device
         )
-        told, sparing = Told(ctx.forget, scores_NC, self.sharpness), self._sparing(ctx)
-        steps = 0
+        told = Told(ctx.forget, scores_NC, self.sharpness)
+        matrices = {name.partition("/")[2]: m for name, m in ctx.tensors.items() if name.startswith(f"{_MATRIX}/")}
+        spared, steps = Spared(ctx.model, matrices), 0
         ctx.model.eval()
         for rows in islice(told.batches(training, ctx.rng("batches")), self.max_steps):
-            grads = gradients(ctx.model, told.loss(ctx.model, rows))
-            spare(grads, sparing)
-            move(grads)
+            move(spared.gradients(functools.partial(told.loss, ctx.model, rows)))
             steps += 1
         return answered(ctx, len(ctx.forget), steps=steps)
-
-    def _sparing(self, ctx: UnlearnContext) -> list[tuple[int, int | None, Tensor]]:
-        """Return (place of the weight, place of the bias, M (D, D)) of each layer among the trainable parameters."""
-        places = {id(parameter): place for place, parameter in enumerate(ctx.model.trainable)}
-        found = []
-        for name, layer in layers_of(ctx.model.module).items():
-            if id(layer.weight) in places:
-                bias = None if layer.bias is None else places.get(id(layer.bias))
-                found.append((places[id(layer.weight)], bias, ctx.tensors[f"{_MATRIX}/{name}"].to(ctx.device)))
-        return found
 
     # -- at the server ------------------------------------------------------------------------------------------------
 

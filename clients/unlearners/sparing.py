@@ -1,11 +1,11 @@
 """Sums of second moments that clients send, and gradients that spare the directions those who stay use."""
 
-# N = samples, D = inputs of a layer and its bias, F = random features and a constant
+# N = samples (or patches), D = inputs of a layer and its bias, O = its outputs, F = random features and a constant
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GRAM = "gram"
 Layer = nn.Linear | nn.Conv2d
+_STRIP = 96  # rows of a Gram matrix that are worked out at once: wide enough for a fast product
 
 
 @functools.lru_cache(maxsize=16)
@@ -35,9 +36,19 @@ def upper(size: int) -> Tensor:
 
 
 def half(symmetric_DD: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric matrix as a vector: all that need travel."""
+    """Return the upper triangle of a symmetric matrix as a vector: all that need travel, and all that is read."""
     places = upper(len(symmetric_DD)).to(symmetric_DD.device)
-    return symmetric_DD.flatten()[places]
+    return symmetric_DD.flatten().index_select(0, places)
+
+
+def add_gram(total_DD: Tensor, rows_ND: Tensor) -> None:
+    """Add rows^T rows to ``total_DD`` in place, on and above the diagonal: the half that :func:`half` reads.
+
+    In strips of rows, each from its diagonal on: nearly half of the multiplications, and of the time, of the whole.
+    """
+    for start in range(0, len(total_DD), _STRIP):
+        strip = rows_ND[:, start : start + _STRIP]
+        total_DD[start : start + _STRIP, start:].addmm_(strip.T, rows_ND[:, start:])
 
 
 def total(answers: Sequence[Answer], key: str) -> Tensor:
@@ -79,24 +90,31 @@ def random_features(x: Tensor, features: int, seed: int) -> Tensor:
     """
     flat = x.reshape(len(x), -1).float()
     weight, bias = _drawn(flat.shape[1], features, seed)
-    phi = torch.relu(flat @ weight.to(flat.device) + bias.to(flat.device))
-    return torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+    phi_NF = flat.new_ones(len(flat), features + 1)
+    torch.addmm(bias.to(flat.device), flat, weight.to(flat.device), out=phi_NF[:, :features])
+    return phi_NF.relu_()
 
 
 @torch.no_grad()
 def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
     """Return, by layer, the sum over samples (and positions) of the inputs' outer products, a 1 for the bias appended.
 
-    Float32 (D, D); a convolution's inputs are its patches. Layers are in evaluation mode.
+    Float32, the :func:`half` of a matrix (D, D); a convolution's inputs are its patches. Layers are in evaluation mode.
     """
     layers, sums = layers_of(model.module), dict[str, Tensor]()
 
     def reads(name: str, layer: Layer) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = layer_rows(layer, args[0])
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if layer.bias is not None else rows
+            count, inputs = rows.shape
+            if name not in sums:
+                width = inputs + (layer.bias is not None)
+                sums[name] = rows.new_zeros(width, width)
             # float32 is enough: what spares adds far more to the diagonal than its rounding
-            sums[name] = torch.addmm(sums[name], rows.T, rows) if name in sums else rows.T @ rows
+            add_gram(sums[name][:inputs, :inputs], rows)
+            if layer.bias is not None:
+                sums[name][:inputs, inputs] += rows.sum(0)
+                sums[name][inputs, inputs] += count
 
         stack.callback(layer.register_forward_pre_hook(hook).remove)
 
@@ -106,7 +124,7 @@ def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
             reads(name, layer)
         for batch in samples.batches(BATCH):
             model(batch.x)
-    return sums
+    return {name: half(gram) for name, gram in sums.items()}
 
 
 def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Tensor]:
@@ -114,26 +132,70 @@ def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Ten
     matrices = {}
     for key in (key for key in answers[0].tensors if key.startswith(f"{GRAM}/")) if answers else ():
         gram = whole(total(answers, key))
-        energy, inverse = gram.diagonal().mean(), torch.eye(len(gram), dtype=gram.dtype)
+        energy = gram.diagonal().mean()
         if energy > 0:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram / energy + epsilon * inverse))
+            gram.div_(energy).diagonal().add_(epsilon)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        else:
+            inverse = torch.eye(len(gram), dtype=gram.dtype)
         matrices[key.removeprefix(f"{GRAM}/")] = (inverse / inverse.diagonal().mean()).float()
     return matrices
 
 
-@torch.no_grad()
-def spare(grads: list[Tensor], sparing: Sequence[tuple[int, int | None, Tensor]]) -> None:
-    """Multiply the gradients of each layer's [weight, bias] by its M from the right, in place; zero all others'."""
-    touched = set()
-    for weight, bias, matrix in sparing:
-        rows = grads[weight].flatten(1)
-        joint = rows if bias is None else torch.cat([rows, grads[bias][:, None]], 1)
-        turned = joint @ matrix
-        grads[weight].copy_(turned[:, : rows.shape[1]].view_as(grads[weight]))
-        touched.add(weight)
+class Spared:
+    """Gradients that spare what the layers read elsewhere: each layer's [weight, bias], times its M from the right.
+
+    With delta the loss's gradient for a layer's outputs and X the rows it read, the gradient is delta^T X: so its
+    product with M is (delta^T X) M or delta^T (X M), whichever has fewer rows to multiply. Parameters of no such layer
+    have gradient zero.
+    """
+
+    def __init__(self, model: FlatModel, matrices: Mapping[str, Tensor]) -> None:
+        places = {id(parameter): place for place, parameter in enumerate(model.trainable)}
+        self._params = model.trainable
+        self._layers = [
+            (layer, places[id(layer.weight)], places.get(id(layer.bias)), matrices[name].to(model.device))
+            for name, layer in layers_of(model.module).items()
+            if id(layer.weight) in places
+        ]
+
+    def gradients(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        """Return the gradients of ``loss()``, which must run the model, for all of its trainable parameters."""
+        read: list[tuple[int, Tensor]] = []
+        outputs: list[Tensor] = []
+
+        def hook(at: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+            def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                read.append((at, args[0].detach()))
+                outputs.append(output)
+                return output.clone()  # what follows may work in place, and would change what is noted
+
+            return note
+
+        with ExitStack() as stack:
+            for at, (layer, *_) in enumerate(self._layers):
+                stack.callback(layer.register_forward_hook(hook(at)).remove)
+            value = loss()
+        grads = [torch.zeros_like(parameter) for parameter in self._params]
+        for (at, x), delta in zip(
+            read, torch.autograd.grad(value, outputs, materialize_grads=True) if outputs else (), strict=True
+        ):
+            self._add(grads, at, x, delta)
+        return grads
+
+    def _add(self, grads: list[Tensor], at: int, x: Tensor, delta: Tensor) -> None:
+        layer, weight, bias, matrix_DD = self._layers[at]
+        rows_ND, delta_NO = layer_rows(layer, x), delta
+        if isinstance(layer, nn.Conv2d):
+            delta_NO = delta.movedim(1, -1)
+        delta_NO = delta_NO.reshape(len(rows_ND), -1)
+        if layer.bias is not None:
+            rows_ND = torch.cat([rows_ND, rows_ND.new_ones(len(rows_ND), 1)], 1)
+        if len(rows_ND) <= delta_NO.shape[1]:
+            turned_OD = delta_NO.T @ (rows_ND @ matrix_DD)
+        else:
+            turned_OD = (delta_NO.T @ rows_ND) @ matrix_DD
+        inputs = layer.weight[0].numel()
+        grads[weight] += turned_OD[:, :inputs].view_as(grads[weight])
         if bias is not None:
-            grads[bias].copy_(turned[:, -1])
-            touched.add(bias)
-    for place, grad in enumerate(grads):
-        if place not in touched:
-            grad.zero_()
+            grads[bias] += turned_OD[:, inputs]

@@ -28,11 +28,14 @@ def part(data: LocalData, client: str, note: ForgetNote, device: torch.device) -
         held = data.train(client, task, device)
         if not len(held):
             continue
+        nothing = torch.zeros(len(held), dtype=torch.bool)
         if note.leaves(client):
-            nothing = torch.zeros(len(held), dtype=torch.bool)
             parts.append((task, held, _rows(held, nothing)))
             continue
         kept = data.train(client, after.task(client, task), device)
+        if kept is held:  # nothing of this task is asked for
+            parts.append((task, _rows(held, nothing), held))
+            continue
         if held.positions is None or kept.positions is None:
             raise ValueError(f"the data of client {client} have no positions: single samples cannot be told apart")
         stays = torch.from_numpy(np.isin(held.positions, kept.positions))

@@ -52,16 +52,22 @@ class Samples:
         return Samples(self.x[rows], self.y[rows], mask, task)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Yield all samples in batches of at most ``size``: in their order, or in one drawn from ``generator``."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for rows in torch.split(order.to(self.y.device), size):
-            if len(rows):
-                part = self.at(rows)
-                yield Batch(part.x, part.y, part.mask)
+        """Yield all samples in batches of at most ``size``: in one drawn from ``generator``, or in their order.
+
+        In their order they are views of these tensors, not copies.
+        """
+        places: Sequence[Tensor | slice] = [slice(start, start + size) for start in range(0, len(self), size)]
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator).to(self.y.device)
+            places = torch.split(order, size) if len(self) else ()
+        for rows in places:
+            yield Batch(self.x[rows], self.y[rows], None if self.mask is None else self.mask[rows])
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
-        """Return the samples of all ``parts`` in one (at least one part)."""
+        """Return the samples of all ``parts`` in one (at least one part; of one, it is that part itself)."""
+        if len(parts) == 1:
+            return parts[0]
         mask = None
         if any(part.mask is not None for part in parts):
             width = next(part.mask.shape[1] for part in parts if part.mask is not None)
@@ -77,7 +83,7 @@ class UnlearnContext:
     """What the client half may use in one step.
 
     ``model`` holds the weights ``received`` (P,) that came with the message; ``forget`` and ``retain`` are the client's
-    samples of all tasks it has met, apart; ``tensors`` and ``args`` came along. ``present`` lists the task it is in.
+    samples of all tasks it has met, apart, to be read only; ``tensors`` and ``args`` came along.
     """
 
     model: FlatModel

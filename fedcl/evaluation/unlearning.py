@@ -9,7 +9,7 @@ look good, so all of them are reported together; those that need a model or a se
 # N = samples, C = columns; u, r, o = unlearned, reference (retrained), original model
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ def panel(
     original: Tensors | None = None,
     reference: Tensors | None = None,
     random: Tensors | None = None,
+    shadows: Sequence[Tensors] = (),
     holdout: Holdout = "forget_test",
     fpr: float = 0.01,
 ) -> dict[str, float]:
@@ -51,6 +52,9 @@ def panel(
         Set -> logits (N, C) of the model asked to forget, of the one before it, of a retrained and of a randomly
         initialised one; columns that may not be predicted are -inf. A model need not have all of the sets, but the
         reference must have those of the unlearned model.
+    shadows
+        Logits of further retrained models, drawn apart from all of the others: what the likelihood-ratio attack is
+        fitted to. Without any it has the reference alone, which shares the unlearned model's draws.
     holdout
         The set that membership of the forget training samples is told apart from: untrained on, and otherwise like
         them. Give ``retain_test`` where the forget set has no test samples of its own.
@@ -66,7 +70,8 @@ def panel(
         raise ValueError(f"holdout={holdout!r}: must be one of {', '.join(HOLDOUTS)}")
     mine = _present("unlearned", unlearned, targets)
     noise = _present("random", random or {}, targets)
-    numbers = _own(targets, mine, noise, holdout)
+    never = [_present("shadows", one, targets) for one in shadows]
+    numbers = _own(targets, mine, noise, holdout) | _lira(targets, mine, never, holdout, fpr)
     before = _present("original", original or {}, targets).get("forget_test")
     if before is not None and {"forget_test", "retain_test"} <= mine.keys():
         drop = predictions.accuracy(before, targets["forget_test"]) - numbers["forget_test_accuracy"]
@@ -78,8 +83,9 @@ def panel(
         raise ValueError(f"reference: lacks {sorted(mine.keys() - ideal.keys())}, which the unlearned model has")
     # a number over several sets must be over the same ones for both
     ideal = {part: ideal[part] for part in mine}
-    gaps = _gaps(numbers, _own(targets, ideal, noise, holdout))
-    return numbers | gaps | _divergences(mine, ideal) | _lira(targets, mine, ideal, holdout, fpr)
+    its = _own(targets, ideal, noise, holdout) | _lira(targets, ideal, never, holdout, fpr)
+    found = numbers | _gaps(numbers, its) | _divergences(mine, ideal)
+    return found if never else found | _lira(targets, mine, [ideal], holdout, fpr)
 
 
 def tug_of_war(unlearned: Mapping[str, float], reference: Mapping[str, float]) -> float:
@@ -221,7 +227,8 @@ def _own(targets: Tensors, logits: Tensors, random: Tensors, holdout: Holdout) -
 
 def _gaps(numbers: Mapping[str, float], ideal: Mapping[str, float]) -> dict[str, float]:
     """Return distances of what both models have a number of."""
-    gaps = {f"gap/{name}": abs(value - ideal[name]) for name, value in numbers.items() if name in ideal}
+    shared = (numbers.keys() & ideal.keys()) - {"lira_references"}
+    gaps = {f"gap/{name}": abs(value - ideal[name]) for name, value in numbers.items() if name in shared}
     if all(f"gap/{name}" in gaps for name in _AVERAGED):
         gaps["gap/average"] = float(np.mean([gaps[f"gap/{name}"] for name in _AVERAGED]))
     first = {"tow": "forget_train_accuracy", "tow_mia": "mia_entropy"}
@@ -247,11 +254,14 @@ def _divergences(unlearned: Tensors, reference: Tensors) -> dict[str, float]:
     return numbers
 
 
-def _lira(targets: Tensors, unlearned: Tensors, reference: Tensors, holdout: Holdout, fpr: float) -> dict[str, float]:
+def _lira(
+    targets: Tensors, attacked: Tensors, never: Sequence[Tensors], holdout: Holdout, fpr: float
+) -> dict[str, float]:
+    """Return what the likelihood-ratio attack makes of a model, by models that ``never`` saw any of the samples."""
     asked: tuple[Part, Part] = ("forget_train", holdout)
-    if not all(part in unlearned for part in asked):
+    if not never or not all(part in model for model in (attacked, *never) for part in asked):
         return {}
-    forget, other = (predictions.margins(unlearned[part], targets[part]) for part in asked)
-    never = [predictions.margins(reference[part], targets[part])[None] for part in asked]
-    attack = membership.likelihood_ratio_attack(forget, other, never[0], never[1], fpr=fpr)
-    return {"lira_auc": attack.auc, "lira_tpr": attack.tpr}
+    forget, other = (predictions.margins(attacked[part], targets[part]) for part in asked)
+    known = [torch.stack([predictions.margins(model[part], targets[part]) for model in never]) for part in asked]
+    attack = membership.likelihood_ratio_attack(forget, other, known[0], known[1], fpr=fpr)
+    return {"lira_auc": attack.auc, "lira_tpr": attack.tpr, "lira_references": float(attack.num_references)}

@@ -91,17 +91,7 @@ class Unlearning:
         started, cpu, traffic = time.perf_counter(), time.process_time(), server.exchange.traffic
         before, stored = dict(server.state.models), float(num_bytes(self.unlearner.state_dict()))
         view = ServingView(server, requests, server_round, self.forgotten, self.replay)
-        gone = Forgotten(requests).clients
-        found = self.unlearner.unlearn(requests, dict(before), view)
-        edited = {target: model for target, model in found.items() if target not in gone}
-        measurements = {f"unlearner/{name}": value for name, value in self.unlearner.metrics().items()}
-        if view.replayed is not None:
-            self._adopt(server, view.replayed)
-        residuals = self._forget(server, requests, view)
-        self._rebase(server, requests, before, edited)
-        server.edit(edited)
-        if view.replayed is None:
-            server.strategy.relearn(view)
+        measurements, residuals = self._edit(server, requests, before, view)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         recovered = server.recover(self.options.recovery_rounds)
         self.queue.served(requests)
@@ -118,27 +108,53 @@ class Unlearning:
         measurements |= self._measure(server, requests, before, server_round)
         if self.replay is not None:  # to hold the above against
             cost |= {f"retraining_{name}": value for name, value in self.replay.spent.items()}
+        self._record(server, requests, server_round, measurements, seconds)
+        if self.certify is not None:
+            receipt = Receipt(
+                len(self._served) - len(requests) + 1,
+                list(requests),
+                server_round,
+                self.unlearner.promise(),
+                model_digest(before),
+                model_digest(server.state.models),
+                server.state.model_epoch,
+                residuals,
+                measurements,
+                cost,
+            )
+            self.certify(receipt)
+
+    def _edit(
+        self, server: Server, requests: list[ForgetRequest], before: Mapping[Target, Tensor], view: ServingView
+    ) -> tuple[dict[str, float], list[Residual]]:
+        """Let the unlearner make new models, put them in place, and let everything else forget."""
+        found = self.unlearner.unlearn(requests, dict(before), view)
+        gone = Forgotten(requests).clients
+        edited = {target: model for target, model in found.items() if target not in gone}
+        measurements = {f"unlearner/{name}": value for name, value in self.unlearner.metrics().items()}
+        if view.replayed is not None:
+            self._adopt(server, view.replayed)
+        residuals = self._forget(server, requests, view)
+        self._rebase(server, requests, before, edited)
+        server.edit(edited)
+        if view.replayed is None:
+            server.strategy.relearn(view)
+        return measurements, residuals
+
+    def _record(
+        self,
+        server: Server,
+        requests: Sequence[ForgetRequest],
+        server_round: int,
+        measurements: Mapping[str, float],
+        seconds: float,
+    ) -> None:
         for name, value in measurements.items():
             server.record.row(
                 round=server_round - 1, phase="unlearning", name=name, value=value, virtual_time=server.now
             )
         self._note(server, "request_served", server_round, requests=[request.id for request in requests])
         server.record.timing(server_round, "unlearn", seconds)
-        if self.certify is not None:
-            self.certify(
-                Receipt(
-                    len(self._served) - len(requests) + 1,
-                    list(requests),
-                    server_round,
-                    self.unlearner.promise(),
-                    model_digest(before),
-                    model_digest(server.state.models),
-                    server.state.model_epoch,
-                    residuals,
-                    measurements,
-                    cost,
-                )
-            )
 
     def _adopt(self, server: Server, saved: Saved) -> None:
         assert self.replay is not None  # it is where `saved` comes from

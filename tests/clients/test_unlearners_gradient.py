@@ -408,7 +408,15 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "unlearner", ["fine_tune", "gradient_ascent", "neggrad_plus", "random_label", "bad_teacher", "iau"]
+    "unlearner",
+    [
+        "neggrad_plus",
+        "random_label",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fine_tune", "gradient_ascent", "bad_teacher", "iau")
+        ),
+    ],
 )
 def test_a_class_is_forgotten_and_the_others_are_not(unlearner: str, run_experiment: Run) -> None:
     asked = "unlearning.requests=[{scope: class, classes: [3], at: end}]"
@@ -418,6 +426,7 @@ def test_a_class_is_forgotten_and_the_others_are_not(unlearner: str, run_experim
     assert numbers["retain_test_accuracy"] > numbers["original/retain_test_accuracy"] - 0.1
 
 
+@pytest.mark.slow
 def test_a_client_is_climbed_out_of_and_the_others_recover(run_experiment: Run) -> None:
     asked = ["unlearner=pgd", "unlearning.requests=[{scope: client, clients: [3], at: end}]"]
     bare = measured(run_experiment("bare", *QUICK, *asked))

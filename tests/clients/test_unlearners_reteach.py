@@ -6,21 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients.unlearners.reteach import Reteach
 from clients.unlearners.sparing import (
+    Spared,
+    add_gram,
     half,
     input_sums,
     layers_of,
     random_features,
-    spare,
     sparing_matrices,
     whole,
 )
+from clients.unlearners.steps import gradients
 from fedcl.client.unlearner import Samples
 from fedcl.models.flat import FlatModel
-from fedcl.models.networks import MLP, LeNet, build_model
+from fedcl.models.networks import MLP, LeNet, Output, build_model
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
 from fedcl.server.contracts import Answer
@@ -31,6 +33,22 @@ CLASSES, INPUTS = 3, 4
 
 def mlp() -> FlatModel:
     return FlatModel(build_model(lambda: MLP(input_shape=(INPUTS,), heads=(CLASSES,), hidden=(5,)), seed=0))
+
+
+class Layered(nn.Module):
+    """All kinds of layers, with activations that work in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(inplace=True), nn.BatchNorm2d(3), nn.Flatten(),
+            nn.Linear(12, 5, bias=False), nn.ReLU(inplace=True),
+        )  # fmt: skip
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Output:
+        features = self.body(x)
+        return Output(self.head(features), features)
 
 
 def drawn(purpose: str, count: int = 12) -> Samples:
@@ -52,7 +70,7 @@ def test_half_a_symmetric_matrix_is_all_of_it() -> None:
 
 def test_inputs_are_summed_with_a_one_for_the_bias() -> None:
     model, samples = mlp(), drawn("a")
-    sums = input_sums(model, samples)
+    sums = {name: whole(triangle) for name, triangle in input_sums(model, samples).items()}
     read = torch.cat([samples.x, torch.ones(12, 1)], 1)
     assert list(sums) == list(layers_of(model.module)) == ["hidden.0", "head"]
     torch.testing.assert_close(sums["hidden.0"], read.T @ read)
@@ -63,8 +81,19 @@ def test_inputs_are_summed_with_a_one_for_the_bias() -> None:
 def test_a_convolution_is_summed_over_its_patches() -> None:
     model = FlatModel(build_model(lambda: LeNet(input_shape=(1, 16, 16), heads=(2,)), seed=0))
     sums = input_sums(model, Samples(torch.rand(2, 1, 16, 16, generator=torch_generator("x")), torch.zeros(2).long()))
-    assert sums["conv1"].shape == (26, 26)
-    assert float(sums["conv1"][-1, -1]) == 2 * 12 * 12  # two images, 12 x 12 places each
+    conv1 = whole(sums["conv1"])
+    assert conv1.shape == (26, 26)
+    assert float(conv1[-1, -1]) == 2 * 12 * 12  # two images, 12 x 12 places each
+
+
+@pytest.mark.parametrize("width", [1, 95, 96, 97, 300])
+def test_a_gram_matrix_is_summed_strip_by_strip(width: int) -> None:
+    total = torch.zeros(width, width)
+    parts = torch.randn(40, width, generator=torch_generator("rows")).split(25)
+    for rows in parts:
+        add_gram(total, rows)
+    rows = torch.cat(parts).double()
+    torch.testing.assert_close(whole(half(total)).double(), rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
 def test_directions_in_use_are_spared_and_others_are_not() -> None:
@@ -73,10 +102,37 @@ def test_directions_in_use_are_spared_and_others_are_not() -> None:
     matrix = sparing_matrices(answers, 0.1)["head"]
     raw = torch.tensor([1 / 2.1, 1 / 0.1])
     torch.testing.assert_close(matrix, torch.diag(raw / raw.mean()))
-    grads = [torch.ones(1, 2), torch.ones(3)]
-    spare(grads, [(0, None, matrix)])
-    torch.testing.assert_close(grads[0], matrix.diagonal()[None])
-    assert not bool(grads[1].any())  # of no layer that is known: it stays as it is
+
+
+@pytest.mark.parametrize("count", [2, 60])  # fewer and more rows than any layer has outputs: both orders of the product
+def test_spared_gradients_are_those_of_autograd_times_the_matrix(count: int) -> None:
+    model = FlatModel(build_model(Layered, seed=0))
+    model.eval()
+    generator = torch_generator("x")
+    x = torch.randn(count, 1, 4, 4, generator=generator)
+    y = torch.randint(4, (count,), generator=generator)
+    layers = layers_of(model.module)
+    widths = {name: layer.weight[0].numel() + (layer.bias is not None) for name, layer in layers.items()}
+    matrices = {name: torch.randn(width, width, generator=generator) for name, width in widths.items()}
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(x).logits, y)
+
+    plain = gradients(model, loss())
+    expected = [torch.zeros_like(grad) for grad in plain]  # of normalisation: it stays as it is
+    places = {id(parameter): place for place, parameter in enumerate(model.trainable)}
+    for name, layer in layers.items():
+        weight = places[id(layer.weight)]
+        joint = plain[weight].flatten(1)
+        if layer.bias is not None:
+            joint = torch.cat([joint, plain[places[id(layer.bias)]][:, None]], 1)
+        turned = joint @ matrices[name]
+        inputs = layer.weight[0].numel()
+        expected[weight] = turned[:, :inputs].reshape(layer.weight.shape)
+        if layer.bias is not None:
+            expected[places[id(layer.bias)]] = turned[:, -1]
+    assert sum(bool(grad.any()) for grad in plain) == 7
+    torch.testing.assert_close(Spared(model, matrices).gradients(loss), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_is_ridge_regression_on_everybodys_features() -> None:
@@ -131,9 +187,22 @@ def test_those_who_stay_notice_less_where_their_directions_are_spared() -> None:
     assert moved(strict) < 0.5 * moved(loose)
 
 
+@pytest.mark.parametrize(("bound", "counts"), [(5, [5, 5]), (10, [10, 7]), (None, [12, 7])])
+def test_no_more_samples_of_a_client_are_summed_than_asked_for(bound: int | None, counts: list[int]) -> None:
+    view = serving(Reteach(features=8, max_samples=bound), drawn("leaver"))
+    for step in ("both", "teacher", "inputs"):
+        answers = view.ask(step, dict.fromkeys(view.clients, view.initial), seed=5)
+        assert [answer.num_examples for answer in answers] == counts
+        for answer, count in zip(answers, counts, strict=True):
+            constants = [whole(t)[-1, -1] for name, t in answer.tensors.items() if name != "cross"]
+            assert [float(constant) for constant in constants] == [count] * len(constants)  # the sum of its ones
+
+
 @pytest.mark.parametrize("setting", ["features", "ridge", "sharpness", "epsilon"])
 def test_numbers_are_held_to_their_range(setting: str) -> None:
     with pytest.raises(ValueError, match=f"unlearner.{setting}=0: must be > 0"):
         Reteach(**{setting: 0})
     with pytest.raises(ValueError, match=r"unlearner\.max_steps=-1: must be >= 0 or null"):
         Reteach(max_steps=-1)
+    with pytest.raises(ValueError, match=r"unlearner\.max_samples=0: must be >= 1 or null"):
+        Reteach(max_samples=0)

@@ -90,6 +90,31 @@ def test_each_name_is_the_function_on_the_documented_sets() -> None:
         assert (numbers["lira_auc"], numbers["lira_tpr"]) == pytest.approx((lira.auc, lira.tpr))
 
 
+def test_the_likelihood_ratio_of_two_shadows_by_hand() -> None:
+    """Margins are z_y - z_other; the shadows' means are 1, 1, 0, 0, their variances 2, 0, 2, 0: one deviation of 1."""
+
+    def model(forgotten: list[float], held_out: list[float]) -> dict[Part, torch.Tensor]:
+        pairs: list[tuple[Part, list[float]]] = [("forget_train", forgotten), ("forget_test", held_out)]
+        return {part: torch.tensor([[margin, 0.0] for margin in margins]) for part, margins in pairs}
+
+    targets: dict[Part, torch.Tensor] = {part: torch.zeros(2).long() for part in ("forget_train", "forget_test")}
+    attacked, reference = model([3, 1.5], [0.4, -1]), model([0, 0], [3, 3])
+    shadows = [model([0, 1], [-1, 0]), model([2, 1], [1, 0])]
+    # (m - mean) / 1: 2 and 0.5 of the forgotten, 0.4 and -1 of the others
+    numbers = panel(targets, attacked, shadows=shadows, fpr=0.0)
+    assert (numbers["lira_auc"], numbers["lira_tpr"], numbers["lira_references"]) == (1.0, 1.0, 2.0)
+    # by the first alone: 3 and 0.5 against 1.4 and -1, so one pair of four is in the wrong order
+    alone = panel(targets, attacked, shadows=shadows[:1], fpr=0.0)
+    assert (alone["lira_auc"], alone["lira_tpr"], alone["lira_references"]) == (0.75, 0.5, 1.0)
+    # the reference is attacked by the shadows too: -1 and -1 against 3 and 3; nothing is fitted to it
+    both = panel(targets, attacked, reference=reference, shadows=shadows, fpr=0.0)
+    assert (both["lira_auc"], both["gap/lira_auc"], both["gap/lira_tpr"]) == (1.0, 1.0, 1.0)
+    assert "gap/lira_references" not in both
+    # without shadows it is all there is: 3 and 1.5 against -2.6 and -4, and it cannot be attacked itself
+    one = panel(targets, attacked, reference=reference, fpr=0.0)
+    assert (one["lira_auc"], one["lira_references"], "gap/lira_auc" in one) == (1.0, 1.0, False)
+
+
 def test_every_name_is_explained() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
     names = [*FULL, *revival([0.1], original=1.0, reference_N=[0.1])]
@@ -135,7 +160,7 @@ def test_a_diverged_model_has_no_numbers_rather_than_good_ones() -> None:
     broken: Logits = {part: torch.full_like(values, math.nan) for part, values in UNLEARNED.items()}
     numbers = panel(TARGETS, broken, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
     assert numbers.keys() == FULL.keys()
-    assert all(math.isnan(value) for value in numbers.values()), numbers
+    assert all(math.isnan(value) for name, value in numbers.items() if name != "lira_references"), numbers
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -132,8 +132,15 @@ def _request(scope: str, data: Path) -> str:
     return f"unlearning.requests=[{SCOPES[scope].replace('SAMPLES', ','.join(map(str, marked)))}]"
 
 
-@pytest.mark.parametrize(("unlearner", "state"), [("continue_without", "files"), ("retrain", "memory")])
-@pytest.mark.parametrize("scope", list(SCOPES))
+@pytest.mark.parametrize(
+    ("unlearner", "state", "scope"),
+    [
+        ("continue_without", "files", "client"),
+        ("retrain", "memory", "sample"),
+        pytest.param("continue_without", "files", "sample", marks=pytest.mark.slow),
+        pytest.param("retrain", "memory", "client", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_of_the_mark_is_left(
     scope: str, unlearner: str, state: str, data: Path, tmp_path: Path, stores: list[tuple[str, bool]]
 ) -> None:
@@ -165,6 +172,10 @@ def test_references_of_before_are_deleted(data: Path, tmp_path: Path) -> None:
     assert any(name.startswith("references/") for name in _files_with_mark(folder))
     assert main(["forget", str(folder), "--client", MARKED, "--id", "a", "--quiet"]) == 0
     assert _files_with_mark(folder) == []
+
+
+@pytest.mark.slow
+def test_references_that_are_shared_remain_and_the_certificate_says_so(data: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     settings = [*_settings(data, tmp_path / "b", "backend=inline", "unlearner=retrain"), f"unlearning.cache={shared}"]
     settings += ["unlearning.requests=[{id: other, scope: client, clients: [2], at: {round: 2}}]"]

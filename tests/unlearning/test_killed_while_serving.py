@@ -128,7 +128,7 @@ def _equal(cut: Path, whole: Path, metrics_hash: Hash) -> None:
 @pytest.mark.parametrize(
     ("method", "point"),
     [
-        pytest.param(method, point, marks=[] if method == "continue" and place % 4 == 0 else [pytest.mark.slow])
+        pytest.param(method, point, marks=[] if method == "continue" and place % 8 == 0 else [pytest.mark.slow])
         for method in METHODS
         for place, point in enumerate(POINTS)
     ],

@@ -58,18 +58,27 @@ def _trained(folder: Path, since: int) -> set[str]:
     return set(rows[rows["value"] > 0]["client"])
 
 
-def test_before_anything_was_learned(play: Play, metrics_hash: Hash) -> None:
+@pytest.mark.parametrize(
+    ("request_", "excluded", "trained"),
+    [
+        ("{id: a, scope: client, clients: [3], at: {round: 0}}", "exclude.clients=[3]", {"0", "1", "2"}),
+        pytest.param(
+            "{id: a, scope: class, classes: [2], at: {round: 0}}",
+            "exclude.classes=[2]",
+            {"0", "1", "2", "3"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["client", "class"],
+)
+def test_before_anything_was_learned(request_: str, excluded: str, trained: set[str], play: Play) -> None:
     """The one who leaves before the first round was never there, and nobody's buffer lacks a task for being told."""
     settings = ("learner=er", "learner.er.budget=40")
-    asked = play("a", *settings, requests="{id: a, scope: client, clients: [3], at: {round: 0}}")
-    assert _trained(asked, 0) == {"0", "1", "2"}
+    asked = play("a", *settings, requests=request_)
+    assert _trained(asked, 0) == trained
     assert [c["server_round"] for c in _certificates(asked)] == [0]
     assert verify(asked)
-    never = play("b", *settings, "exclude.clients=[3]")
-    model = [Checkpoints(folder).load()[0]["server"]["models"]["*"] for folder in (asked, never)]
-    assert model[0].equal(model[1])
-    asked = play("c", *settings, requests="{id: c, scope: class, classes: [2], at: {round: 0}}")
-    never = play("d", *settings, "exclude.classes=[2]")
+    never = play("b", *settings, excluded)
     model = [Checkpoints(folder).load()[0]["server"]["models"]["*"] for folder in (asked, never)]
     assert model[0].equal(model[1])
 
@@ -194,7 +203,7 @@ def test_messages_on_their_way(
     assert verify(folder)
 
 
-@pytest.mark.parametrize("policy", ["drop", "rebase"])
+@pytest.mark.parametrize("policy", [pytest.param("drop", marks=pytest.mark.slow), "rebase"])
 def test_late_runs_with_requests_are_resumed(
     policy: str, halves: Path, play: Play, tmp_path: Path, metrics_hash: Hash
 ) -> None:

@@ -107,6 +107,19 @@ def test_another_seed_is_another_model_and_an_edit_is_seen_beside_it(play: Play)
 
 
 @pytest.mark.slow
+def test_the_likelihood_ratio_is_fitted_to_models_of_other_seeds(play: Play) -> None:
+    """A model that was trained all over is attacked as well, which one that is its own reference cannot be."""
+    more = ["unlearner=retrain", "unlearning.references=3", "unlearning.reference=true"]
+    folder = play("a", *more, requests=CLASS)
+    numbers = certificate(folder)["measurements"]
+    for prefix in ("", "original/", "reference/"):
+        assert numbers[f"{prefix}lira_references"] == 3
+    assert numbers["lira_auc"] == numbers["reference/lira_auc"] != 0.5
+    assert numbers["gap/lira_auc"] == 0
+    assert "klom/models" not in numbers
+
+
+@pytest.mark.slow
 def test_what_a_history_takes_is_on_the_certificate(play: Play) -> None:
     request = "{id: bob, scope: client, clients: [2], at: {round: 2}}"
     found = certificate(play("a", "unlearner=federaser", requests=request))
