@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -103,11 +104,12 @@ def environment(seed: int, device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": {"torch": torch.get_num_threads()} | {name: os.environ.get(name) for name in _THREAD_VARIABLES},
-        "packages": _versions(),
+        "packages": dict(_versions()),
         "git": _git(),
     }
 
 
+@functools.cache  # a process asks for each of its runs, and looks through all that is installed
 def _versions() -> dict[str, str]:
     installed = {dist.name.lower() for dist in importlib.metadata.distributions() if dist.name}
     return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
