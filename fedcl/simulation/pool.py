@@ -45,7 +45,7 @@ class Slot:
     starting: Any
     asked: float
     node: str = ""
-    held: dict[str, set[int]] = field(default_factory=dict)
+    held: dict[str, tuple[int, ...]] = field(default_factory=dict)
     calls: dict[Any, Job] = field(default_factory=dict)
     since: float = 0.0
     failed_starts: int = 0

@@ -179,7 +179,7 @@ class RayGrid(BaseGrid):
         for client, visit in zip(job.clients, job.committed, strict=True):
             if visit != NEVER and visit not in slot.held.get(client, ()) and self.states.has(client, visit):
                 states.append((client, visit, self.states.load(client, visit)))
-            slot.held[client] = {visit}
+            slot.held[client] = (visit,)  # a set would be four times as large
         if not slot.calls:
             slot.since = time.monotonic()
         slot.calls[slot.actor.run.remote(job.message_id, job.wire, pack_states(states))] = job
@@ -226,7 +226,7 @@ class RayGrid(BaseGrid):
             if client in job.cancelled:
                 continue
             self.states.stage(client, visit, state)
-            slot.held.setdefault(client, set()).add(visit)
+            slot.held[client] = (*slot.held.get(client, ()), visit)
         self._collect(job.message_id, [(client, reply) for client, reply in outcome if client not in job.cancelled])
         return None
 
