@@ -69,6 +69,12 @@ def _rounds_can_close(cfg: Mapping[str, Any]) -> None:
         raise ConfigError("async: a stock Flower strategy is synchronous; set async.buffer=null async.deadline=null")
 
 
+def _engine_has_precision(cfg: Mapping[str, Any]) -> None:
+    precision = cfg.get("precision", "float32")  # configurations of old have none
+    if precision != "float32" and cfg["engine"] not in ("auto", "loop"):
+        raise ConfigError(f"precision={precision}: needs engine=auto or engine=loop, not engine={cfg['engine']}")
+
+
 def _packages_are_names(cfg: Mapping[str, Any]) -> None:
     for name in cfg["trusted_packages"]:
         if not isinstance(name, str) or not name.isidentifier():
@@ -141,6 +147,7 @@ CHECKS: list[Callable[[Mapping[str, Any]], None]] = [
     _rounds_fit_tasks,
     _exclude_names,
     _rounds_can_close,
+    _engine_has_precision,
     _packages_are_names,
     _own_data_need_devices,
     _worker_classes_are_sound,

@@ -202,7 +202,8 @@ def local_training(cfg: Config) -> LocalTraining:
     """Return how a client trains."""
     client = cfg["client"]
     how = {key: value for key, value in client["optimizer"].items() if key != "task_decay"}
-    return LocalTraining(client["epochs"], client["batch_size"], **how)
+    # configurations of old have no precision
+    return LocalTraining(client["epochs"], client["batch_size"], **how, precision=cfg.get("precision", "float32"))
 
 
 def task_decay(cfg: Config) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,16 @@ from fedcl.client.plugin import Batch, Context, Plugin, overrides
 from fedcl.models.chain import chain_of
 from fedcl.models.networks import Output
 
+Precision = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
     """How a client trains: ``client.*`` of the configuration.
 
     SGD with heavy-ball momentum as in PyTorch (v <- momentum v + g; w <- w - lr v), velocity zero at the start of each
-    visit; ``weight_decay`` adds weight_decay * w to every gradient.
+    visit; ``weight_decay`` adds weight_decay * w to every gradient. With ``precision`` bfloat16 the products of a step
+    are in it, by autocast; weights, gradients and everything outside of steps stay float32. Only the loop does that.
     """
 
     epochs: int = 1
@@ -33,6 +37,7 @@ class LocalTraining:
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    precision: Precision = "float32"
 
 
 def ordered(plugins: Sequence[Plugin]) -> list[Plugin]:
@@ -107,7 +112,8 @@ def summary(losses: Sequence[float], samples: int) -> dict[str, float]:
 
 
 def _step(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, fused: bool) -> Step:
-    chain = chain_of(ctx.model.module) if fused and not needs_gradient(plugins) else None
+    exact = training.precision == "float32"
+    chain = chain_of(ctx.model.module) if fused and exact and not needs_gradient(plugins) else None
     if chain is not None:
         how = {"lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
         return FusedStep(ctx, chain, **how)
@@ -121,14 +127,22 @@ def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTrain
     model, params = ctx.model, list[Tensor](ctx.model.trainable)
     velocity: list[Tensor] | None = None
 
-    def step(batch: Batch) -> Tensor:
-        nonlocal velocity
+    def loss_of(batch: Batch) -> Tensor:
         out = model(batch.x)
         loss = masked_cross_entropy(out, batch) if objective is None else objective.objective(ctx, batch, out)
         for plugin in losses:
             term = plugin.loss(ctx, batch, out)
             if term is not None:
                 loss = loss + term
+        return loss
+
+    def step(batch: Batch) -> Tensor:
+        nonlocal velocity
+        if training.precision == "float32":
+            loss = loss_of(batch)
+        else:
+            with torch.autocast(ctx.device.type, getattr(torch, training.precision)):
+                loss = loss_of(batch)
         found = torch.autograd.grad(loss, params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
         for plugin in after_backward:

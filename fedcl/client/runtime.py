@@ -71,7 +71,8 @@ class ClientRuntime:
     def __post_init__(self) -> None:
         plugins = [build() for build in self.plugins.values()]
         self._together = stack_size(self.model)
-        self._stacks = self.probe is None and stacks(self.engine, self.model, plugins) is None
+        exact = self.training.precision == "float32"
+        self._stacks = exact and self.probe is None and stacks(self.engine, self.model, plugins) is None
         # copies of a model cost as much as a step: none is made that no plugin can tell
         self._moves = any(overrides(plugin, hook) for plugin in plugins for hook in _BEFORE)
         self._ends = any(overrides(plugin, "after_round") for plugin in plugins)

@@ -93,7 +93,7 @@ class Recorder:
         number = float(value)
         when = (int(round), float(virtual_time), str(client), int(task), int(after), int(step))
         fields = (*when, phase, str(name), number if math.isfinite(number) else None)
-        self._files[schema.METRICS].write((_METRIC_LINE % tuple(map(_text, fields))).encode())
+        self._line(schema.METRICS, _METRIC_LINE % tuple(map(_text, fields)))
         if self.followers:
             record = dict(zip(_METRIC_COLUMNS, fields, strict=True))
             for follow in self.followers:
@@ -181,10 +181,10 @@ class Recorder:
         write_atomic(self.run_dir / schema.ENV, json.dumps(_plain(env), indent=2, allow_nan=False) + "\n")
 
     def _write(self, table: str, record: Mapping[str, Any]) -> None:
-        self._line(table, _plain(record))
+        self._line(table, _ENCODE(_plain(record)) + "\n")
 
-    def _line(self, table: str, record: Mapping[str, Any]) -> None:
-        self._files[table].write(_ENCODE(record).encode() + b"\n")
+    def _line(self, table: str, line: str) -> None:
+        self._files[table].write(line.encode())
 
     def _close_tables(self) -> bool:
         if all(file.closed for file in self._files.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fedcl.client.stacked import fit_stacked
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, LeNet, build_model
+from fedcl.rules import ConfigError
 from fedcl.scenario.task import Task
 
 PLAIN = LocalTraining(epochs=2, batch_size=16, lr=0.1)
@@ -190,3 +192,16 @@ class _Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
+
+
+def test_mixed_precision_is_the_loops(tmp_path: Path, run_experiment: Callable[..., Path]) -> None:
+    small = ("num_clients=3", "rounds_per_task=1", "scenario.num_tasks=2", "precision=bfloat16")
+    for engine in ("fused", "stack", "tune"):
+        with pytest.raises(
+            ConfigError, match=f"precision=bfloat16: needs engine=auto or engine=loop, not engine={engine}"
+        ):
+            run_experiment(engine, *small, f"engine={engine}")
+    auto, loop = (run_experiment(engine, *small, f"engine={engine}") for engine in ("auto", "loop"))
+    assert (auto / "metrics.parquet").read_bytes() == (loop / "metrics.parquet").read_bytes()
+    exact = run_experiment("exact", *small[:-1], "engine=loop")
+    assert (exact / "metrics.parquet").read_bytes() != (loop / "metrics.parquet").read_bytes()

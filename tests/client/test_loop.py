@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -52,6 +53,22 @@ def test_the_loop_is_torchs_sgd_bit_for_bit(make_context: Make, momentum: float,
     assert metrics["steps"] == len(losses) == 18
     assert metrics["loss_first"] == pytest.approx(losses[0])
     assert metrics["loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_mixed_precision_rounds_the_products_of_a_step_and_nothing_else(make_context: Make) -> None:
+    exact, mixed, again = make_context(), make_context(), make_context()
+    training = LocalTraining(epochs=3, batch_size=4, lr=0.1, momentum=0.9)
+    start = exact.model.vector()
+    fit(exact, [], training)
+    for ctx in (mixed, again):
+        # asked for written-out steps, which have no such precision: the loop takes them
+        metrics = fit(ctx, [], replace(training, precision="bfloat16"), fused=True)
+        assert metrics["steps"] == 18
+    assert torch.equal(mixed.model.flat, again.model.flat)
+    assert mixed.model.flat.dtype == torch.float32
+    moved = (exact.model.flat - start).norm()
+    apart = (exact.model.flat - mixed.model.flat).norm()
+    assert 0 < apart < 0.05 * moved  # bfloat16 has eight bits: a product is off by 0.4 % at most
 
 
 def test_masked_columns_are_out_of_the_loss_and_out_of_predictions(make_context: Make) -> None:
