@@ -115,8 +115,9 @@ class Server(View):
         self.state.visited |= {update.client for update in counted}
         self.state.late |= {update.client for update in counted if update.age}
         options = self.options.rounds
-        ages = options.buffer is not None or options.deadline is not None
-        self.measurement.training(counted, server_round, self.now, ages=ages)
+        late = options.buffer is not None or options.deadline is not None
+        arrivals = {one.flight.client: one.flight.arrival for one in arrived} if late else {}
+        self.measurement.training(counted, server_round, self.now, arrivals)
         if not counted:
             self.record.event("round_skipped", round=server_round, virtual_time=self.now, replies=len(arrived))
             return

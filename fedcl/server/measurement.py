@@ -151,12 +151,17 @@ class Measurement:
                         virtual_time=now,
                     )
 
-    def training(self, updates: Sequence[Contribution], server_round: int, now: float, *, ages: bool) -> None:
-        """Record what clients report of their training, and with ``ages`` how late they were."""
+    def training(
+        self, updates: Sequence[Contribution], server_round: int, now: float, arrivals: Mapping[str, float]
+    ) -> None:
+        """Record what clients report of their training; where they may be late, how late they were.
+
+        ``arrivals`` says when each client's reply came, in seconds of the run's clock; empty where all are waited for.
+        """
         for update in updates:
             values = {"num_examples": float(update.num_examples), **update.metrics}
-            if ages:
-                values["age"] = float(update.age)
+            if update.client in arrivals:
+                values |= {"age": float(update.age), "arrival": arrivals[update.client]}
             for key, value in sorted(values.items()):  # in a fixed order, whichever way they came
                 at = iteration(key)
                 phase, name = _PHASES.get(key, ("train", key)) if at is None else ("iteration", "accuracy")

@@ -121,6 +121,21 @@ def test_the_timeline_places_updates_faults_and_requests_on_the_clock(run: Run) 
     assert [sorted(set(line.get_xdata())) for line in dots] == [[1.5, 3.0], [4.5, 6.0]]
 
 
+def test_the_timeline_shows_when_a_reply_came_where_that_was_written_down(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        for server_round, came in ((0, (0.5, 2.0)), (1, (3.0, 2.5))):
+            for client, arrival in zip("ab", came, strict=True):
+                values = {"num_examples": 5.0, "age": float(server_round), "arrival": arrival}
+                for name, value in values.items():
+                    at = {"round": server_round, "virtual_time": max(came), "client": client, "task": 0, "after": 0}
+                    recorder.row(phase="train", name=name, value=value, **at)  # type: ignore[arg-type]
+    axes = figures.timeline(load(tmp_path)).axes[0]
+    [dots] = [line for line in axes.lines if line.get_marker() == "o"]
+    assert sorted(dots.get_xdata()) == [0.5, 2.0, 2.5, 3.0]
+    [since] = [collection for collection in axes.collections if hasattr(collection, "get_segments")]
+    assert sorted(segment[0][0] for segment in since.get_segments()) == [0.0, 0.0, 0.0, 0.0]  # all from the first model
+
+
 def test_the_unlearning_panel_is_the_difference_to_the_retrained_model(run: Run) -> None:
     axes = figures.unlearning_gaps(run).axes[0]
     before = next(line for line in axes.lines if line.get_label() == "before")

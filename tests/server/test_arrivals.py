@@ -76,6 +76,8 @@ def test_a_buffer_closes_a_round_at_the_kth_update(build: Any) -> None:
     assert rows == [(0, "0", 2.0), (0, "1", 2.0), (1, "0", 3.0), (1, "2", 3.0), (2, "0", 4.0), (2, "1", 4.0), *rows[6:]]
     assert len(rows) == 8
     assert ages(system)[3] == (1, "2", 1.0)
+    came = [(row["client"], row["value"]) for row in system.notes.rows if row["name"] == "arrival"]
+    assert came[:6] == [("0", 1.0), ("1", 2.0), ("0", 3.0), ("2", 3.0), ("0", 4.0), ("1", 4.0)]
 
 
 def test_a_buffer_of_one_is_fully_asynchronous(build: Any) -> None:

@@ -112,8 +112,9 @@ CATALOGUE = (
     Entry(
         "timeline",
         "Timeline",
-        "When each client's updates counted, coloured by task; lines lead back to when the model they started from was "
-        "the newest; crosses are faults, dotted lines requests to forget.",
+        "When each client's updates arrived (where all are waited for: when they counted), coloured by task; lines "
+        "lead back to when the model they started from was the newest; crosses are faults, dotted lines requests to "
+        "forget.",
         timeline,
     ),
     Entry(

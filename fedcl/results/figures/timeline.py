@@ -26,10 +26,11 @@ _NAMED_TASKS = 8
 
 
 def timeline(runs: Runs) -> Figure:
-    """Draw when each client's updates counted, by task; the faults; and the requests to forget, as they were served.
+    """Draw when each client's updates arrived, by task; the faults; and the requests to forget, as they were served.
 
-    Time is the virtual clock where it moves, else server rounds. A line leads to an update from the moment when its
-    model was the newest, so late ones have long lines. A fault stands in the round of its event.
+    Time is the virtual clock where it moves, else server rounds. Where everybody is waited for an update stands at the
+    end of its round. A line leads to an update from the moment when its model was the newest, so late ones have long
+    lines. A fault stands in the round of its event.
 
     Raises
     ------
@@ -47,7 +48,7 @@ def timeline(runs: Runs) -> Figure:
     figure, axes = style.new_axes(8.0, float(np.clip(0.2 * len(rows) + 1.7, 2.6, 9.0)))
     tasks = sorted(int(task) for task in trained["task"].unique())
     shades = dict(zip(tasks, style.colours(len(tasks)), strict=True))
-    _draw_updates(axes, _with_ages(run, trained), rows, clock, shades)
+    _draw_updates(axes, _with_arrivals(run, trained, clock, unit), rows, clock, shades)
     _draw_faults(axes, faults, rows, clock)
     requests = _draw_requests(axes, run, clock)
     _name_rows(axes, rows)
@@ -86,11 +87,15 @@ def _clients_of(faults: pd.DataFrame) -> list[str]:
     return [client if isinstance(client, str) and client else _SERVER for client in known]
 
 
-def _with_ages(run: Run, trained: pd.DataFrame) -> pd.DataFrame:
-    ages = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "age")]
-    keys = ["round", "client", "task"]
-    table = trained[keys].merge(ages[[*keys, "value"]], how="left", on=keys)
-    return table.assign(age=table["value"].fillna(0.0))
+def _with_arrivals(run: Run, trained: pd.DataFrame, clock: dict[int, float], unit: str) -> pd.DataFrame:
+    """Return each update with its age and when it came, which runs of old and synchronous ones did not write down."""
+    table, keys = trained[["round", "client", "task"]], ["round", "client", "task"]
+    for name in ("age", "arrival"):
+        told = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == name)]
+        table = table.merge(told[[*keys, "value"]].rename(columns={"value": name}), how="left", on=keys)
+    counted = table["round"].map(clock)
+    came = counted if unit == _ROUNDS else table["arrival"].fillna(counted)
+    return table.assign(age=table["age"].fillna(0.0), arrival=came)
 
 
 def _draw_updates(
@@ -100,7 +105,7 @@ def _draw_updates(
     size = 3.0 if len(updates) > 400 else 4.5
     for task, group in updates.groupby("task"):
         colour = shades[int(str(task))]
-        x = group["round"].map(clock).to_numpy(dtype=np.float64)
+        x = group["arrival"].to_numpy(dtype=np.float64)
         y = group["client"].map(rows).to_numpy(dtype=np.float64)
         if not many:
             since = (group["round"] - group["age"] - 1).clip(lower=-1).astype("int64").map(lambda at: _at(clock, at))
