@@ -39,7 +39,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)
 
-    def aggregate(self, positions: Sequence[Update | None], view: Any) -> dict[str, Tensor]:
+    def aggregate(self, positions: Sequence[Update | None], view: Any, running: None = None) -> dict[str, Tensor]:
         changed = self.pipeline.aggregate(positions, view)
         bases = self.pipeline.projection.state_dict()["bases"]
         for target, model in changed.items():

@@ -62,7 +62,8 @@ def test_readme_and_ci_run_the_same_commands() -> None:
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert ".venv/bin/pip install -e '.[sim,dev]'" in readme
     assert "/bin/pip install -e '.[sim,dev]'" in ci
-    assert ".venv/bin/python -m pytest\n" in readme
+    assert "\nsource .venv/bin/activate " in readme
+    assert "\npython -m pytest " in readme
     assert "/bin/python -m pytest\n" in ci
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from fedcl.requests import Forgotten
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 
+KEPT = 1024  # different tasks that are kept at hand: mostly a handful
+
 
 @dataclass(frozen=True)
 class Curriculum:
@@ -17,6 +19,8 @@ class Curriculum:
     stream: Stream
     schedule: Schedule
     forgotten: Forgotten = field(default_factory=Forgotten, compare=False)
+    # equal tasks are one object: ten thousand clients mostly share it
+    _tasks: dict[str, Task] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def task(self, client: str, server_round: int) -> Task | None:
         """Return what ``client`` trains on at ``server_round``; None where it takes no part."""
@@ -42,7 +46,10 @@ class Curriculum:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a run has one curriculum, and it lives as long
     def _task(self, client: str, task_id: int, met: tuple[int, ...]) -> Task:
-        return _one(self.stream.client_task(task_id, client, met))
+        task = self.stream.client_task(task_id, client, met)
+        if len(self._tasks) >= KEPT:
+            self._tasks.clear()
+        return self._tasks.setdefault(task.to_json(), task)
 
     def active(self, clients: Sequence[str], server_round: int) -> list[str]:
         """Return the clients that take part in ``server_round``."""
@@ -63,9 +70,3 @@ class Curriculum:
     def stage(self, server_round: int) -> Stage:
         """Return how far the run is."""
         return self.schedule.stage(server_round)
-
-
-@functools.lru_cache(maxsize=1024)
-def _one(task: Task) -> Task:
-    """Return the same object for equal tasks: ten thousand clients mostly share one."""
-    return task

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedcl.config import compose
 from fedcl.data.dataset import Dataset
-from fedcl.messages import ARRAYS, read_reply, reply_content
+from fedcl.messages import ARRAYS, BLOCKS, VISIT, read_reply, reply_content
 from fedcl.messages.arrays import FLAT, record_tensors
 from fedcl.prepared import Prepared, make_server
 from fedcl.simulation.backend import Backend, open_backend
@@ -73,6 +74,9 @@ class Liars:
     def push_messages(self, messages: Iterable[Any]) -> list[str]:
         """Pass training messages on and note the models they carry."""
         sent = list(messages)
+        for message in sent:  # whose reply is forged must send it by itself
+            visit = message.content[VISIT]
+            message.content[VISIT] = ConfigRecord({name: visit[name] for name in visit if name != BLOCKS})
         ids = list(self._grid.push_messages(sent))
         for message_id, message in zip(ids, sent, strict=True):
             self._base[message_id] = record_tensors(message.content.array_records[ARRAYS])[FLAT]
