@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class Folding:
             base = request.model
             if isinstance(reply, Exception) or base is None or request.task is None or not reply.num_examples:
                 continue
+            reply = _at_server(reply)
             if rejection(reply, self.spec, self.expected, model=True, base=base, max_norm=self.max_norm) is None:
                 update = update_of(request, reply, request.task, base)
                 updates.append(update)
@@ -51,6 +52,12 @@ class Folding:
         if not updates:
             return None
         return fold_block(number, updates, self.term, self.spec, self.sums, weight=self.weight), left
+
+
+def _at_server(reply: Reply) -> Reply:
+    """Return a reply as the server would see it: what was trained on a GPU has left it."""
+    model = None if reply.model is None else reply.model.detach().cpu()
+    return replace(reply, model=model, payload={name: t.detach().cpu() for name, t in reply.payload.items()})
 
 
 def update_of(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from fedcl.config import compose
 from fedcl.messages import VISIT, Reply, Request, visit_record
 from fedcl.messages.blocks import BlockSum, block_content, is_block, read_block
 from fedcl.models.flat import Spec, TensorSpec
@@ -25,6 +26,7 @@ from fedcl.server.fold import BLOCK, Folded, RunningFold, fold, fold_block
 from fedcl.server.folding import Folding
 from fedcl.server.loop import Server
 from fedcl.simulation.jobs import Job, without
+from fedcl.wiring import load_dataset, make_folding, make_model, make_stream
 
 SPEC = Spec([TensorSpec("body", (3,), 0, 3, "parameter", None), TensorSpec("head", (1,), 3, 4, "parameter", 1)])
 TASK = Task(id=1, classes=(0, 1), columns=(0, 1), head=1)
@@ -200,3 +202,20 @@ def test_requests_keep_their_block_on_the_way() -> None:
 
     asked = [replace(request("a", 4), model=None), replace(request("b", -1), model=None)]
     assert [one.block for one in requests(instruction(asked, None, None))] == [4, -1]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedper", "fedrep", "ditto", "apfl", "pfedme", "scaffold"])
+def test_what_needs_a_sum_and_no_more_is_folded_where_it_is_made(name: str) -> None:
+    assert _foldable(name)
+
+
+@pytest.mark.parametrize("name", ["median", "krum", "fedcac", "fedamp", "ifca", "local", "fedat"])
+def test_what_needs_each_reply_is_not(name: str) -> None:
+    assert not _foldable(name)
+
+
+def _foldable(collaboration: str) -> bool:
+    cfg = compose([f"strategy/collaboration={collaboration}", "strategy/projection=none"])
+    dataset = load_dataset(cfg)
+    model = make_model(cfg, dataset, make_stream(cfg, dataset), torch.device("cpu"))
+    return make_folding(cfg, model) is not None
