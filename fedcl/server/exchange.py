@@ -42,7 +42,7 @@ def _no_note(client: str) -> str:
 class EventLog(Protocol):
     """Takes note of what went wrong."""
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record one event."""
         ...
 
@@ -64,7 +64,8 @@ class Exchange:
     state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients,
     ``release`` only what is under way, and the workers' copies.
     ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any. ``running`` adds up the
-    blocks that come back folded.
+    blocks that come back folded. ``when`` tells the present round and virtual time, for events; the server sets it.
+    ``reasons`` says by client why its last reply could not be used, since it was cleared.
     """
 
     grid: Grid
@@ -84,6 +85,8 @@ class Exchange:
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    when: Callable[[], dict[str, Any]] = dict
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def traffic(self) -> int:
@@ -208,8 +211,12 @@ class Exchange:
                 return fault
             fault = Fault("reply_rejected", reason)
         where = {"round": request.server_round, "client": request.client, "visit": request.visit}
-        self.log.event(fault.event, **where, message=request.kind, reason=fault.reason)
+        self.reasons[request.client] = fault.reason
+        self._note(fault.event, **where, message=request.kind, reason=fault.reason)
         return None
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        self.log.event(kind, **{**self.when(), **fields})
 
     def _send(self, recipients: Recipients) -> dict[str, Reply | Fault]:
         """Exchange messages and wait for all replies; return them by client."""
@@ -222,11 +229,11 @@ class Exchange:
         for message in messages:
             client = self._clients.get(message.metadata.src_node_id, "")
             if not client:
-                self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
+                self._note("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
             elif asked is not None and message.metadata.reply_to_message_id not in asked:
-                self.log.event("reply_rejected", client=client, reason="answers another message than those in flight")
+                self._note("reply_rejected", client=client, reason="answers another message than those in flight")
             elif client in replies:
-                self.log.event("reply_rejected", client=client, reason="a second reply to one message")
+                self._note("reply_rejected", client=client, reason="a second reply to one message")
             elif not message.has_error() and self.cohorts and is_block(message.content):
                 replies.update(self._block(message.content))
             elif message.has_error():

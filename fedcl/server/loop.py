@@ -75,6 +75,7 @@ class Server(View):
         self.initial = initial.detach().cpu().clone()
         self.state = ServerState({GLOBAL: self.initial.clone()})
         self._spec = spec
+        exchange.when = self.when
         self.everybody = self._clients = tuple(clients)
 
     # -- the timeline -----------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class Server(View):
         """
         if self.state.next_round == 0:
             self.state.models.update(self.strategy.initial(self))
-            self.measurement.initial(self.global_model)
+            self.measurement.initial(self.global_model, self.now)
         while self.state.next_round < (self.schedule.num_rounds if until is None else until):
             server_round = self.state.next_round
             started = time.perf_counter()

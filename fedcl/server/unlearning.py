@@ -153,7 +153,9 @@ class Unlearning:
             server.record.row(
                 round=server_round - 1, phase="unlearning", name=name, value=value, virtual_time=server.now
             )
-        self._note(server, "request_served", server_round, requests=[request.id for request in requests])
+        served = [request.id for request in requests]
+        server.measurement.edited(served)
+        self._note(server, "request_served", server_round, requests=served)
         server.record.timing(server_round, "unlearn", seconds)
 
     def _adopt(self, server: Server, saved: Saved) -> None:
@@ -211,7 +213,9 @@ class Unlearning:
             self.unlearner.observe(updates, before, server)
 
     def follow(self, server: Server, server_round: int, met: Sequence[int]) -> None:
-        """Record what the global model knows by now of what has been forgotten."""
+        """Record what the global model, which has just been tested, knows by now of what has been forgotten."""
+        if self._served:
+            server.measurement.headline += f" after request {self._served[-1].id}"
         if self._panel is None or not self._served:
             return
         for name, value in self._panel.revival(self._served, server.global_model, met).items():

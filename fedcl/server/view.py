@@ -57,6 +57,10 @@ class View:
         """Time on the run's clock, in seconds."""
         return self.arrivals.clock.now
 
+    def when(self) -> dict[str, Any]:
+        """Return the round that is being played, or comes next, and the time on the run's clock: what an event has."""
+        return {"round": self.state.next_round, "virtual_time": self.now}
+
     @property
     def spec(self) -> Spec:
         """Layout of a model vector."""

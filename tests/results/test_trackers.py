@@ -69,8 +69,9 @@ def test_one_that_fails_is_left_out_and_noted_once(tmp_path: Path, capsys: pytes
         trackers = Trackers({"sound": sound, "broken": broken}, recorder)
         trackers.start(tmp_path, {}, 0)
         for server_round in range(3):
-            recorder.row(round=server_round - 1, phase="server", name="rank", value=-1.0)  # is not of this round
-            recorder.row(round=server_round, phase="server", name="rank", value=float(server_round))
+            # is not of this round
+            recorder.row(round=server_round - 1, phase="server", name="rank", value=-1.0, virtual_time=0.0)
+            recorder.row(round=server_round, phase="server", name="rank", value=float(server_round), virtual_time=0.0)
             trackers.round_over(server_round)
         trackers.finish({}, "done")
     numbers = [{"server/rank": float(r), "virtual_time": 0.0} for r in range(3)]
