@@ -209,7 +209,7 @@ def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:
         return f"{group}=null"
     twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
     if twice:
-        raise ConfigError(f"{group}={show(value)}: names {twice[0]} twice; once is all that counts, write it once")
+        raise ConfigError(f"{group}=[{','.join(map(str, names))}]: names {twice[0]} twice; write it once")
     for name in names:
         if str(name) not in options:
             raise ConfigError(f"{group}={show(name)}: no such choice; available: {', '.join(sorted(options))}")

@@ -102,7 +102,7 @@ class Run:
     @property
     def _last_personal(self) -> int:
         """The last round after which personal models were tested, whether or not anybody answered; -1 for none."""
-        tested = self.metrics.loc[self.metrics["phase"] == "personal", "round"]
+        tested = self.metrics.loc[(self.metrics["phase"] == "personal") & (self.metrics["client"] != ""), "round"]
         return int(max([*tested, *(at for at, _ in self._lost_evaluations)], default=-1))
 
     @property

@@ -54,7 +54,7 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
             "wall_time": seconds,
         }
     )
-    counts = {"rounds_mostly_empty": mostly_empty_rounds(run), "personal/clients_missing": len(run.unheard())}
+    counts = {"rounds_mostly_empty": mostly_empty_rounds(run), "clients_unheard": len(run.unheard())}
     return result | {key: float(count) for key, count in counts.items() if count}
 
 
@@ -68,10 +68,10 @@ def _continual(run: Run) -> dict[str, float]:
     matrix = run.accuracy_matrix().to_numpy()
     result = summarise(matrix, run.baseline()) | {"accuracy/learning": learning_accuracy(matrix)}
     samples = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["name"] == "num_test_examples")]
-    sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy(dtype=np.float64)
+    sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy(dtype=np.float64, copy=True)
     untested = untested_tasks(run)
     if untested:
-        result["accuracy/untested_tasks"] = float(len(untested))
+        result["tasks_untested"] = float(len(untested))
         sizes[[task for task in untested if task < len(sizes)]] = 0.0  # that is why they were not tested
     if not np.isnan(sizes).any():
         result["accuracy/average_incremental_samples"] = average_incremental_accuracy(matrix, sizes)

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 import fedcl.results
+from fedcl.results.caveats import caveats
 from fedcl.results.recorder import Recorder
 from fedcl.results.run import accuracy_matrix
+from fedcl.results.summary import summary
 
 MakeRun = Callable[..., Path]
 
@@ -91,9 +93,35 @@ def test_by_client_is_the_mean_over_tasks_of_each_clients_latest_round(tmp_path:
             ("a", 0, 0, 0.1), ("a", 3, 0, 0.4), ("a", 3, 1, 0.6), ("b", 1, 0, 0.9),
         ]:  # fmt: skip
             where = {"client": client, "task": task, "virtual_time": 0.0}
-            recorder.row(round=server_round, phase="personal", name="accuracy", value=value, **where)
+            for phase in ("personal", "trained"):
+                recorder.row(round=server_round, phase=phase, name="accuracy", value=value, **where)
         recorder.row(round=9, phase="personal", name="accuracy", value=0.0, virtual_time=0.0)
-    assert fedcl.results.load(tmp_path).by_client() == pytest.approx({"a": 0.5, "b": 0.9})
+    run = fedcl.results.load(tmp_path)
+    assert run.by_client("trained") == pytest.approx({"a": 0.5, "b": 0.9})
+    # all clients are tested together: one that has left by then has no value, least of all its last one
+    assert run.by_client() == pytest.approx({"a": 0.5})
+
+
+def test_a_lost_evaluation_is_missing_and_no_earlier_one_stands_in(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        for server_round in (1, 3):
+            for client in "abc" if server_round == 1 else "ab":
+                for task in (0, 1)[: server_round // 2 + 1]:
+                    value = 0.1 * server_round + 0.05 * task
+                    where = {"client": client, "task": task, "after": server_round // 2, "virtual_time": 1.0}
+                    recorder.row(round=server_round, phase="personal", name="accuracy", value=value, **where)
+        lost = {"round": 3, "virtual_time": 4.0, "message": "evaluate", "reason": "gone"}
+        recorder.event("client_failed", client="b", **lost)  # of one task; of the other it was heard
+        recorder.event("reply_rejected", client="c", **lost)
+        recorder.event("client_failed", client="a", **(lost | {"message": "train"}))
+    run = fedcl.results.load(tmp_path)
+    assert run.by_client() == pytest.approx({"a": 0.325})
+    assert run.unheard() == {"b", "c"}
+    numbers = summary(tmp_path, 0, 0)
+    assert numbers["personal/accuracy_mean"] == pytest.approx(0.325)
+    assert numbers["clients_unheard"] == 2.0
+    assert numbers["personal/forgetting_mean"] == pytest.approx(0.1 - 0.3)
+    assert any("leaves out 2 clients whose last evaluation was lost: b, c" in text for text in caveats(run))
 
 
 def test_events_have_their_common_fields_first(make_run: MakeRun) -> None:
