@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("anchors", ROOT / "docs" / "anchors.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 anchors = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(anchors)
 
