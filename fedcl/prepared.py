@@ -39,6 +39,7 @@ from fedcl.wiring import (
     make_strategy,
     make_stream,
     participants,
+    probed_tasks,
     split_dataset,
 )
 
@@ -100,6 +101,7 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
     )
     arrivals = Arrivals(
         exchange,

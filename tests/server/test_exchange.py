@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from fedcl.client.plugin import Context, Payload, Plugin, State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, ClientStateStore
+from fedcl.fields import MODEL, TensorField
 from fedcl.messages import Reply, Request
 from fedcl.server.contracts import Collaboration, Query
 from fedcl.server.strategy import Outgoing, Pipeline
@@ -115,11 +116,14 @@ def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> 
         (lambda reply: replace(reply, model=None), "no model"),
         (lambda reply: replace(reply, num_examples=-3), "num_examples=-3"),
         (lambda reply: replace(reply, num_examples=10**12), "num_examples=1000000000000"),
-        (lambda reply: replace(reply, num_examples=float("nan")), "'num-examples' is nan"),
-        (lambda reply: replace(reply, num_examples=float("inf")), "'num-examples' is inf"),
-        (lambda reply: replace(reply, num_examples=2.5), "'num-examples' is 2.5"),
+        (lambda reply: replace(reply, num_examples=float("nan")), "num_examples=nan"),
+        (lambda reply: replace(reply, num_examples=float("inf")), "num_examples=inf"),
+        (lambda reply: replace(reply, num_examples=2.5), "num_examples=2.5"),
         (lambda reply: replace(reply, metrics={"loss": float("nan")}), "metric loss"),
+        (lambda reply: replace(reply, metrics={}), "metric loss is missing"),
+        (lambda reply: replace(reply, metrics=reply.metrics | {"surprise": 1.0}), "surprise"),
         (lambda reply: replace(reply, payload={"gift": torch.ones(2)}), "gift"),
+        (lambda reply: replace(reply, note="[]"), "a note came"),
     ],
 )
 def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change: Any, names: str) -> None:
@@ -170,10 +174,10 @@ GOOD = Array(np.zeros(31, np.float32)).data
     [
         (extra_key, "['flat', 'more']"),
         (other_key, "['weights']"),
-        (extra_record, "['secrets']"),
+        (extra_record, "unknown record 'secrets'"),
         (no_metrics, "no 'metrics' record"),
         (no_weight, "'num-examples'"),
-        (list_weight, "'num-examples'"),
+        (list_weight, "num_examples=[1, 2]"),
         (raw(b""), "unreadable 'flat'"),
         (raw(b"garbage"), "unreadable 'flat'"),
         (raw(GOOD[:-9]), "unreadable 'flat'"),
@@ -235,7 +239,7 @@ def test_a_client_without_samples_of_the_task_takes_no_part_and_keeps_its_state(
 
 
 class Sums(Collaboration):
-    payloads = (Payload("tally", "up", like_model=True),)
+    payloads = (Payload("tally", "up", MODEL),)
 
 
 def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
@@ -251,7 +255,7 @@ def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
     return Tally
 
 
-@pytest.mark.parametrize(("shape", "names"), [(None, "payload holds []"), ((1,), "(1,)"), ((31, 1), "(31, 1)")])
+@pytest.mark.parametrize(("shape", "names"), [(None, "payload tally is missing"), ((1,), "(1,)"), ((31, 1), "(31, 1)")])
 def test_a_declared_payload_must_come_and_fit(build: Any, shape: tuple[int, ...] | None, names: str) -> None:
     strategy = Pipeline(collaboration=Sums())
     strategy.setup(build().server.spec)
@@ -270,7 +274,9 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
 
     system = build(plugins={"answers": Answers})
     model = system.server.global_model
-    query = Query("mean", dict.fromkeys(("3", "2", "0", "1"), model), {"factor": torch.tensor(0.0)})
+    query = Query(
+        "mean", dict.fromkeys(("3", "2", "0", "1"), model), {"mean": TensorField(())}, {"factor": torch.tensor(0.0)}
+    )
     answers = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
     assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in answers] == [("0", 4, 0), ("1", 6, 0)]
     assert [e["client"] for e in system.events("client_failed")] == ["2"]
