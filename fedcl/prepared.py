@@ -42,6 +42,7 @@ from fedcl.wiring import (
     make_stream,
     make_unlearner,
     participants,
+    probed_tasks,
     split_dataset,
 )
 
@@ -95,6 +96,8 @@ def make_server(
     work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
+    if backend.listen is not None:
+        backend.listen(recorder.event)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -106,6 +109,7 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
     )
     arrivals = Arrivals(
         exchange,

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_HEAD = re.compile(r"(head|heads\.\d+)\.weight")
 _HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
 
 
@@ -125,6 +126,18 @@ class Spec:
             raise ValueError(f"vector has shape {tuple(vector.shape)}, the spec describes ({self.size},)")
         tensor = self._by_name[name]
         return vector[tensor.start : tensor.stop].view(tensor.shape)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the lengths that declarations of tensors name (:class:`fedcl.fields.TensorField`).
+
+        ``columns`` and ``features`` are those of heads with weights (columns, features), where the model has such.
+        """
+        sizes = {"model": self.size, "bitmask": -(-self.size // 8)}
+        sizes["parameters"] = max((tensor.stop for tensor in self if tensor.kind == "parameter"), default=0)
+        heads = [tensor.shape for tensor in self if _HEAD.fullmatch(tensor.name) and len(tensor.shape) == 2]
+        if heads:
+            sizes |= {"columns": sum(columns for columns, _ in heads), "features": heads[0][1]}
+        return sizes
 
     def tensor_at(self, index: int) -> TensorSpec:
         """Return the tensor that flat position ``index`` belongs to; IndexError outside [0, P)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Payload
+from fedcl.fields import Form
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.scenario.task import Stream
@@ -157,11 +158,13 @@ class Event:
 class Query:
     """A question to clients: the model each should answer it with, and tensors to go along.
 
-    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies.
+    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies. ``answer`` declares
+    every tensor of an answer, by name: one that is anything else is rejected before the part that asks sees it.
     """
 
     name: str
     models: dict[str, Tensor]
+    answer: Form
     request: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -16,6 +16,7 @@ from clients.fot import Sketch, SubspaceAnswer, layer_rows
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Context, TaskData
 from fedcl.linalg import project_out
+from fedcl.messages import Reply
 from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, Dropout, Network, Output, build_model
@@ -23,6 +24,7 @@ from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import GLOBAL, Answer, Event, LocalWork, Query, Update
+from fedcl.server.validation import Expected, rejection
 from fedcl.tree import equal, pack, unpack
 from strategies.projection.fot import FOT
 
@@ -131,6 +133,8 @@ def exchange(server: FOT, client: SubspaceAnswer, model: FlatModel, samples: dic
         model.load(weights)
         tensors = client.answer(context(model, samples[name]), query.name, request)
         answers.append(Answer(name, len(samples[name]), record_tensors(tensors_record(tensors, live=False))))
+        came = Reply(answers[-1].num_examples, payload=answers[-1].tensors)
+        assert rejection(came, Expected.of("query", model.spec, query.answer)) is None
     server.absorb(query, answers, view)
 
 
@@ -140,7 +144,7 @@ def diagonal(*values: float) -> Tensor:
 
 # -- numbers of the published code, by hand ---------------------------------------------------------------------------
 
-QUESTION = Query("subspace", {})
+QUESTION = Query("subspace", {}, {})
 A = diagonal(3.0, 2.0, 1.0, 0.5)  # energies 9, 4, 1, 1/4: shares .6316, .9123, ...
 R = diagonal(0.0, 0.0, 1.0, 0.5)
 
@@ -150,7 +154,7 @@ def prepared(rank: int, **options: Any) -> FOT:
     server.setup(linear_model().spec)
     if rank:
         basis = torch.eye(4, dtype=torch.float64)[:, :rank]
-        state = {"bases": {"head": basis}, "epsilon": 0.9, "answers_ignored": 0, "extensions": 1}
+        state = {"bases": {"head": basis}, "epsilon": 0.9, "extensions": 1}
         server.load_state_dict(state)
     return server
 
@@ -682,23 +686,6 @@ def test_a_range_finder_that_is_too_narrow_gives_all_it_has_and_says_so() -> Non
 def test_official_knows_no_range_finder() -> None:
     with pytest.raises(ValueError, match="method=range_finder: variant=official sends sketches"):
         FOT(variant="official", method="range_finder").setup(mlp_model().spec)
-
-
-def test_an_answer_of_another_shape_is_left_out_and_counted() -> None:
-    good = Answer("b", 3, {"head/gram": diagonal(9.0, 4.0, 1.0, 0.25)})
-    wrong = [
-        Answer("a", 3, {"head/gram": torch.eye(3)}),
-        Answer("c", 3, {}),
-        Answer("d", 3, {**good.tensors, "more": torch.ones(1)}),
-    ]
-    server = prepared(0)
-    server.absorb(QUESTION, [wrong[0], good, *wrong[1:]], View(linear_model()))
-    assert server.basis("head").shape[1] == 2
-    assert server.metrics()["answers_ignored"] == 3
-    silent = prepared(2, epsilon_increment=0.01)
-    silent.absorb(QUESTION, wrong, View(linear_model()))
-    assert silent.basis("head").shape[1] == 2
-    assert silent.epsilon == 0.9
 
 
 def test_state_survives_a_round_trip_through_a_checkpoint() -> None:
