@@ -186,8 +186,12 @@ def test_a_model_with_finite_weights_and_outputs_that_are_none_does_not_look_lik
     measurement.test(initial, 1, 5.0, stage, [0, 1])
     assert len(diary.events) == 1
     assert measurement.headline.startswith("accuracy 0.")
-    measurement.edited(["a", "b"])
-    assert measurement.headline.endswith(" before request a, b")
+    plain = measurement.headline
+    measurement.edited()
+    measurement.edited()
+    assert measurement.headline == f"{plain} before the last request"
+    measurement.test(initial, 1, 5.0, stage, [0, 1])
+    assert measurement.headline == f"{plain} after the last request"
 
 
 def test_a_target_is_the_mean_over_tasks_that_can_be_tested() -> None:

@@ -63,7 +63,7 @@ class Measurement:
 
     def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None, known: Known | None = None) -> None:
         self.record, self.stream, self.evaluator, self.known = record, stream, evaluator, known or Known()
-        self.headline = ""
+        self.headline = self._tested = self._since = ""
 
     def initial(self, model: Tensor, now: float) -> None:
         """Test the model on every task before it has learned anything: the baseline of forward transfer."""
@@ -86,7 +86,8 @@ class Measurement:
         tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(met)
         accuracy = self.evaluator.accuracy(model, tasks, after=met)
         seen = [value for task, value in accuracy.items() if task in met]
-        self.headline = f"accuracy {sum(seen) / len(seen):.3f}" if seen else "no test samples yet"
+        self._tested = f"accuracy {sum(seen) / len(seen):.3f}" if seen else "no test samples yet"
+        self.headline = self._tested + self._since
         if self.evaluator.undefined:
             self.record.event(
                 "test_undefined",
@@ -105,10 +106,11 @@ class Measurement:
                 virtual_time=now,
             )
 
-    def edited(self, requests: Sequence[str]) -> None:
-        """Say beside the last accuracy that it is from before ``requests`` were served."""
+    def edited(self) -> None:
+        """Say beside the last accuracy that it is from before a request, and beside the next that it is from after."""
         if self.headline:
-            self.headline += f" before request {', '.join(requests)}"
+            self.headline = f"{self._tested} before the last request"
+        self._since = " after the last request"
 
     def classes(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
         """Test the global model on each class: what a joint run is a reference for, task by task."""

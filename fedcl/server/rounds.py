@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +26,7 @@ from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
 from fedcl.server.folding import update_of
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Outgoing, exact_sum
-from fedcl.server.validation import change_norm
-
-OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
+from fedcl.server.validation import change_norm, outliers, payload_norms
 
 
 class RoundFailed(RunFailed):
@@ -169,8 +166,8 @@ class Rounds:
             return Arrived(flight, reply, None)
         task = flight.request.task
         if reply.folded is not None:
-            norm = reply.folded.norm
-            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, norm))
+            left = (reply.folded.norm, reply.folded.payload)
+            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, *left))
         update = _update(flight, reply, task, view.version)
         refused = self._refusal(flight, update, server_round, model_epoch)
         if refused is None:
@@ -192,15 +189,24 @@ class Rounds:
         return None
 
     def _note_outliers(self, arrived: Sequence[Arrived], server_round: int) -> None:
-        """Name updates far larger than the others; they count all the same (``max_update_norm`` rejects)."""
+        """Name updates, and uploads with them, far larger than the others; they count all the same.
+
+        ``max_update_norm`` rejects updates.
+        """
         counted = updates(arrived)
-        if len(counted) < 3:
-            return  # of two, neither is the odd one out
-        norms = [u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted]
-        median = statistics.median(norms)
-        for update, norm in zip(counted, norms, strict=True):
-            if norm > OUTLIER * median:
-                self._note("update_outlier", server_round, client=update.client, norm=norm, median=median)
+        found = {u.client: u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted}
+        median, far = outliers(found)
+        for client in far:
+            self._note("update_outlier", server_round, client=client, norm=found[client], median=median)
+        if not self.exchange.payloads:
+            return
+        each = {u.client: u.payload_norms if isinstance(u, Folded) else payload_norms(u.payload) for u in counted}
+        for name in {name: None for own in each.values() for name in own}:
+            found = {client: own[name] for client, own in each.items() if name in own}
+            median, far = outliers(found)
+            for client in far if median else ():
+                fields = {"payload": name, "norm": found[client], "median": median}
+                self._note("payload_outlier", server_round, client=client, **fields)
 
     def _note_empty(self, arrived: Sequence[Arrived], server_round: int) -> None:
         """Say that most of the clients hold nothing of their task: the round is one of the few others alone."""
@@ -223,7 +229,7 @@ def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
 def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
     """Return what most replies of a round failed for, and for how many of its ``clients``; ``reasons`` are by client.
 
-    A loss or weights that are no numbers are one reason, whichever tensor shows it first: training has diverged.
+    A loss or weights that are no sound numbers are one reason, whichever tensor shows it: training has diverged.
     """
     if not reasons:
         return f"none of {clients} clients failed"
@@ -233,7 +239,8 @@ def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
     kind, alike = max(kinds.items(), key=lambda item: len(item[1]))
     others = "" if len(kinds) == 1 else f", and {len(kinds) - 1} other reason(s)"
     if kind in ("loss", "weights"):
-        value = "infinite" if all(re.search(r"\binf\b", reason) for reason in alike) else "nan"
+        shown = " ".join(alike)
+        value = "nan" if re.search(r"\bnan\b", shown) else "infinite" if re.search(r"\binf\b", shown) else "too large"
         verb = "is" if kind == "loss" else "are"
         return f"the {kind} of {len(alike)} of {clients} clients {verb} {value}; lower client.optimizer.lr{others}"
     return f"{len(alike)} of {clients} clients: {alike[0]}{others}"
@@ -241,10 +248,10 @@ def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
 
 def _kind(reason: str) -> str:
     """Return the same for reasons that are alike: what is no number, or the words without their numbers."""
-    if re.search(r"\b(nan|inf)\b", reason):
-        found = re.search(r"\b(loss|tensor|model)\b", reason)
-        if found is not None:
-            return "loss" if found[1] == "loss" else "weights"
+    if reason.startswith("metric loss is "):
+        return "loss"
+    if re.match(r"(tensor \S+|model) holds ", reason):
+        return "weights"
     return re.sub(r"[-+.\d]+", "#", reason)
 
 
