@@ -55,6 +55,8 @@ def run(
     cfg, overrides = chosen(cfg, overrides, config_dirs, quiet)
     prepared, reference = check(cfg, overrides, config_dirs)
     if not quiet:
+        for note in prepared.notes:
+            print(f"data: {note}", file=sys.stderr)
         note_unstacked(cfg, prepared)
     run_dir = _create_run_dir(cfg)
     launch = {
