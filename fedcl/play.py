@@ -176,7 +176,10 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
     stream = prepared.stream
-    recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
+    report["tasks"] = [list(stream.train_task(k).classes) for k in range(stream.num_tasks)]
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
+    recorder.event("partition", **report)
     if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
