@@ -21,6 +21,7 @@ APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
     *CONFIG,
+    "fedcl.cautions",
     "fedcl.prepared",
     "fedcl.commands",
     "fedcl.sweep",
