@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedcl.building import plugin_directories
-from fedcl.config import compose, config_hash, to_yaml
+from fedcl.config import compose, config_hash, remarks, to_yaml
 from fedcl.data.dataset import Dataset
 from fedcl.inbox import Line, lines
 from fedcl.launches import Launched, Trust, launched
 from fedcl.locking import hold
+from fedcl.panel import marked
 from fedcl.play import play
 from fedcl.prepared import Prepared
 from fedcl.results import reading, schema, sums
@@ -53,6 +56,8 @@ def run(
     cfg, overrides = chosen(cfg, overrides, config_dirs, quiet)
     prepared, reference = check(cfg, overrides, config_dirs)
     if not quiet:
+        for text in _remarks(cfg, overrides, config_dirs):
+            print(f"fedcl: {text}", file=sys.stderr)
         note_unstacked(cfg, prepared)
     launch = {
         "overrides": list(overrides),
@@ -75,7 +80,8 @@ def check(
     """
     prepared = Prepared.of(cfg, dataset=dataset)
     check_trackers(make_trackers(cfg))
-    reference = reference_config(cfg, overrides, lambda given: compose(given, config_dirs))
+    marked(prepared.dataset, cfg["unlearning"]["trigger"])
+    reference = reference_config(cfg, overrides, functools.partial(_composed, config_dirs))
     if reference is not None:
         Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
     return prepared, reference
@@ -215,14 +221,34 @@ def _page(run: Run) -> Path:
 
 
 def reference_config(
-    cfg: Config, overrides: Sequence[str], composed: Callable[[Sequence[str]], Config]
+    cfg: Config, overrides: Sequence[str], composed: Callable[[Sequence[str], Sequence[str]], Config]
 ) -> Config | None:
     """Return the configuration of the run to compare with, or None where there is none or it is this run itself."""
     if cfg["compare_with"] is None:
         return None
-    reference = composed([*overrides, *shlex.split(cfg["compare_with"]), "compare_with=null"])
+    try:
+        reference = composed(overrides, _reference_changes(cfg))
+    except ValueError as error:
+        raise ConfigError(f"compare_with={cfg['compare_with']}: {error}") from error
     own = {"compare_with": None, "run_dir": None, "name": ""}
     return None if {**reference, **own} == {**cfg, **own} else reference
+
+
+def _composed(config_dirs: Sequence[Path], overrides: Sequence[str], changes: Sequence[str] = ()) -> Config:
+    return compose(overrides, config_dirs, changes)
+
+
+def _reference_changes(cfg: Config) -> list[str]:
+    return [*shlex.split(cfg["compare_with"]), "compare_with=null"]
+
+
+def _remarks(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
+    """Return what is to be said of a run's configuration, and of its reference's where that differs."""
+    said = remarks(overrides, config_dirs)
+    if reference_config(cfg, overrides, functools.partial(_composed, config_dirs)) is not None:
+        more = remarks(overrides, config_dirs, _reference_changes(cfg))
+        said += [f"reference: {text}" for text in more if text not in said]
+    return said
 
 
 @contextmanager

@@ -79,9 +79,9 @@ class Launched:
         """Folders with choices of the user's own, as they were named then."""
         return [Path(folder) for folder in self.launch["config_dirs"]]
 
-    def compose(self, overrides: Sequence[str]) -> Config:
+    def compose(self, overrides: Sequence[str], changes: Sequence[str] = ()) -> Config:
         """Compose a configuration from the folders that the run had; ConfigError also if it asks for foreign code."""
-        cfg = compose(overrides, self.config_dirs)
+        cfg = compose(overrides, self.config_dirs, changes)
         self.trust.refuse_foreign(cfg, self.run_dir, self.launch["plugin_paths"])
         return cfg
 

@@ -92,7 +92,9 @@ def play(
         after = _AfterRound(
             cfg, prepared, server, states, recorder, checkpoints, progress, interruption, target, trackers
         )
-        unlearning.certify = served = AfterServing(cfg, own or cfg, run_dir, server, recorder, after.save_alone)
+        unlearning.certify = served = AfterServing(
+            cfg, own or cfg, run_dir, server, unlearning, recorder, after.save_alone
+        )
         if saved is not None:
             checkpoints.prune()
             served.purge()
@@ -105,7 +107,7 @@ def play(
         for last in (False, True):
             if last and inbox is None:  # from here on nobody hands in what no round would find
                 door.enter_context(alone(run_dir, quiet=True))
-            while unlearning.begin(server, server.state.next_round, ends=True):
+            while server.process_requests(server.state.next_round, ends=True):
                 pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
