@@ -30,6 +30,7 @@ OUTER = (
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.forget",
+    "fedcl.launches",
     "fedcl.served",
     "fedcl.verify",
     "fedcl.protocol",
