@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedcl.deploy.layout import PORT, Fleet
+from fedcl.deploy.layout import CONTROL_PORT, PORT, Fleet
 
 _EXAMPLES = """\
 examples:
   fedcl deploy local -n 3 learner=er            server and three devices on this machine, with TLS and keys
   fedcl deploy init fleet --devices 3 --address 192.168.1.10
   fedcl deploy check fleet
-  fedcl deploy register fleet                   once the server is started
+  fedcl deploy register fleet                   whom the started server admits
   fedcl deploy run fleet data/partition=local rounds_per_task=5
   fedcl deploy resume fleet
 """
@@ -35,7 +35,8 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     init.add_argument("folder", type=Path, metavar="DIR")
     init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
     init.add_argument("--address", default="127.0.0.1", help="name or IP address by which devices reach the server")
-    init.add_argument("--port", type=int, default=PORT, help=f"the server's only port; {PORT}")
+    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
+    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
     init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
     init.add_argument(
         "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
@@ -46,7 +47,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check)
 
-    register = actions.add_parser("register", help="let the started server know the devices' keys, before they start")
+    register = actions.add_parser("register", help="say whose keys the started server admits")
     register.add_argument("folder", type=Path, metavar="DIR")
     register.set_defaults(command=_register)
 
@@ -81,6 +82,7 @@ def _init(args: argparse.Namespace) -> None:
         devices=args.devices,
         address=args.address,
         port=args.port,
+        control_port=args.control_port,
         insecure=args.insecure,
         own_certificates=args.own_certificates,
     )
@@ -100,13 +102,16 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _register(args: argparse.Namespace) -> None:
-    from fedcl.deploy.submit import refuse_unreachable, register
+    from fedcl.deploy.gate import read_keys
+    from fedcl.deploy.submit import refuse_unreachable
 
     fleet = _load(args.folder)
     refuse_unreachable(fleet)
-    if not fleet.insecure:
-        register(fleet)
-    print(f"{len(fleet.devices)} devices may join")
+    if fleet.insecure:
+        print("any device may join")
+        return
+    clients = sorted(read_keys(fleet.server / "keys").values())
+    print(f"{len(clients)} devices may join: {', '.join(clients)}")
 
 
 def _run(args: argparse.Namespace) -> None:

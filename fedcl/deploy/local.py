@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet
-from fedcl.deploy.processes import Processes, free_port
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.processes import Processes, free_ports
+from fedcl.deploy.submit import submit
 from fedcl.rules import ConfigError
 
 
@@ -48,7 +48,8 @@ def local(
 
 
 def _init(folder: Path, devices: int, insecure: bool, config_dirs: Sequence[Path]) -> Fleet:
-    fleet = init(folder, devices=devices, address="127.0.0.1", port=free_port(), insecure=insecure)
+    port, control_port = free_ports(2)
+    fleet = init(folder, devices=devices, address="127.0.0.1", port=port, control_port=control_port, insecure=insecure)
     folders = json.dumps([str(one.resolve()) for one in config_dirs])
     for name in fleet.devices:
         spec = fleet.device(name) / "client.yaml"
@@ -60,8 +61,6 @@ def _init(folder: Path, devices: int, insecure: bool, config_dirs: Sequence[Path
 def _run(fleet: Fleet, overrides: Sequence[str], config_dirs: Sequence[Path], *, quiet: bool) -> Path:
     with Processes(fleet) as processes:
         processes.start_server()
-        if not fleet.insecure:
-            register(fleet)
         for name in fleet.devices:
             processes.start_device(name)
         return submit(fleet, overrides, quiet=quiet, config_dirs=config_dirs)

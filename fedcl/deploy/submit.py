@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedcl.deploy.bundle import sign
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import environment, tail, unreachable
 from fedcl.files import write_atomic
@@ -85,8 +86,7 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool) -> Path:
 def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
     """Submit, follow to the end, and raise unless the run is done."""
     refuse_unreachable(fleet)
-    if not fleet.insecure:
-        register(fleet)
+    sign(fleet.server)
     write_launch(fleet, launch)
     texts = {**settings, "run": launch.run}
     lines = [f"{key} = {json.dumps(value)}" for key, value in texts.items()] + [f"attempt = {launch.attempt}"]
@@ -164,23 +164,6 @@ def flwr(fleet: Fleet, *arguments: str) -> str:
     if done.returncode:
         raise ConfigError(f"flwr {' '.join(arguments)}: {(done.stdout + done.stderr).strip()[-800:]}")
     return done.stdout
-
-
-def register(fleet: Fleet) -> None:
-    """Let the server know the devices' public keys; those it knows stay."""
-    marker = fleet.server / "registered.json"
-    known: list[str] = json.loads(marker.read_text()) if marker.is_file() else []
-    for key in sorted((fleet.server / "keys").glob("*.pub")):
-        text = key.read_text(encoding="utf-8").strip()
-        if text in known:
-            continue
-        try:
-            flwr(fleet, "supernode", "register", str(key), CONNECTION)
-        except ConfigError as error:
-            if "already" not in str(error).lower():
-                raise
-        known.append(text)
-        write_atomic(marker, json.dumps(known))
 
 
 def _stays_active(fleet: Fleet, number: str, *, quiet: bool) -> bool:

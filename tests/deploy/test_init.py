@@ -17,14 +17,15 @@ from cryptography.hazmat.primitives import serialization
 from fedcl.deploy.check import check
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
-from fedcl.deploy.processes import free_port
+from fedcl.deploy.processes import free_ports
 from fedcl.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path, **options: object) -> Fleet:
-    given = {"devices": 2, "address": "127.0.0.1", "port": free_port()} | options
+    port, control_port = free_ports(2)
+    given = {"devices": 2, "address": "127.0.0.1", "port": port, "control_port": control_port} | options
     return init(folder, **given)  # type: ignore[arg-type]
 
 
@@ -52,10 +53,15 @@ def test_every_way_to_start_runs_the_same_script(tmp_path: Path) -> None:
         assert service["command"] == ["/bin/sh", "/fleet/start.sh"]
         assert (fleet.folder / service["volumes"][0].split(":")[0] / "start.sh").is_file()
     unit = (fleet.device("0") / "fedcl-device.service").read_text()
-    assert "ExecStart=/bin/sh /opt/fedcl/device/start.sh" in unit
+    assert 'ExecStart=/bin/sh "/opt/fedcl/device/start.sh"' in unit
+    unit = (fleet.server / "fedcl-server.service").read_text()
+    assert f'ExecStart=/bin/sh "{fleet.server}/start.sh"' in unit
     for folder in (fleet.server, fleet.device("0"), fleet.device("1")):
         subprocess.run(["/bin/sh", "-n", str(folder / "start.sh")], check=True, timeout=20)
-    assert "--enable-supernode-auth" in (fleet.server / "start.sh").read_text()
+    assert "python -m fedcl.deploy.superlink --host 127.0.0.1 " in (fleet.server / "start.sh").read_text()
+    for name in fleet.devices:  # a device runs nothing that this fleet's server has not signed
+        script = (fleet.device(name) / "start.sh").read_text()
+        assert "--trusted-entities trusted.yaml --host 127.0.0.1 " in script
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:

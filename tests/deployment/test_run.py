@@ -15,7 +15,7 @@ import pytest
 from fedcl.deploy.certificates import new_device_key
 from fedcl.deploy.layout import Fleet, read_launches
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import CONNECTION, flwr, register, submit
+from fedcl.deploy.submit import CONNECTION, flwr, submit
 from fedcl.results import load
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
@@ -27,7 +27,6 @@ Up = Callable[[Fleet], Processes]
 
 def start(processes: Processes) -> None:
     processes.start_server()
-    register(processes.fleet)
     for name in processes.fleet.devices:
         processes.start_device(name)
 
@@ -55,7 +54,6 @@ def test_killed_devices_cost_their_replies_and_come_back_one_as_another_node(
         key = fleet.device("2") / "key"
         key.unlink()
         new_device_key(key, fleet.server / "keys" / "2.pub")
-        register(fleet)
         for name in ("1", "2"):
             processes.start_device(name)
 
