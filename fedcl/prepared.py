@@ -87,6 +87,8 @@ def make_server(
     work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
+    if backend.listen is not None:
+        backend.listen(recorder.event)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,10 +186,30 @@ def test_the_hello_round_trip() -> None:
     assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0"))) == ("device-3", 120, "1.0")
 
 
-@pytest.mark.parametrize("client", ["", "../x", "a b", "a/b", "*", "ä"])
-def test_a_hello_with_a_strange_name_is_refused(client: str) -> None:
-    with pytest.raises(ValueError, match="client id"):
-        read_hello(hello_reply(client, 1, "1.0"))
+def hello(client: Any = "3", code: Any = "1.0", samples: Any = 1, **more: Any) -> RecordDict:
+    visit, metrics = ConfigRecord({"client": client, "code": code}), MetricRecord({"num-examples": samples})
+    return RecordDict({VISIT: visit, METRICS: metrics, **more})
+
+
+MALFORMED_HELLOS = {
+    "empty": RecordDict(),
+    "no metrics": RecordDict({VISIT: ConfigRecord({"client": "3", "code": "1.0"})}),
+    "no code": RecordDict({VISIT: ConfigRecord({"client": "3"}), METRICS: MetricRecord({"num-examples": 1})}),
+    "records of other types": RecordDict({VISIT: MetricRecord({"client": 3}), METRICS: ConfigRecord({"a": "b"})}),
+    "another record": hello(more=ConfigRecord()),
+    "arrays": hello(arrays=vector_record(MODEL, live=False)),
+    **{f"id {client!r}": hello(client) for client in ("", "../../x", ".", "-a", "a b", "a/b", "*", "ä", "x" * 129)},
+    **{f"id {client!r}": hello(client) for client in (3, True, b"3", ["3"], "a\n", "\ud800", 0.5)},
+    **{f"code {code!r}": hello(code=code) for code in (1, "", "x" * 65, "1.0\n", ["1.0"])},
+    **{f"samples {number!r}": hello(samples=number) for number in (-1, 1.0, float("nan"), 10**12, [1])},
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED_HELLOS.values(), ids=MALFORMED_HELLOS)
+def test_a_malformed_hello_is_a_value_error_of_one_line(content: RecordDict) -> None:
+    with pytest.raises(ValueError, match=r"\A.{1,250}\Z") as caught:
+        read_hello(content)
+    assert str(caught.value).isprintable()
 
 
 def test_payload_travels_as_a_record_of_its_own() -> None:

@@ -8,21 +8,20 @@ A *cohort message* addresses several clients that train from one model.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedcl.fields import CLIENT_ID, CODE, shown, whole
 from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
 ARRAYS, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
 NOTE, BLOCKS = "note", "blocks"
-CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 Kind = Literal["train", "evaluate", "query", "task_end", "unlearn", "forget", "hello"]
 CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end", "forget")  # a client has at most one of these under way
@@ -244,12 +243,30 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     Raises
     ------
     ValueError
-        If the reply is not one, or its client id has other characters than letters, digits, ``.``, ``_`` and ``-``.
+        If the reply is not one, or one of its fields is not as declared, naming it.
     """
+    check_records(content, {VISIT: ConfigRecord, METRICS: MetricRecord})
     visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
-    if visit is None or metrics is None:
+    if visit is None or set(visit) != {"client", "code"} or metrics is None or set(metrics) != {NUM_EXAMPLES}:
         raise ValueError("the reply is not an answer to fedcl's hello")
-    client = str(visit["client"])
-    if not CLIENT_ID.fullmatch(client):
-        raise ValueError(f"client id {client!r}: may hold letters, digits, '.', '_' and '-' only")
-    return client, int(cast(int, metrics[NUM_EXAMPLES])), str(visit["code"])
+    client, code = visit["client"], visit["code"]
+    if not isinstance(client, str) or not CLIENT_ID.fullmatch(client):
+        raise ValueError(f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+    if not isinstance(code, str) or not CODE.fullmatch(code):
+        raise ValueError(f"version {shown(code)}: is none of fedcl's")
+    return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code
+
+
+def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
+    """Refuse records that have no business in a message, or are of another type than ``allowed``.
+
+    Raises
+    ------
+    ValueError
+        Naming the first of them.
+    """
+    for name, record in content.items():
+        if name not in allowed:
+            raise ValueError(f"the reply holds the unknown record {shown(name)}")
+        if not isinstance(record, allowed[name]):
+            raise ValueError(f"the reply's '{name}' is {type(record).__name__}: must be {allowed[name].__name__}")
