@@ -24,19 +24,21 @@ KEY, TRUSTED = "bundle.key", "trusted.yaml"
 _SIGNED, _SIGNER = "bundle.json", "fedcl-deploy"
 
 
-def sign(server: Path) -> None:
-    """Sign what Flower will pack of ``server/app``.
+def sign(server: Path) -> bytes:
+    """Sign what Flower will pack of ``server/app``, and return the package.
 
     Raises
     ------
     ConfigError
         If the key is missing or is none.
     """
-    digest = hashlib.sha256(build_fab_from_disk(server / "app")).digest()
+    packed = build_fab_from_disk(server / "app")
+    digest = hashlib.sha256(packed).digest()
     now = int(time.time())
     signature = _key(server / KEY).sign(create_message_to_sign(digest, now))
     note = {"signature": base64.urlsafe_b64encode(signature).decode(), "signed_at": now}
     write_atomic(server / _SIGNED, json.dumps({digest.hex(): note}) + "\n")
+    return packed
 
 
 def _key(file: Path) -> ed25519.Ed25519PrivateKey:

@@ -100,7 +100,7 @@ def init(
         raise ConfigError(f"{folder}: must be new or empty")
     names = tuple(str(i) for i in range(devices))
     fleet = Fleet(folder.resolve(), address, port, control_port, names, insecure)
-    for path in (fleet.server / "keys", fleet.server / "app", fleet.server / "flwr", *map(fleet.device, fleet.devices)):
+    for path in (fleet.server / "keys", fleet.server / "flwr", *map(fleet.device, fleet.devices)):
         path.mkdir(parents=True)
     if not insecure:
         _write_certificates(fleet, own=own_certificates)
@@ -153,13 +153,19 @@ def _script(path: Path, command: str) -> None:
 
 def _write_server(fleet: Fleet) -> None:
     _script(fleet.server / "start.sh", shlex.join(server_command(fleet)))
-    (fleet.server / "app" / "pyproject.toml").write_text(_APP)
-    (fleet.server / "app" / "README.md").write_text("Names the apps of an installed fedcl.\n")
+    write_app(fleet.server / "app")
     lines = ["[superlink]", 'default = "fleet"', "", "[superlink.fleet]", f'address = "{fleet.control}"']
     (fleet.server / "flwr" / "config.toml").write_text("\n".join([*lines, "insecure = true", ""]))  # on loopback
     here, folder = (str(one).replace("%", "%%") for one in (Path(sys.executable).parent, fleet.server))
     unit = _UNIT.format(what="fedcl server (Flower SuperLink)", folder=folder, bin=here)
     (fleet.server / "fedcl-server.service").write_text(unit)
+
+
+def write_app(folder: Path) -> None:
+    """Write the app that Flower packs and sends to devices: two small files that name fedcl's own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pyproject.toml").write_text(_APP)
+    (folder / "README.md").write_text("Names the apps of an installed fedcl.\n")
 
 
 def _write_device(fleet: Fleet, name: str, port: int) -> None:

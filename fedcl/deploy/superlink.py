@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import ssl
 import sys
@@ -33,11 +32,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fedcl.deploy.bundle import signatures
 from fedcl.deploy.gate import DeviceKeys, Gate, PatientProtocol
-from fedcl.files import write_atomic
+from fedcl.nodes import SERVER_FOLDER, bind_node, open_nodes
 
 LOOPBACK = "127.0.0.1"
-SERVER_FOLDER = "FEDCL_SERVER"  # names the folder to the run's own process
-NODES = "nodes.json"  # Flower's number of each device -> the client whose key it has
 _JOINING = threading.Lock()
 _NO_SELF_SERVICE = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
 
@@ -64,10 +61,7 @@ class FleetState:
             node: int | None = self._state.get_node_id_by_public_key(public_key)
             if node is None:
                 node = self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0)
-            known = read_nodes(self._folder)
-            if known.get(node) != client:
-                known[node] = client
-                write_atomic(self._folder / NODES, json.dumps({str(one): whose for one, whose in known.items()}))
+            bind_node(self._folder, node, client)
         return node
 
     def store_message_and_object_tree(self, message: Message, *rest: Any) -> Any:
@@ -80,13 +74,6 @@ class FleetState:
         """Return a bundle, with the signature that ``fedcl deploy`` has given it."""
         fab = self._state.get_fab(fab_hash)
         return None if fab is None else Fab(fab.hash_str, fab.content, signatures(self._folder, fab_hash))
-
-
-def read_nodes(folder: Path) -> dict[int, str]:
-    """Return the client of each node that has joined a server: by its key, whatever the device says of itself."""
-    file = folder / NODES
-    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {int(node): client for node, client in found.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for legacy in ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API"):
         os.environ.pop(legacy, None)  # would open further ports
     keys = None if args.insecure else DeviceKeys(folder / "keys")
+    open_nodes(folder, bound=keys is not None)
     app = _application(args.control_port, keys, folder)
     paths = [route.path for route in fleet_routes.routes if hasattr(route, "path")]
     gate = Gate(app, paths if keys is None else [path for path in paths if path not in _NO_SELF_SERVICE], keys)

@@ -17,6 +17,7 @@ from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Partition
+from fedcl.nodes import owners
 from fedcl.rules import ConfigError
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
@@ -133,6 +134,7 @@ def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool,
         code=__version__,
         timeout=backend["client_timeout"],
         max_bytes=backend["max_message_mb"] << 20,
+        owner=owners(),
     )
     wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
     fleet.join(at_least=wanted, seconds=backend["join_seconds"], left=left)

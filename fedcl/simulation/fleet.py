@@ -44,6 +44,9 @@ class FleetGrid(Grid):
         Seconds after which a message counts as lost, however alive its device; None: Flower's time to live, 12 hours.
     max_bytes
         A reply with more bytes is refused.
+    owner
+        Returns the client whose key a node has, or None; whoever says that it is another one is turned away. None:
+        nodes are believed.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class FleetGrid(Grid):
         code: str = "",
         timeout: float | None = None,
         max_bytes: int = 1 << 29,
+        owner: Callable[[int], str | None] | None = None,
     ) -> None:
         self._grid, self._note, self._code = grid, note, code
-        self._timeout, self._max_bytes = timeout, max_bytes
+        self._timeout, self._max_bytes, self._owner = timeout, max_bytes, owner
         ordered = sorted(clients, key=client_order)
         self.nodes: Mapping[str, int] = {client: FIRST_SEAT + place for place, client in enumerate(ordered)}
         self.samples: dict[str, int] = {}
@@ -137,12 +141,17 @@ class FleetGrid(Grid):
             except ValueError as error:  # a node that does not say who it is, in words of fedcl's, is nobody to us
                 self._event("hello_rejected", node=str(node), reason=clean(str(error)))
                 return
+            if not self._is_of(node, client):
+                whose = self._owner(node) if self._owner is not None else None
+                key = "a key that is nobody's" if whose is None else f"the key of client {whose}"
+                self._event("hello_rejected", node=str(node), reason=f"calls itself client {client}, and has {key}")
+                return
             seat = self.nodes.get(client)
             if seat is None:
                 self._others.add(client)
             elif code != self._code:
                 why = f"client {client} has fedcl {code}, the server {self._code}"
-            elif self._node_at.get(seat, node) != node and self._node_at[seat] in alive:
+            elif (taken := self._node_at.get(seat, node)) != node and taken in alive and self._is_of(taken, client):
                 why = f"two nodes call themselves client {client!r}"
             else:
                 self._node_at[seat] = node
@@ -151,6 +160,9 @@ class FleetGrid(Grid):
             raise ConfigError(why)
         if why is not None:
             self._greeted.discard(node)  # asked again when something is sent next
+
+    def _is_of(self, node: int, client: str) -> bool:
+        return self._owner is None or self._owner(node) == client
 
     # -- Flower's Grid ------------------------------------------------------------------------------------------------
 

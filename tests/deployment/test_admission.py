@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import datetime
 import json
 import re
 import shutil
@@ -12,9 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node
 
 from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate
 from fedcl.deploy.check import check
@@ -40,6 +47,23 @@ def wait_for_text(file: Path, text: str, seconds: float = 120) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"{text!r} never came in {file}:\n{file.read_text(errors='replace')[-2000:]}")
         time.sleep(0.3)
+
+
+def signed(fleet: Fleet, key: Path, route: str, request: Any, host: str = "x") -> int:
+    """Return the status with which the door answers a request that is signed with a device's key."""
+    private = serialization.load_ssh_private_key(key.read_bytes(), password=None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public = private.public_key().public_bytes(serialization.Encoding.PEM, form)
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    signature = private.sign(now.encode(), ec.ECDSA(hashes.SHA256()))
+    body = request.SerializeToString()
+    headers = {"host": host, "content-type": "application/protobuf", "content-length": str(len(body))}
+    headers |= {"flwr-public-key": base64.b64encode(public).decode(), "flwr-timestamp": now, "connection": "close"}
+    headers |= {"flwr-signature": base64.b64encode(signature).decode()}
+    head = [f"POST /v1/fleet/{route} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    (status,) = asked(fleet, head, body)
+    return status
 
 
 def nodes_of(fleet: Fleet) -> set[str]:
@@ -248,13 +272,19 @@ def test_the_door_opens_for_no_other_spelling(standing: tuple[Fleet, Processes])
         assert asked(fleet, [f"POST /v1/fleet/{route} HTTP/1.1", *headers]) == [status], headers
     second = "POST /v1/control/list-runs HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
     assert asked(fleet, ["POST /v1/fleet/get-run HTTP/1.1", *PLAIN], second.encode()) == [401]
+    node = Node(node_id=next(int(one) for one in nodes_of(fleet)))
+    pull, own = PullMessagesRequest(node=node), fleet.device("0") / "key"
+    assert signed(fleet, own, "pull-messages", pull) == 200
+    assert signed(fleet, fleet.device("1") / "key", "pull-messages", pull) == 503  # on nobody's list
+    assert signed(fleet, own, "pull-messages", PullMessagesRequest(node=Node(node_id=1 + node.node_id))) == 401
+    assert signed(fleet, own, "pull-messages", pull, host="x/v1/runtime/pull-object?") == 200  # no host misleads it
     rows = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
     listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{fleet.control_port:04X}")]
     assert listening == [f"0100007F:{fleet.control_port:04X}"]  # what answers everything does so on loopback alone
 
 
 def test_who_is_on_the_servers_machine_runs_nothing_on_a_device(
-    standing: tuple[Fleet, Processes], foreign: tuple[Path, Path], samples: Path
+    standing: tuple[Fleet, Processes], foreign: tuple[Path, Path]
 ) -> None:
     fleet, processes = standing
     app, marks = foreign
@@ -266,7 +296,7 @@ def test_who_is_on_the_servers_machine_runs_nothing_on_a_device(
     assert "could not be verified" in processes.log("device-0").read_text(errors="replace")
     assert not [path for path in (fleet.device("0") / "flwr").rglob("*") if "foreign" in path.name]
     folder = fleet.folder / "runs" / "own"  # the same device, through the same door, for its own server
-    few = ["data=npz", f"data.root={samples}", "num_clients=1", "scenario.num_tasks=1", "rounds_per_task=1"]
+    few = ["num_clients=1", "scenario.num_tasks=1", "rounds_per_task=1"]
     submit(fleet, [*few, "learner=er", "strategy/projection=none", "figures=false", f"run_dir={folder}"], quiet=True)
     assert load(folder).status == "done"
 
