@@ -16,9 +16,10 @@ from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
-from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.loop import Server
 from fedcl.server.measurement import Known
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
 from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
