@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from fedcl.building import plugin_directories
-from fedcl.config import compose, config_hash, diff, to_yaml
+from fedcl.config import compose, config_hash, diff, remarks, to_yaml
 from fedcl.data.dataset import Dataset
 from fedcl.inbox import Line, lines
+from fedcl.panel import marked
 from fedcl.play import play
 from fedcl.prepared import Prepared
 from fedcl.results import schema
@@ -55,6 +56,8 @@ def run(
     cfg, overrides = chosen(cfg, overrides, config_dirs, quiet)
     prepared, reference = check(cfg, overrides, config_dirs)
     if not quiet:
+        for text in _remarks(cfg, overrides, config_dirs):
+            print(f"fedcl: {text}", file=sys.stderr)
         note_unstacked(cfg, prepared)
     run_dir = _create_run_dir(cfg)
     launch = {
@@ -77,6 +80,7 @@ def check(
     """
     prepared = Prepared.of(cfg, dataset=dataset)
     check_trackers(make_trackers(cfg))
+    marked(prepared.dataset, cfg["unlearning"]["trigger"])
     reference = _reference_config(cfg, overrides, config_dirs)
     if reference is not None:
         Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
@@ -219,10 +223,25 @@ def _reference_config(cfg: Config, overrides: Sequence[str], config_dirs: Sequen
     """Return the configuration of the run to compare with, or None where there is none or it is this run itself."""
     if cfg["compare_with"] is None:
         return None
-    changed = [*overrides, *shlex.split(cfg["compare_with"]), "compare_with=null"]
-    reference = compose(changed, config_dirs)
+    try:
+        reference = compose(overrides, config_dirs, _reference_changes(cfg))
+    except ValueError as error:
+        raise ConfigError(f"compare_with={cfg['compare_with']}: {error}") from error
     own = {"compare_with": None, "run_dir": None, "name": ""}
     return None if {**reference, **own} == {**cfg, **own} else reference
+
+
+def _reference_changes(cfg: Config) -> list[str]:
+    return [*shlex.split(cfg["compare_with"]), "compare_with=null"]
+
+
+def _remarks(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
+    """Return what is to be said of a run's configuration, and of its reference's where that differs."""
+    said = remarks(overrides, config_dirs)
+    if _reference_config(cfg, overrides, config_dirs) is not None:
+        more = remarks(overrides, config_dirs, _reference_changes(cfg))
+        said += [f"reference: {text}" for text in more if text not in said]
+    return said
 
 
 def _create_run_dir(cfg: Config) -> Path:

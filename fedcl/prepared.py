@@ -25,6 +25,7 @@ from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
     bind,
+    check_model,
     check_unlearner,
     client_ids,
     device_of,
@@ -39,6 +40,7 @@ from fedcl.wiring import (
     make_steps,
     make_strategy,
     make_stream,
+    make_unlearner,
     participants,
     split_dataset,
 )
@@ -65,11 +67,16 @@ class Prepared:
         schedule = make_schedule(cfg, stream)
         partition = split_dataset(cfg, dataset)
         model = make_model(cfg, dataset, stream, torch.device("cpu"))
+        check_model(cfg, dataset, stream, model)
         learner_factories(cfg)
-        make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        work = local_work(cfg, model, stream, schedule, dataset.input_shape)
+        bind(strategy, work)
         make_queue(cfg, stream, schedule, dataset)
+        make_devices(cfg)
         if cfg["unlearning"]["requests"]:
             check_unlearner(cfg, model)
+            bind(make_unlearner(cfg), work)
         return cls(dataset, partition, stream, schedule, clients)
 
 

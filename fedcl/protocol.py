@@ -19,6 +19,7 @@ import yaml
 
 from fedcl import experiment
 from fedcl.config import compose, to_yaml
+from fedcl.overrides import as_text
 from fedcl.results import schema
 from fedcl.results.environment import create_run_dir
 from fedcl.results.intervals import half_width
@@ -43,7 +44,7 @@ class Launch:
     def play(self, folder: Path, extra: Sequence[str]) -> dict[str, float]:
         """Return the summary of a run in ``folder``: played, gone on with, or read where it is done."""
         if not (folder / schema.SUMMARY).is_file():
-            settings = [*self.overrides, *extra, f"run_dir={json.dumps(str(folder))}"]
+            settings = [*self.overrides, *extra, as_text("run_dir", folder)]
             if (folder / schema.CONFIG).is_file():
                 experiment.resume(folder, False, True)
             else:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedcl.building import build, builder
+from fedcl.building import TARGET_KEY, build, builder, call, is_own
 from fedcl.client.engines import STEP_HOOKS
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
@@ -23,6 +23,7 @@ from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.client.unlearner import Unlearner
 from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Indices, Partition
+from fedcl.models.check import check_network
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
@@ -68,7 +69,7 @@ def client_ids(cfg: Config) -> tuple[str, ...]:
 
 def load_dataset(cfg: Config) -> Dataset:
     """Load the data source."""
-    dataset: Dataset = _checked(_component(cfg, "data", "source"))
+    dataset: Dataset = _checked(lambda: call(_component(cfg, "data", "source"), at="data.source"))
     return dataset
 
 
@@ -83,6 +84,7 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
     partitioner = _component(cfg, "data", "partition")
     partition: Partition = _checked(
         functools.partial(
+            call,
             partitioner,
             dataset.train.y,
             dataset.test.y,
@@ -91,6 +93,7 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
             rng=numpy_generator(cfg["seed"], "partition"),
             train_meta=dataset.train.meta,
             test_meta=dataset.test.meta,
+            at="data.partition",
         )
     )
     gone = _excluded(cfg, dataset)
@@ -174,7 +177,17 @@ def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.devi
         input_shape=dataset.input_shape,
         heads=stream.heads,
     )
-    return FlatModel(build_model(factory, seed=key(cfg["seed"], "model")), device=device)
+    module = build_model(factory, seed=key(cfg["seed"], "model"))
+    if not isinstance(module, torch.nn.Module):
+        raise ConfigError(f"model.{TARGET_KEY}={cfg['model'][TARGET_KEY]}: must be a torch.nn.Module")
+    model: FlatModel = _checked(functools.partial(FlatModel, module, device=device))
+    return model
+
+
+def check_model(cfg: Config, dataset: Dataset, stream: Stream, model: FlatModel) -> None:
+    """Refuse a network of a user's own that would break what every run promises: equal bits, and nothing lost."""
+    if is_own(cfg["model"]):
+        _checked(lambda: check_network(model, dataset.input_shape, sum(stream.heads)))
 
 
 def learner_factories(cfg: Config) -> PluginFactories:

@@ -15,7 +15,8 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 CORE = ("fedcl.data", "fedcl.scenario", "fedcl.models", "fedcl.evaluation")
 CONTRACTS = ("fedcl.server", "fedcl.client", "fedcl.results", "fedcl.messages")
 METHODS = ("strategies", "clients")
-CONFIG = ("fedcl.config", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
+CONFIG = (
+    "fedcl.config", "fedcl.layers", "fedcl.overrides", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (

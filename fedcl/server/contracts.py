@@ -210,9 +210,7 @@ class LocalWork:
 
 
 class Part:
-    """What all four kinds share: state that survives, growth of the model, forgetting, and compatibility."""
-
-    refuses: ClassVar[tuple[str, ...]] = ()  # dotted class names this part cannot work with, checked before a run
+    """What all four kinds share: state that survives, growth of the model, and forgetting."""
 
     def setup(self, spec: Spec) -> None:
         """Learn the layout of model vectors; called once, before anything else.

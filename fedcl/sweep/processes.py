@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fedcl.overrides import as_text
 from fedcl.results import schema
 from fedcl.rules import ConfigError
 from fedcl.sweep.index import Entry, Index
@@ -98,7 +98,7 @@ class Jobs:
         if (run_dir / schema.CONFIG).is_file():
             return ["resume", "--quiet", str(run_dir)]
         configs = [word for folder in self.index.config_dirs for word in ("--config-dir", folder)]
-        return ["run", "--quiet", *configs, *entry.overrides, f"run_dir={json.dumps(str(run_dir))}"]
+        return ["run", "--quiet", *configs, *entry.overrides, as_text("run_dir", run_dir)]
 
     def _gather(self) -> None:
         for process in [process for process in self._running if process.poll() is not None]:
