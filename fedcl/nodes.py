@@ -1,15 +1,19 @@
-"""What the server's folder says of the devices that have joined: whose client each of Flower's nodes is, by its key."""
+"""What the server's folder says: whose client each of Flower's nodes is, by its key, and what each run is to do."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedcl.files import write_atomic
+from fedcl.rules import ConfigError
 
 SERVER_FOLDER = "FEDCL_SERVER"  # an environment variable: by it the server names its folder to a run's own process
+_ORDERS = "orders"
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _NODES = "nodes.json"  # Flower's number of a node -> client; not there in a fleet without authentication
 
 
@@ -35,6 +39,27 @@ def owners() -> Callable[[int], str | None] | None:
     if SERVER_FOLDER not in os.environ or not (folder / _NODES).is_file():
         return None
     return lambda node: _read(folder).get(node)
+
+
+def write_order(folder: Path, run: str, settings: Mapping[str, str]) -> None:
+    """Write down in a server's folder what a run is to do: its overrides, and folders that only the server knows."""
+    (folder / _ORDERS).mkdir(exist_ok=True)
+    write_atomic(folder / _ORDERS / f"{run}.json", json.dumps(dict(settings)))
+
+
+def read_order(folder: Path, run: str) -> dict[str, str]:
+    """Return what was written down of a run.
+
+    Raises
+    ------
+    ConfigError
+        If nothing was.
+    """
+    file = folder / _ORDERS / f"{run}.json"
+    if not _RUN.fullmatch(run) or not file.is_file():
+        raise ConfigError(f"run={run!r}: this server was not told of such a run; start one with: fedcl deploy run")
+    order: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return order
 
 
 def _read(folder: Path) -> dict[int, str]:

@@ -34,10 +34,8 @@ clientapp = "fedcl.client_app:app"
 
 [tool.flwr.app.config]
 overrides = ""
-config_dirs = ""
 run = ""
 attempt = 0
-resume = ""
 """
 _CLIENT = """\
 # What this device is and has. The server never names a path on it.

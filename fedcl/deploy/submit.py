@@ -18,6 +18,7 @@ from fedcl.deploy.bundle import sign
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import environment, tail, unreachable
 from fedcl.files import write_atomic
+from fedcl.nodes import write_order
 from fedcl.rules import ConfigError
 
 CONNECTION = "fleet"  # the name of the server in server/flwr/config.toml
@@ -79,16 +80,24 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool) -> Path:
     saved = (folder / "overrides.yaml").read_text(encoding="utf-8")
     given = [json.loads(line[2:]) for line in saved.splitlines() if line.startswith("- ")]
     again = replace(launch, attempt=launch.attempt + 1)
-    _play(fleet, again, {"overrides": shlex.join(given), "resume": str(folder)}, quiet=quiet)
+    known = json.loads((folder / "env.json").read_text(encoding="utf-8"))["launch"]["config_dirs"]
+    settings = {"overrides": shlex.join(given), "config_dirs": shlex.join(known), "resume": str(folder)}
+    _play(fleet, again, settings, quiet=quiet)
     return folder
 
 
 def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
     """Submit, follow to the end, and raise unless the run is done."""
+    from fedcl.client.device import sent_to_devices
+    from fedcl.config import path_keys
+
     refuse_unreachable(fleet)
     sign(fleet.server)
     write_launch(fleet, launch)
-    texts = {**settings, "run": launch.run}
+    write_order(fleet.server, launch.run, settings)
+    given, folders = shlex.split(settings["overrides"]), shlex.split(settings.get("config_dirs", ""))
+    sent = shlex.join(sent_to_devices(given, path_keys(given, [Path(folder) for folder in folders])))
+    texts = {"overrides": sent, "run": launch.run}  # what Flower takes to every device
     lines = [f"{key} = {json.dumps(value)}" for key, value in texts.items()] + [f"attempt = {launch.attempt}"]
     run_config = fleet.server / "run.toml"
     write_atomic(run_config, "\n".join([*lines, ""]))
