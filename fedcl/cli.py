@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"fedcl: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("fedcl: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["fedcl: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED

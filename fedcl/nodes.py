@@ -13,6 +13,7 @@ from fedcl.rules import ConfigError
 
 SERVER_FOLDER = "FEDCL_SERVER"  # an environment variable: by it the server names its folder to a run's own process
 _ORDERS = "orders"
+_REFUSED = "refused.json"
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _NODES = "nodes.json"  # Flower's number of a node -> client; not there in a fleet without authentication
 
@@ -39,6 +40,28 @@ def owners() -> Callable[[int], str | None] | None:
     if SERVER_FOLDER not in os.environ or not (folder / _NODES).is_file():
         return None
     return lambda node: _read(folder).get(node)
+
+
+def note_refusal(folder: Path, client: str, why: str) -> None:
+    """Note in a server's folder why a request of a client's device was refused; the newest of each client is kept."""
+    file = folder / _REFUSED
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if known.get(client) != why:
+        write_atomic(file, json.dumps({**known, client: why}))
+
+
+def forget_refusals(folder: Path) -> None:
+    """Begin anew: what was refused in an earlier run says nothing of this one."""
+    (folder / _REFUSED).unlink(missing_ok=True)
+
+
+def refusals() -> dict[str, str]:
+    """Return why requests of clients' devices were refused since the run began."""
+    file = Path(os.environ.get(SERVER_FOLDER, "")) / _REFUSED
+    if SERVER_FOLDER not in os.environ or not file.is_file():
+        return {}
+    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def write_order(folder: Path, run: str, settings: Mapping[str, str]) -> None:

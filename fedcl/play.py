@@ -70,7 +70,8 @@ def play(
         offsets = saved[0]["offsets"] if saved is not None else dict.fromkeys(schema.TABLES, 0)
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from flwr.app import Context
@@ -34,13 +35,17 @@ def main(grid: Grid, context: Context) -> None:
     from fedcl.config import compose
 
     run = str(context.run_config.get("run", ""))
+    print("fleet: the run's process has started", file=sys.stderr, flush=True)
     told = context.run_config if SERVER_FOLDER not in os.environ else read_order(Path(os.environ[SERVER_FOLDER]), run)
     interrupted = str(told.get("resume", ""))
-    if interrupted:
-        experiment.resume(Path(interrupted), force=False, quiet=False, grid=grid)
-        return
     given = shlex.split(str(told.get("overrides", "")))
     folders = [Path(folder) for folder in shlex.split(str(told.get("config_dirs", "")))]
     add_plugin_paths(folders)
     overrides = [*given, "backend=flower", "compare_with=null", *_EVERY_ROUND]
-    experiment.run(compose(overrides, folders), overrides, folders, quiet=False, grid=grid)
+    try:
+        if interrupted:
+            experiment.resume(Path(interrupted), force=False, quiet=False, grid=grid)
+        else:
+            experiment.run(compose(overrides, folders), overrides, folders, quiet=False, grid=grid)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise RuntimeError("interrupted") from stop  # Flower's runner lets go of its threads for an Exception alone

@@ -25,6 +25,7 @@ MAX_BODY = 256 << 20  # bytes of one request; Flower sends a model's arrays in p
 HEAD_SECONDS = 20.0  # a connection that has said nothing complete by then is closed
 _KEPT_HEADERS = (b"content-type", b"content-length", b"user-agent")
 _PUBLIC_KEY, _SIGNATURE, _TIMESTAMP = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
+_WHY = {401: "the time that its device signed is not now: is its clock right, or a machine overloaded?"}
 _log = logging.getLogger("uvicorn.error")  # the one that Flower's SuperLink shows
 
 Scope = MutableMapping[str, Any]
@@ -76,10 +77,18 @@ class Gate:
         The routes that may be asked for, each exactly as written.
     keys
         Whose requests are let through; None: anybody's (a fleet without authentication).
+    refused
+        Takes a client whose reply Flower has not taken, and why: nobody else would say so on this machine.
     """
 
-    def __init__(self, app: Application, paths: Collection[str], keys: DeviceKeys | None) -> None:
-        self._app, self._paths, self._keys = app, frozenset(paths), keys
+    def __init__(
+        self,
+        app: Application,
+        paths: Collection[str],
+        keys: DeviceKeys | None,
+        refused: Callable[[str, str], None] = lambda client, why: None,
+    ) -> None:
+        self._app, self._paths, self._keys, self._refused = app, frozenset(paths), keys, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -90,7 +99,23 @@ class Gate:
         if status:
             await _refuse(send, status, why)
             return
-        await self._app(_cleaned(scope), receive, send)
+        await self._app(_cleaned(scope), receive, self._watching(scope, send))
+
+    def _watching(self, scope: Scope, send: Send) -> Send:
+        """Return ``send``, with an eye on what becomes of a device's reply."""
+        path, headers = scope["path"], dict(scope["headers"])
+        if self._keys is None or not path.rpartition("/")[2].startswith("push-"):
+            return send
+        client = self._keys.owner(base64.b64decode(headers[_PUBLIC_KEY])) or ""
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            status = message.get("status", 200)
+            if status >= 400:
+                why = "the run is over, or does not take it" if status == 403 else "see the server's log"
+                self._refused(client, f"{status} at {path.rpartition('/')[2]}: {_WHY.get(status, why)}")
+            await send(message)
+
+        return watched
 
     def _judge(self, scope: Scope) -> tuple[int, str]:
         """Return the status and the words of a refusal, or 0."""

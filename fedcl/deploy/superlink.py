@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import ssl
 import sys
@@ -32,7 +33,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fedcl.deploy.bundle import signatures
 from fedcl.deploy.gate import DeviceKeys, Gate, PatientProtocol
-from fedcl.nodes import SERVER_FOLDER, bind_node, open_nodes
+from fedcl.nodes import SERVER_FOLDER, bind_node, note_refusal, open_nodes
 
 LOOPBACK = "127.0.0.1"
 _JOINING = threading.Lock()
@@ -92,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_nodes(folder, bound=keys is not None)
     app = _application(args.control_port, keys, folder)
     paths = [route.path for route in fleet_routes.routes if hasattr(route, "path")]
-    gate = Gate(app, paths if keys is None else [path for path in paths if path not in _NO_SELF_SERVICE], keys)
+    if keys is not None:
+        paths = [path for path in paths if path not in _NO_SELF_SERVICE]
+    gate = Gate(app, paths, keys, functools.partial(note_refusal, folder))
     log = get_uvicorn_log_config(_log_level())
     certificate: dict[str, Any] = {} if args.insecure else {"ssl_certfile": "server.crt", "ssl_keyfile": "server.key"}
     inner = uvicorn.Server(
