@@ -1,7 +1,8 @@
 """The bundle that names fedcl's apps to Flower, and its signature: a device runs no other bundle.
 
-``server/app`` is what Flower packs, ``server/bundle.key`` signs the package, and each device's ``trusted.yaml`` has the
-public half. Flower's own SuperNode checks the signature before it unpacks anything.
+``server/app`` is what Flower packs. ``ca/bundle.key`` signs the package, when a fleet is made and when its bytes change
+with fedcl or Flower; otherwise nobody needs the key. Each device's ``trusted.yaml`` has the public half. Flower's own
+SuperNode checks the signature before it unpacks anything.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import yaml
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.cli.build import build_fab_from_disk
@@ -24,28 +28,55 @@ KEY, TRUSTED = "bundle.key", "trusted.yaml"
 _SIGNED, _SIGNER = "bundle.json", "fedcl-deploy"
 
 
-def sign(server: Path) -> bytes:
-    """Sign what Flower will pack of ``server/app``, and return the package.
+def sign(server: Path, key: Path) -> None:
+    """Sign what Flower will pack of ``server/app``, unless it is signed already.
 
     Raises
     ------
     ConfigError
-        If the key is missing or is none.
+        If the key is needed, and is missing or is none.
     """
-    packed = build_fab_from_disk(server / "app")
-    digest = hashlib.sha256(packed).digest()
+    digest = hashlib.sha256(build_fab_from_disk(server / "app")).digest()
+    if digest.hex() in _signed(server):
+        return
     now = int(time.time())
-    signature = _key(server / KEY).sign(create_message_to_sign(digest, now))
+    signature = signing_key(key).sign(create_message_to_sign(digest, now))
     note = {"signature": base64.urlsafe_b64encode(signature).decode(), "signed_at": now}
     write_atomic(server / _SIGNED, json.dumps({digest.hex(): note}) + "\n")
-    return packed
 
 
-def _key(file: Path) -> ed25519.Ed25519PrivateKey:
+def is_trusted(server: Path, file: Path) -> bool:
+    """Whether a device with this ``trusted.yaml`` would run what Flower will pack of ``server/app``."""
+    digest = hashlib.sha256(build_fab_from_disk(server / "app")).digest()
+    try:
+        note = _signed(server)[digest.hex()]
+        entity = yaml.safe_load(file.read_text(encoding="utf-8"))[_SIGNER]
+        key = serialization.load_ssh_public_key(entity.encode())
+        signed = create_message_to_sign(digest, note["signed_at"])
+        key.verify(base64.urlsafe_b64decode(note["signature"]), signed)  # type: ignore[call-arg]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, InvalidSignature):
+        return False
+    return True
+
+
+def _signed(server: Path) -> dict[str, dict[str, Any]]:
+    file = server / _SIGNED
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def signing_key(file: Path) -> ed25519.Ed25519PrivateKey:
+    """Return the key that signs bundles.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or holds none.
+    """
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), password=None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: the key that signs for the devices cannot be read: {error}") from error
+        raise ConfigError(f"{file}: this bundle is not signed yet, and the key cannot be read: {error}") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise ConfigError(f"{file}: must be an Ed25519 key")
     return key
@@ -53,8 +84,7 @@ def _key(file: Path) -> ed25519.Ed25519PrivateKey:
 
 def signatures(server: Path, fab_hash: str) -> dict[str, str]:
     """Return what Flower sends along with a bundle for devices to check; nothing for one that was never signed."""
-    file = server / _SIGNED
-    signed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    signed = _signed(server)
     if fab_hash not in signed:
         return {}
     return {"valid_license": "Valid", _SIGNER: json.dumps(signed[fab_hash])}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fedcl import __version__
-from fedcl.deploy.bundle import KEY, TRUSTED, trusted
+from fedcl.deploy.bundle import KEY, TRUSTED, sign, trusted
 from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate, new_signing_key
 from fedcl.deploy.layout import CONTROL_PORT, NODE_PORT, Fleet
 from fedcl.rules import ConfigError
@@ -100,10 +100,12 @@ def init(
     fleet = Fleet(folder.resolve(), address, port, control_port, names, insecure)
     for path in (fleet.server / "keys", fleet.server / "flwr", *map(fleet.device, fleet.devices)):
         path.mkdir(parents=True)
+    fleet.ca.mkdir(mode=0o700)
     if not insecure:
         _write_certificates(fleet, own=own_certificates)
     _write_server(fleet)
-    public = new_signing_key(fleet.server / KEY)
+    public = new_signing_key(fleet.ca / KEY)
+    sign(fleet.server, fleet.ca / KEY)
     for name in fleet.devices:
         (fleet.device(name) / TRUSTED).write_text(trusted(public))
     for place, name in enumerate(fleet.devices):
@@ -115,7 +117,6 @@ def init(
 
 def _write_certificates(fleet: Fleet, *, own: bool) -> None:
     if not own:
-        fleet.ca.mkdir(mode=0o700)
         new_authority(fleet.ca / "ca.key", fleet.ca / "ca.crt")
         new_server_certificate(fleet.ca, fleet.server / "server.key", fleet.server / "server.crt", fleet.address)
         for place in (fleet.server, *map(fleet.device, fleet.devices)):
@@ -183,6 +184,7 @@ def _write_compose(fleet: Fleet) -> None:
     folders = {"server": "server", **{f"device-{name}": f"devices/{name}" for name in fleet.devices}}
     for service, folder in folders.items():
         lines += [f"  {service}:", "    build: .", "    network_mode: host", "    restart: unless-stopped"]
-        lines += [f"    volumes: ['./{folder}:/fleet']", "    command: ['/bin/sh', '/fleet/start.sh']"]
+        runs = f", './runs:{fleet.folder}/runs'" if service == "server" else ""  # where `fedcl deploy run` reads them
+        lines += [f"    volumes: ['./{folder}:/fleet'{runs}]", "    command: ['/bin/sh', '/fleet/start.sh']"]
     (fleet.folder / "compose.yaml").write_text("\n".join([*lines, ""]))
     (fleet.folder / "Dockerfile").write_text(_DOCKERFILE.format(version=__version__))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from fedcl.deploy.bundle import sign
+from fedcl.deploy.bundle import KEY, sign
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import environment, refusal, tail, undisturbed, unreachable
 from fedcl.files import write_atomic
@@ -106,7 +106,7 @@ def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool
     from fedcl.config import path_keys
 
     refuse_unreachable(fleet)
-    sign(fleet.server)
+    sign(fleet.server, fleet.ca / KEY)
     forget_refusals(fleet.server)
     write_launch(fleet, launch)
     write_order(fleet.server, launch.run, settings)

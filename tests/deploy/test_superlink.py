@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from fastapi import HTTPException
 from flwr.app import Message, Metadata, RecordDict
+from flwr.cli.build import build_fab_from_disk
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.fab import Fab
@@ -80,7 +81,8 @@ def test_the_signature_that_flowers_supernode_checks_is_on_fedcls_bundle_alone(
     write_app(tmp_path / "app")
     public = new_signing_key(tmp_path / KEY)
     entities = dict([trusted(public).splitlines()[1].split(": ", 1)])
-    packed = sign(tmp_path)
+    sign(tmp_path, tmp_path / KEY)
+    packed = build_fab_from_disk(tmp_path / "app")
     state = FleetState(linkstate, None, tmp_path, None)
     for content, accepted in ((packed, True), (b"another", False)):
         digest = hashlib.sha256(content).hexdigest()

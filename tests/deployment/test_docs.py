@@ -61,9 +61,9 @@ def test_a_reader_who_follows_the_page_gets_a_finished_run(
     assert command("fleet/server/start.sh") == ["fleet/server/start.sh"]
     assert command("fleet/devices/0/start.sh") == ["fleet/devices/0/start.sh"]
     processes.start_server()
-    assert follow("fedcl deploy register").stdout == "3 devices may join: 0, 1, 2\n"
     for name in fleet.devices:
         processes.start_device(name)
+    assert follow("fedcl deploy register").stdout == "3 devices may join: 0, 1, 2\n"
     short = ["scenario.num_tasks=1", "rounds_per_task=1", "strategy/projection=none", "figures=false"]
     done = follow("fedcl deploy run", *short)
     assert done.returncode == 0, done.stdout + done.stderr
