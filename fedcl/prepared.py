@@ -42,6 +42,7 @@ from fedcl.wiring import (
     make_stream,
     make_unlearner,
     participants,
+    probed_tasks,
     split_dataset,
 )
 
@@ -108,6 +109,7 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
     )
     arrivals = Arrivals(
         exchange,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedcl.fields import CLIENT_ID, CODE, shown, whole
+from fedcl.fields import CLIENT_ID, CODE, clean, shown, whole
 from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
@@ -23,6 +23,7 @@ ARRAYS, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "fedcl", "metrics", "payload
 NUM_EXAMPLES = "num-examples"
 NOTE, BLOCKS = "note", "blocks"
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+_OF_REPLY = {ARRAYS: ArrayRecord, METRICS: MetricRecord, PAYLOAD: ArrayRecord, VISIT: ConfigRecord}
 Kind = Literal["train", "evaluate", "query", "task_end", "unlearn", "forget", "hello"]
 CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end", "forget")  # a client has at most one of these under way
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate"} | dict.fromkeys(
@@ -58,10 +59,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class InBlock:
-    """What is left of a model that was folded where it was made: the L2 norm of its change, and the bytes it had."""
+    """What is left of a reply that was folded where it was made: L2 norms of its change and uploads, and its bytes."""
 
     norm: float
     num_bytes: int
+    payload: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -184,25 +186,23 @@ def read_reply(content: RecordDict) -> Reply:
     ValueError
         If a record is missing, has keys that were not asked for, or cannot be read, naming them.
     """
+    check_records(content, _OF_REPLY)
     metrics = named(content, METRICS, MetricRecord)
     if metrics is None or NUM_EXAMPLES not in metrics:
         raise ValueError(f"the reply has no '{METRICS}' record with '{NUM_EXAMPLES}'")
-    arrays = named(content, ARRAYS, ArrayRecord)
+    arrays, payload = named(content, ARRAYS, ArrayRecord), named(content, PAYLOAD, ArrayRecord)
     if arrays is not None and list(arrays) != [FLAT]:
-        raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
-    unknown = set(content) - {ARRAYS, METRICS, PAYLOAD, VISIT}
-    if unknown:
-        raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
-    payload, visit = named(content, PAYLOAD, ArrayRecord), named(content, VISIT, ConfigRecord)
-    num_examples = metrics[NUM_EXAMPLES]
-    if isinstance(num_examples, list) or not float(num_examples).is_integer():
-        raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
+        raise ValueError(f"the reply's '{ARRAYS}' holds {shown(list(arrays))}, sent was ['{FLAT}']")
+    visit = named(content, VISIT, ConfigRecord)
+    if visit is not None and set(visit) != {NOTE}:
+        raise ValueError(f"the reply's '{VISIT}' holds {shown(list(visit))}: only '{NOTE}' may come back")
+    values: dict[str, Any] = dict(metrics)
     return Reply(
-        num_examples=int(num_examples),
-        metrics={k: float(v) for k, v in metrics.items() if k != NUM_EXAMPLES and not isinstance(v, list)},
+        num_examples=values.pop(NUM_EXAMPLES),
+        metrics=values,
         model=_read(ARRAYS, arrays)[FLAT] if arrays is not None else None,
         payload=_read(PAYLOAD, payload) if payload is not None else {},
-        note=str(visit.get(NOTE, "")) if visit is not None else "",
+        note=cast(str, visit[NOTE]) if visit is not None else "",
     )
 
 
@@ -213,7 +213,7 @@ def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
         try:
             tensors[key] = read_array(array)
         except Exception as error:  # numpy's reader raises whatever foreign bytes lead it to
-            raise ValueError(f"the reply's '{name}' holds an unreadable '{key}': {error}") from error
+            raise ValueError(f"the reply's '{name}' holds an unreadable {shown(key)}: {clean(str(error))}") from error
     return tensors
 
 

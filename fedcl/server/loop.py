@@ -126,7 +126,7 @@ class Server(ServerData):
         """Whether nobody must see the updates of the round to come."""
         if self.unlearning is not None and self.unlearning.observes:
             return False
-        return self.strategy.folding(self._spec, self.exchange.max_update_norm) is not None
+        return self.strategy.folding(self.exchange.expected("train"), self.exchange.max_update_norm) is not None
 
     def _conclude(self, server_round: int, counted: Sequence[Contribution]) -> None:
         """Do what follows a round: conclude tasks that end, ask questions, measure."""

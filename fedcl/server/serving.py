@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.unlearner import Value
+from fedcl.fields import Form
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
@@ -104,6 +105,7 @@ class ServingView:
         self,
         step: str,
         models: Mapping[str, Tensor],
+        answer: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
@@ -111,7 +113,7 @@ class ServingView:
         """Let clients do a step of the unlearner."""
         self.asked |= models.keys()
         self.steps += 1
-        query = Query(step, dict(models), dict(tensors or {}))
+        query = Query(step, dict(models), answer, dict(tensors or {}))
         return self.server.exchange.ask(
             query,
             lambda _: None,

@@ -105,7 +105,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model)), run_id=RUN_ID)
+        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model, dataset)), run_id=RUN_ID)
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]

@@ -12,9 +12,9 @@ from typing import Any
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from fedcl.fields import clean
-from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello
-from fedcl.requests import ForgetNote, ForgetRequest
+from fedcl.fields import clean, shown
+from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
+from fedcl.requests import ForgetNote, ForgetRequest, residuals_from
 from fedcl.rules import ConfigError
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
@@ -342,12 +342,21 @@ class FleetGrid(Grid):
             note = ForgetNote((ForgetRequest("leave", "client", (client,)),), ())
             request = Request("forget", client, LEAVING, -1, -1, 0, None, note=note.to_json())
             messages.append(Message(instruction([request], None, None), self.nodes[client], kind))
-        told = {
-            reply.metadata.src_node_id
-            for reply in self.send_and_receive(messages, timeout=ERASE_SECONDS)
-            if not reply.has_error()
-        }
+        replies = self.send_and_receive(messages, timeout=ERASE_SECONDS)
+        told = {reply.metadata.src_node_id for reply in replies if not reply.has_error() and self._erased(reply)}
         return [client for client in clients if self.nodes[client] not in told]
+
+    def _erased(self, reply: Message) -> bool:
+        """Whether a device says that it has erased its client's state."""
+        try:
+            found = [residual.outcome for residual in residuals_from(read_reply(reply.content).note)]
+            why = "" if found == ["erased"] else f"note: outcomes {shown(found)} must be ['erased']"
+        except ValueError as error:
+            why = str(error)
+        if why:
+            client = next((c for c, seat in self.nodes.items() if seat == reply.metadata.src_node_id), "")
+            self._event("reply_rejected", client=client, message="forget", reason=clean(why))
+        return not why
 
 
 LEAVING = 1 << 40  # a visit that no other one follows
