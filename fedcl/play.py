@@ -92,7 +92,9 @@ def play(
         after = _AfterRound(
             cfg, prepared, server, states, recorder, checkpoints, progress, interruption, target, trackers
         )
-        unlearning.certify = served = AfterServing(cfg, own or cfg, run_dir, server, recorder, after.save_alone)
+        unlearning.certify = served = AfterServing(
+            cfg, own or cfg, run_dir, server, unlearning, recorder, after.save_alone
+        )
         if saved is not None:
             checkpoints.prune()
             served.purge()
@@ -102,7 +104,7 @@ def play(
         with suppress(TargetReached):
             if not was_reached(run_dir):
                 server.run(after)
-        while unlearning.begin(server, server.state.next_round, ends=True):
+        while server.process_requests(server.state.next_round, ends=True):
             pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()

@@ -16,9 +16,10 @@ from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
-from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.loop import Server
 from fedcl.server.measurement import Known
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
 from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
@@ -41,6 +42,7 @@ from fedcl.wiring import (
     make_stream,
     make_unlearner,
     participants,
+    probed_tasks,
     split_dataset,
 )
 
@@ -94,6 +96,8 @@ def make_server(
     work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
+    if backend.listen is not None:
+        backend.listen(recorder.event)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -105,6 +109,7 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
     )
     arrivals = Arrivals(
         exchange,

@@ -24,9 +24,9 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.arrivals import VirtualClock
 from fedcl.server.contracts import GLOBAL
-from fedcl.server.loop import Server
 from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.serving import Saved
+from fedcl.server.state import ServerData
 from fedcl.server.unlearning import Unlearning, UnlearningOptions
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.tree import clone
@@ -97,7 +97,7 @@ class SimulatedReplay:
             if folder.name != kept:
                 shutil.rmtree(folder)
 
-    def adopt(self, server: Server, saved: Saved) -> None:
+    def adopt(self, server: ServerData, saved: Saved) -> None:
         """Let ``server`` and its clients go on from ``saved``, on that run's clock."""
         state, clients = saved
         if self.backend.erase is None or self.backend.states is None:
@@ -211,7 +211,7 @@ class SimulatedEnsemble:
         unlearning = Unlearning(queue, make_unlearner(cfg), options, replay=replay)
         server = make_server(cfg, self.prepared, backend, record, unlearning=unlearning, evaluate=False)
         server.run(lambda _: None, until)
-        unlearning.begin(server, until, ends=True)
+        server.process_requests(until, ends=True)
         return server.global_model
 
 

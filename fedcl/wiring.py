@@ -41,6 +41,7 @@ from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.statistics import Statistics
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
+from fedcl.server.validation import Expected, uploads
 
 Config = dict[str, Any]
 T = TypeVar("T")
@@ -367,11 +368,19 @@ def _part(cfg: Config, name: str, node: Mapping[str, Any]) -> Any:
     return _of_kind(_ROLES[name], build(node, at=place, trusted=cfg["trusted_packages"]), place, node)
 
 
-def make_folding(cfg: Config, model: FlatModel) -> Folding | None:
+def probed_tasks(cfg: Config, stream: Stream) -> int:
+    """Return of how many tasks clients may report their accuracy while they train: none unless the run asks for it."""
+    return stream.num_tasks if cfg["evaluation"]["iterations"] else 0
+
+
+def make_folding(cfg: Config, model: FlatModel, dataset: Dataset) -> Folding | None:
     """Return how replies can be folded where they are made, None where the strategy needs each of them."""
     if "stock" in cfg["strategy"]:
         return None
-    return make_strategy(cfg, model, {}).folding(model.spec, cfg["max_update_norm"])
+    strategy, num_tasks = make_strategy(cfg, model, {}), probed_tasks(cfg, make_stream(cfg, dataset))
+    return strategy.folding(
+        Expected.of("train", model.spec, uploads(strategy.payloads), num_tasks), cfg["max_update_norm"]
+    )
 
 
 def make_statistics(cfg: Config, model: FlatModel) -> Statistics:
@@ -391,8 +400,11 @@ def local_work(
 
 def bind(part: Pipeline | Stock | Unlearner, work: LocalWork) -> None:
     """Tell a strategy's parts, or an unlearner, how clients train; what they cannot work with is the user's to mend."""
-    if not isinstance(part, Stock):
-        _checked(lambda: part.bind(work))
+    if isinstance(part, Stock):
+        return
+    if isinstance(part, Unlearner):
+        part.setup(work.model, work.input_shape)
+    _checked(lambda: part.bind(work))
 
 
 def _of_kind(kind: type[T], made: Any, place: str, node: Mapping[str, Any]) -> T:

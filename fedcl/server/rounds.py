@@ -9,7 +9,6 @@ a buffer of one FedAsync's (Xie et al., 2019).
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +23,7 @@ from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
 from fedcl.server.folding import update_of
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Outgoing, exact_sum
-from fedcl.server.validation import change_norm
-
-OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
+from fedcl.server.validation import change_norm, outliers, payload_norms
 
 
 class RoundFailed(RuntimeError):
@@ -164,8 +161,8 @@ class Rounds:
             return Arrived(flight, reply, None)
         task = flight.request.task
         if reply.folded is not None:
-            norm = reply.folded.norm
-            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, norm))
+            left = (reply.folded.norm, reply.folded.payload)
+            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, *left))
         update = _update(flight, reply, task, view.version)
         refused = self._refusal(flight, update, server_round, model_epoch)
         if refused is None:
@@ -187,15 +184,24 @@ class Rounds:
         return None
 
     def _note_outliers(self, arrived: Sequence[Arrived], server_round: int) -> None:
-        """Name updates far larger than the others; they count all the same (``max_update_norm`` rejects)."""
+        """Name updates, and uploads with them, far larger than the others; they count all the same.
+
+        ``max_update_norm`` rejects updates.
+        """
         counted = updates(arrived)
-        if len(counted) < 3:
-            return  # of two, neither is the odd one out
-        norms = [u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted]
-        median = statistics.median(norms)
-        for update, norm in zip(counted, norms, strict=True):
-            if norm > OUTLIER * median:
-                self._note("update_outlier", server_round, client=update.client, norm=norm, median=median)
+        found = {u.client: u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted}
+        median, far = outliers(found)
+        for client in far:
+            self._note("update_outlier", server_round, client=client, norm=found[client], median=median)
+        if not self.exchange.payloads:
+            return
+        each = {u.client: u.payload_norms if isinstance(u, Folded) else payload_norms(u.payload) for u in counted}
+        for name in {name: None for own in each.values() for name in own}:
+            found = {client: own[name] for client, own in each.items() if name in own}
+            median, far = outliers(found)
+            for client in far if median else ():
+                fields = {"payload": name, "norm": found[client], "median": median}
+                self._note("payload_outlier", server_round, client=client, **fields)
 
     def _note(self, kind: str, server_round: int, **fields: Any) -> None:
         self.log.event(kind, round=server_round, virtual_time=self.arrivals.clock.now, **fields)

@@ -28,6 +28,7 @@ from fedcl.rules import ConfigError
 from fedcl.server.contracts import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
 from fedcl.server.fold import Contribution, RunningFold
 from fedcl.server.strategy import Outgoing
+from fedcl.server.validation import Expected
 
 
 class CohortGrid(Grid):
@@ -137,7 +138,7 @@ class Stock:
         """Everybody uses the global model."""
         return GLOBAL
 
-    def folding(self, spec: Spec, max_norm: float | None) -> None:
+    def folding(self, expected: Expected, max_norm: float | None) -> None:
         """Return none: Flower's strategies are given each reply."""
 
     def aggregate(

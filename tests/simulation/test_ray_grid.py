@@ -97,13 +97,15 @@ def test_only_the_client_that_always_kills_its_worker_is_lost(
 def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
-    overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory'"]
+    overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory 4:leave 5:interrupt'"]
     inline = run_experiment("inline", *overrides, config_dirs=[faulty_dir])
     folder = _ray(tmp_path / "ray", 2, *overrides, config_dirs=(faulty_dir,))
     reasons = {client: reason for server_round, client, reason in _failed(folder) if server_round == 1}
-    assert reasons.keys() == {"2", "3"}
+    assert reasons.keys() == {"2", "3", "4", "5"}
     assert reasons["2"] == "ValueError: client says no"
     assert reasons["3"] == "MemoryError: cannot allocate a tebibyte"
+    assert reasons["4"] == "ClientEnded: SystemExit: 3"
+    assert reasons["5"].startswith("ClientEnded: KeyboardInterrupt")
     events = load(folder).events
     [(_, rejected)] = events[events["kind"] == "reply_rejected"].iterrows()
     assert (rejected["client"], rejected["round"]) == ("1", 1)
