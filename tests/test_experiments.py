@@ -1,4 +1,4 @@
-"""Every experiment begins as a user types it, from any folder, with its reference; what does not fit a choice is said."""
+"""Every experiment begins as a user types it, from any folder, with its reference; what gives way is said."""
 
 from __future__ import annotations
 
