@@ -248,7 +248,12 @@ def _check_methods(found: type, place: str) -> None:
             ),
             None,
         )
-        if name.startswith("_") or method is contract or not inspect.isfunction(method) or not inspect.isfunction(contract):
+        if (
+            name.startswith("_")
+            or method is contract
+            or not inspect.isfunction(method)
+            or not inspect.isfunction(contract)
+        ):
             continue
         wanted = inspect.signature(contract).parameters.values()
         positional = [p for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
