@@ -72,7 +72,8 @@ def play(
         digests = saved[0].get("digests") if saved is not None else None
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None, digests=digests))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
