@@ -198,11 +198,12 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
     report = partition_report(prepared.partition, prepared.dataset.train.y)
     stream, rights = prepared.stream, test_columns(prepared)
     begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
     recorder.event(
         "partition",
         **begin,
         **report,
-        **({"notes": list(prepared.notes)} if prepared.notes else {}),
         tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)],
         test_samples=[len(right) for right in rights],
         constant_accuracy=constant_accuracy(stream, rights),
