@@ -146,6 +146,13 @@ def configure(
     choices: Choices, files: Mapping[str, str], device: torch.device, *extra: str, num_tasks: int | None = None
 ) -> dict[str, Any]:
     """Compose the toy's configuration with some groups chosen otherwise."""
+    return compose([*overrides_of(choices, files, device, num_tasks=num_tasks), *extra])
+
+
+def overrides_of(
+    choices: Choices, files: Mapping[str, str], device: torch.device, *, num_tasks: int | None = None
+) -> list[str]:
+    """Return the overrides of the toy's configuration with some groups chosen otherwise."""
     stock = choices.get("strategy", "pipeline") != "pipeline"
     for group, choice in list(choices.items()):
         choices = ALONG.get(f"{group}={choice}", {}) | choices
@@ -156,7 +163,7 @@ def configure(
         overrides.append(f"scenario.num_tasks={num_tasks or NUM_TASKS.get(chosen['data'], 5)}")
     for group, choice in chosen.items():
         overrides += [f"{group}={choice}", *(text.format(**files) for text in FITS.get(f"{group}={choice}", []))]
-    return compose([*overrides, *extra])
+    return overrides
 
 
 def awkward(dataset: Dataset) -> Partition:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -65,15 +63,13 @@ def _named_state(module: nn.Module) -> list[tuple[str, Tensor, Literal["paramete
 class Spec:
     """The layout of a flat vector: an immutable sequence of :class:`TensorSpec` without gaps."""
 
-    __slots__ = ("_by_name", "_digest", "_starts", "_tensors", "size")
+    __slots__ = ("_by_name", "_starts", "_tensors", "size")
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
         self._tensors = tuple(tensors)
         self._by_name = {tensor.name: tensor for tensor in self._tensors}
         self._starts = [tensor.start for tensor in self._tensors]
         self.size = self._tensors[-1].stop if self._tensors else 0
-        described = json.dumps([[tensor.name, list(tensor.shape)] for tensor in self._tensors])
-        self._digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         end = 0
         for tensor in self._tensors:
             if tensor.start != end or tensor.size != prod(tensor.shape):
@@ -114,7 +110,7 @@ class Spec:
         return hash(self._tensors)
 
     def __repr__(self) -> str:
-        return f"Spec({len(self)} tensors, {self.size} elements, {self._digest})"
+        return f"Spec({len(self)} tensors, {self.size} elements)"
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return tensor ``name`` of a flat ``vector`` (P,), as a view in its own shape.
@@ -148,25 +144,6 @@ class Spec:
         if not 0 <= index < self.size:
             raise IndexError(f"position {index} is outside [0, {self.size})")
         return self._tensors[bisect_right(self._starts, index) - 1]
-
-    def digest(self) -> str:
-        """Return 16 hexadecimal digits that are equal for equal names and shapes, on every machine."""
-        return self._digest
-
-    def to_json(self) -> str:
-        """Return the layout as text."""
-        rows = [[t.name, list(t.shape), t.kind, t.task, t.norm] for t in self._tensors]
-        return json.dumps(rows, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Spec:
-        """Read what :meth:`to_json` wrote; rows of older versions, which lack ``norm``, are read as not of a norm."""
-        tensors, start = [], 0
-        for name, shape, kind, task, *norm in json.loads(text):
-            stop = start + prod(shape)
-            tensors.append(TensorSpec(name, tuple(shape), start, stop, kind, task, *norm))
-            start = stop
-        return cls(tensors)
 
 
 class FlatModel:

@@ -213,9 +213,7 @@ class LocalWork:
 
 
 class Part:
-    """What all four kinds share: state that survives, growth of the model, forgetting, and compatibility."""
-
-    refuses: ClassVar[tuple[str, ...]] = ()  # dotted class names this part cannot work with, checked before a run
+    """What all four kinds share: state that survives, and forgetting."""
 
     def setup(self, spec: Spec) -> None:
         """Learn the layout of model vectors; called once, before anything else.
@@ -235,9 +233,6 @@ class Part:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-
-    def resize(self, old_spec: Spec, new_spec: Spec) -> None:
-        """Follow a model that has grown."""
 
     def forget(self, request: ForgetRequest) -> Residual:
         """Drop what this part remembers of the forget set and say what became of it."""

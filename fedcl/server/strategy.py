@@ -168,7 +168,6 @@ class Pipeline:
         self.collaboration = collaboration
         self.optimizer = optimizer or ServerOptimizer()
         self.projection = projection or Projection()
-        self._refuse_conflicts()
         self.payloads: tuple[Payload, ...] = collaboration.payloads + self.projection.payloads
         self.personal = collaboration.personal
         self.keeps_updates = self.projection.keeps_updates
@@ -184,15 +183,6 @@ class Pipeline:
             "optimizer": self.optimizer,
             "projection": self.projection,
         }
-
-    def _refuse_conflicts(self) -> None:
-        names = {f"{type(p).__module__}.{type(p).__name__}": role for role, p in self.parts.items()}
-        for role, part in self.parts.items():
-            for refused in part.refuses:
-                if refused in names:
-                    raise ValueError(
-                        f"strategy.{role}: {type(part).__name__} cannot work with strategy.{names[refused]} {refused}"
-                    )
 
     def setup(self, spec: Spec) -> None:
         """Tell every part the layout of model vectors."""

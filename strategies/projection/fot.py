@@ -130,13 +130,6 @@ class FOT(GrowingBases):
         if self.extend_at == "task" and work.stream.num_tasks == 1:
             self._notes.append({"kind": "subspace_never_extended", "change": f"{KEY}.extend_at=ROUNDS"})
 
-    def resize(self, old_spec: Spec, new_spec: Spec) -> None:
-        """Find the weights again; a basis belongs to a layer's inputs, so it may gain outputs only."""
-        self.setup(new_spec)
-        for layer, basis_DK in self._bases.items():
-            if layer not in self._weights or inputs(self._weights[layer]) != basis_DK.shape[0]:
-                raise ValueError(f"strategy.projection: the inputs of {layer} have changed; FOT has a basis for them")
-
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
         """Return the change (P,) without what each layer's basis spans: dW - (dW U) U^T (FedProject, eq. 5)."""
         allowed = change.clone()

@@ -56,6 +56,12 @@ def test_half_of_the_units_with_their_biases(device: torch.device) -> None:
     assert full[24:].sum() == 0  # heads
 
 
+def test_a_single_head_trains_whole(device: torch.device) -> None:
+    model = FlatModel(MLP(input_shape=(3,), heads=(4,), hidden=(6,)), device=device)
+    frozen = frozen_units(model, 1.0, torch.Generator().manual_seed(0))
+    assert frozen.tolist() == [True] * 24 + [False] * 28  # 6 x 3 + 6, then the head's 4 x 6 + 4
+
+
 def test_frozen_units_stay_and_others_move(device: torch.device) -> None:
     model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=(6,)), device=device)
     moved = []

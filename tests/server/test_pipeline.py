@@ -167,16 +167,6 @@ def test_a_tensor_that_is_not_shared_is_never_changed() -> None:
     assert pipeline.aggregate([update("0", view.global_model, [1.0, 2.0, 3.0])], view)[GLOBAL].tolist() == [2, 4, 0]
 
 
-class Picky(Projection):
-    refuses = (f"{__name__}.Doubles",)
-
-
-def test_parts_that_refuse_each_other_are_named() -> None:
-    with pytest.raises(ValueError, match=r"strategy\.projection: Picky cannot work with strategy\.optimizer .*Doubles"):
-        Pipeline(collaboration=FedAvg(), optimizer=Doubles(), projection=Picky())
-    Pipeline(collaboration=FedAvg(), projection=Picky())
-
-
 class Tally(Projection):
     def __init__(self) -> None:
         self.count = 0

@@ -611,7 +611,6 @@ def test_what_cannot_be_read_is_left_out_and_noted() -> None:
     left = ["positions", "grouped.weight", "embedding.weight"]
     assert server.notes() == [{"kind": "weights_unprotected", "weights": left}]
     exchange(server, SubspaceAnswer(), model, {"a": features(9, 6)})
-    server.resize(model.spec, model.spec)
     assert server.basis("hidden").shape[1] > 0
     named = FOT(layers=["embedding.weight", "hidden.weight"])
     named.setup(model.spec)
@@ -707,17 +706,6 @@ def test_state_survives_a_round_trip_through_a_checkpoint() -> None:
     for each in (server, restored):
         exchange(each, SubspaceAnswer(), model, {"a": images(seed=11)})
     assert equal(restored.state_dict(), server.state_dict())
-
-
-def test_a_grown_head_keeps_its_basis_and_changed_inputs_do_not() -> None:
-    model = linear_model()
-    server = prepared(2)
-    grown = flat(lambda: MLP(input_shape=(4,), heads=(5,), hidden=()))
-    server.resize(model.spec, grown.spec)
-    allowed = server.apply(GLOBAL, torch.ones(grown.spec.size, dtype=torch.float64), View(grown))
-    assert grown.spec.view(allowed, "head.weight").tolist() == [[0.0, 0.0, 1.0, 1.0]] * 5
-    with pytest.raises(ValueError, match="inputs of head"):
-        server.resize(grown.spec, flat(lambda: MLP(input_shape=(6,), heads=(2,), hidden=())).spec)
 
 
 def test_a_basis_cannot_forget_and_says_so() -> None:
