@@ -139,3 +139,12 @@ def _processes_with(setting: str) -> list[int]:
         if setting.encode() in environment and state != "Z":
             found.append(int(folder.name))
     return found
+
+
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every run stop after its first round, and do all that comes before and behind it."""
+    from fedcl.server.loop import Server
+
+    whole = Server.run
+    monkeypatch.setattr(Server, "run", lambda self, after_round, until=None: whole(self, after_round, 1))

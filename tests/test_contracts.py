@@ -25,7 +25,7 @@ from fedcl.tree import equal
 from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
 
 # State and payload keys that may stay as they are while nothing goes wrong and nobody is forgotten.
-STEADY = {"answers_ignored", "epoch", "control_epoch", "memory", "stale"}
+STEADY = {"epoch", "control_epoch", "memory", "stale"}
 GROUPS = {
     group: [name for name, _ in list_choices(group)]
     for group in kinds()
@@ -90,8 +90,7 @@ def dull_payloads(diary: Diary) -> list[str]:
         way = (payload.direction, payload.name)
         # sums travel as <query>/<tensor>
         seen = [ts for (to, name), ts in diary.traffic.items() if (to, name.split("/")[0]) == way]
-        steady = payload.when == "query" or payload.name in STEADY
-        if not seen or not (steady or all(any(not torch.equal(ts[0], t) for t in ts) for ts in seen)):
+        if not seen or not (payload.name in STEADY or all(any(not torch.equal(ts[0], t) for t in ts) for ts in seen)):
             dull.append(f"{payload.name} {payload.direction}")
     return dull
 

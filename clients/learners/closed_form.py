@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 
+CLASS_SUMS: Form = {  # what `class_sums` returns
+    "features": TensorField(("columns", "features"), "float64"),
+    "counts": TensorField(("columns",), "float64", low=0.0, counts=True),
+}
 Train = Literal["first_task", "none", "all"]
 TRAIN: tuple[Train, ...] = ("first_task", "none", "all")
 
@@ -49,7 +54,7 @@ class ClosedForm(Plugin):
     def check(self, model: FlatModel) -> None:
         """Refuse heads that are not linear with a bias: there is nowhere to write the solution."""
         if not all(isinstance(head, nn.Linear) and head.bias is not None for head in heads(model)):
-            raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear or random")
+            raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear, random or unit")
 
 
 def heads(model: FlatModel) -> list[nn.Module]:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from fedcl.client.local_data import PartitionedData
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
+from fedcl.fields import CLIENT_ID
 from fedcl.rules import ConfigError
 
 _KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
 _TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
 # what a server decides for itself or a device decides for itself: of no use here when it comes from the other side
@@ -68,7 +68,7 @@ def read_spec(path: Path) -> DeviceSpec:
     if unknown:
         raise ConfigError(f"{path}: {unknown[0]}: no such key; known: {', '.join(_KEYS)}")
     client, data, state = str(raw.get("client", "")), raw.get("data"), raw.get("state", "state")
-    if not _ID.fullmatch(client):
+    if not CLIENT_ID.fullmatch(client):
         raise ConfigError(f"{path}: client={client!r}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
     if not isinstance(state, str):
         raise ConfigError(f"{path}: state={state}: must be a folder")

@@ -36,7 +36,8 @@ class Backend:
 
     ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions,
     ``erase`` drops everything that is kept of clients and returns those whose devices it did not reach, ``release``
-    their messages and what workers have copies of; None where their devices must do so.
+    their messages and what workers have copies of; None where their devices must do so. ``listen`` is given the
+    function that takes down events of the grid's own: nodes that do not say who they are.
     """
 
     grid: Grid
@@ -46,6 +47,7 @@ class Backend:
     compute: Compute = at_once
     erase: Callable[[Sequence[str]], Sequence[str] | None] | None = None
     release: Callable[[Sequence[str]], None] | None = None
+    listen: Callable[[Callable[..., None]], None] | None = None
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def open_backend(
     config = dict(cfg)
     if grid is not None:
         fleet = _fleet(config, dataset, grid, resuming=resuming, left=left)
-        yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase)
+        yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase, listen=fleet.listen)
         return
     if config["backend"]["name"] == "flower":
         raise ConfigError("backend=flower: Flower starts such a run; use: fedcl deploy run DIR")
@@ -101,7 +103,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model)), run_id=RUN_ID)
+        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model, dataset)), run_id=RUN_ID)
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]

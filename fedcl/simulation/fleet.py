@@ -6,14 +6,15 @@ Every client has one number for the whole run, its *seat*; which of Flower's nod
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello
-from fedcl.requests import ForgetNote, ForgetRequest
+from fedcl.fields import clean, shown
+from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
+from fedcl.requests import ForgetNote, ForgetRequest, residuals_from
 from fedcl.rules import ConfigError
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
@@ -69,6 +70,21 @@ class FleetGrid(Grid):
         self._probes: dict[str, str] = {}  # hellos sent behind a message -> that message
         self._failed: dict[str, tuple[int, Error]] = {}
         self._metadata: dict[str, Metadata] = {}
+        self._unheard: list[tuple[str, dict[str, Any]]] = []  # events from before anybody listened
+        self._listener: Callable[..., None] | None = None
+
+    def listen(self, listener: Callable[..., None]) -> None:
+        """Let ``listener(kind, **fields)`` know of every event, also of those that have been."""
+        self._listener = listener
+        for kind, fields in self._unheard:
+            listener(kind, **fields)
+        self._unheard.clear()
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._listener is None:
+            self._unheard.append((kind, fields))
+        else:
+            self._listener(kind, **fields)
 
     # -- who is there -------------------------------------------------------------------------------------------------
 
@@ -114,9 +130,13 @@ class FleetGrid(Grid):
     def _seat(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
         why, client = None, ""
         if reply.has_error():
-            why = f"node {node} does not answer: {reply.error.reason}"
+            why = f"node {node} does not answer: {clean(reply.error.reason or '')}"
         else:
-            client, samples, code = read_hello(reply.content)
+            try:
+                client, samples, code = read_hello(reply.content)
+            except ValueError as error:  # a node that does not say who it is, in words of fedcl's, is nobody to us
+                self._event("hello_rejected", node=str(node), reason=clean(str(error)))
+                return
             seat = self.nodes.get(client)
             if seat is None:
                 self._others.add(client)
@@ -267,12 +287,21 @@ class FleetGrid(Grid):
             note = ForgetNote((ForgetRequest("leave", "client", (client,)),), ())
             request = Request("forget", client, LEAVING, -1, -1, 0, None, note=note.to_json())
             messages.append(Message(instruction([request], None, None), self.nodes[client], kind))
-        told = {
-            reply.metadata.src_node_id
-            for reply in self.send_and_receive(messages, timeout=ERASE_SECONDS)
-            if not reply.has_error()
-        }
+        replies = self.send_and_receive(messages, timeout=ERASE_SECONDS)
+        told = {reply.metadata.src_node_id for reply in replies if not reply.has_error() and self._erased(reply)}
         return [client for client in clients if self.nodes[client] not in told]
+
+    def _erased(self, reply: Message) -> bool:
+        """Whether a device says that it has erased its client's state."""
+        try:
+            found = [residual.outcome for residual in residuals_from(read_reply(reply.content).note)]
+            why = "" if found == ["erased"] else f"note: outcomes {shown(found)} must be ['erased']"
+        except ValueError as error:
+            why = str(error)
+        if why:
+            client = next((c for c, seat in self.nodes.items() if seat == reply.metadata.src_node_id), "")
+            self._event("reply_rejected", client=client, message="forget", reason=clean(why))
+        return not why
 
 
 LEAVING = 1 << 40  # a visit that no other one follows

@@ -133,7 +133,7 @@ def _fot(**options: Any) -> tuple[FOT, FlatModel]:
 
 def _absorb(projection: FOT, gram_DD: torch.Tensor) -> None:
     view: Any = SimpleNamespace(device=torch.device("cpu"))  # all that absorbing needs of the server
-    projection.absorb(Query("subspace", {}), [Answer("a", 5, {"head/gram": gram_DD.double()})], view)
+    projection.absorb(Query("subspace", {}, {}), [Answer("a", 5, {"head/gram": gram_DD.double()})], view)
 
 
 def test_a_full_subspace_freezes_its_layer_and_says_so() -> None:

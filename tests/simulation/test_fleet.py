@@ -8,15 +8,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedcl import server_app
+from fedcl import __version__, server_app
 from fedcl.client.device_state import DeviceStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
+from fedcl.messages import hello_reply
 from fedcl.results import load
 from fedcl.rules import ConfigError
 from fedcl.simulation.compat import identity
@@ -258,6 +259,35 @@ def test_a_choice_of_ones_own_is_looked_up_by_its_name_on_each_side(
     assert load(tmp_path / "again").status == "done"
     notes = json.loads((devices["2"].parent / "state" / "r2" / "2.notes" / "config.json").read_text())
     assert notes["config"]["trusted_packages"] == ["mine_of_fleet"]
+
+
+def test_nodes_that_do_not_say_who_they_are_are_ignored_with_an_event(
+    tmp_path: Path,
+    devices: dict[str, Path],
+    run_experiment: Callable[..., Path],
+    metrics_hash: Callable[[Path], str],
+) -> None:
+    class Strangers(fleet_of_devices.DirectGrid):  # type: ignore[misc, name-defined]
+        """From the start, and from the third train message on, also nodes that answer a hello with anything."""
+
+        hellos: ClassVar = {300: RecordDict(), 301: hello_reply("../../x", 3, __version__)}
+
+        def get_node_ids(self) -> list[int]:
+            late = sum(kind == "train" for _, kind in self.seen) >= 3
+            return [*super().get_node_ids(), 300, *([301] if late else [])]
+
+        def _answer(self, node: int, message: Any) -> Any:
+            return self.hellos[node] if node in self.hellos else super()._answer(node, message)
+
+    plain = ["learner=finetune", "strategy/projection=none"]
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", *plain]
+    grid = grid_of(devices, overrides)
+    beset = on_devices(Strangers(grid.specs, grid.run_config), overrides)
+    events = load(beset).events
+    rejected = events[events["kind"] == "hello_rejected"]
+    assert rejected["node"].tolist() == ["300", "301"]
+    assert rejected["reason"].str.contains("not an answer to fedcl's hello|client id '../../x'").all()
+    assert metrics_hash(beset) == metrics_hash(run_experiment("inline", *SHORT, *plain, "data.partition.alpha=0.3"))
 
 
 def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:
