@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 import time
@@ -19,19 +18,19 @@ from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
 from fedcl.client.substitute import Substitute
 from fedcl.crosschecks import is_local
 from fedcl.data.partition import report as partition_report
-from fedcl.inbox import Inbox
+from fedcl.inbox import Inbox, alone
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import make_unlearning
 from fedcl.requests import Forgotten
-from fedcl.results import schema
-from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.results import reading, schema
+from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.progress import Progress
 from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
 from fedcl.results.target import REACHED, TargetAccuracy, TargetReached, was_reached
 from fedcl.results.trackers import Trackers
-from fedcl.rules import ConfigError, RunFailed
+from fedcl.rules import RunFailed
 from fedcl.served import AfterServing
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
@@ -68,10 +67,13 @@ def play(
     checkpoints = Checkpoints(run_dir, keep=cfg["checkpoint"]["keep"])
     saved = _load(checkpoints) if resuming else None
     with ExitStack() as stack:
+        door = stack.enter_context(ExitStack())  # left last, when STATUS says that the run is over
         offsets = saved[0]["offsets"] if saved is not None else dict.fromkeys(schema.TABLES, 0)
-        recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
+        digests = saved[0].get("digests") if saved is not None else None
+        recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None, digests=digests))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
@@ -106,11 +108,15 @@ def play(
         with suppress(TargetReached), _told(run_dir):
             if not was_reached(run_dir):
                 server.run(after)
-        while server.process_requests(server.state.next_round, ends=True):
-            pass  # requests may come in while the last ones are served
+        for last in (False, True):
+            if last and inbox is None:  # from here on nobody hands in what no round would find
+                door.enter_context(alone(run_dir, quiet=True))
+            while server.process_requests(server.state.next_round, ends=True):
+                pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
         recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
+        recorder.conclude()
 
 
 class _AfterRound:
@@ -163,6 +169,7 @@ class _AfterRound:
 
     def _save(self, server_round: int, *, alone: bool = False) -> None:
         state = {"server": self._server.state_dict(), "offsets": self._recorder.flush()}
+        state["digests"] = self._recorder.digests()
         committed = self._server.exchange.committed
         kept = {c: v for c, v in committed.items() if v != NEVER and self._states.has(c, v)}
         self._checkpoints.save(server_round, state, kept, self._states.load, alone=alone)
@@ -191,6 +198,8 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
     report = partition_report(prepared.partition, prepared.dataset.train.y)
     stream, rights = prepared.stream, test_columns(prepared)
     begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
     recorder.event(
         "partition",
         **begin,
@@ -211,8 +220,7 @@ def _end(trackers: Trackers, run_dir: Path, kind: type[BaseException] | None, *r
     """Let the trackers end as the run does."""
     stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
     status = "done" if kind is None else "interrupted" if stopped else "failed"
-    path = run_dir / schema.SUMMARY
-    trackers.finish(json.loads(path.read_text()) if kind is None and path.is_file() else {}, status)
+    trackers.finish(reading.summary(run_dir) if kind is None else {}, status)
 
 
 def _restore(server: Server, states: ClientStateStore, saved: Saved) -> None:
@@ -238,9 +246,4 @@ def _status(recorder: Recorder) -> Iterator[None]:
 
 def _load(checkpoints: Checkpoints) -> Saved | None:
     """Return the newest checkpoint, or None for a run that was interrupted before its first one."""
-    if not checkpoints.begun():
-        return None
-    try:
-        return checkpoints.load()
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    return checkpoints.load() if checkpoints.begun() else None

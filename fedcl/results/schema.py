@@ -1,7 +1,7 @@
 """Names and types of everything in a run's folder: one place that writer and readers share.
 
-A run's folder holds ``config.yaml overrides.yaml env.json run.log STATUS metrics.jsonl metrics.parquet timings.jsonl
-timings.parquet events.jsonl summary.json certificates/ checkpoints/ figures/ report.html``.
+A run's folder holds ``config.yaml overrides.yaml env.json STATUS metrics.jsonl metrics.parquet timings.jsonl
+timings.parquet events.jsonl summary.json SHA256SUMS certificates/ checkpoints/ figures/ report.html``, and ``.lock``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ REFERENCE: Final = "reference"
 FIGURES: Final = "figures"
 REPORT: Final = "report.html"
 SWEEP: Final = "sweep.json"
+SUMS: Final = "SHA256SUMS"
 
 TABLES: Final = (METRICS, TIMINGS, EVENTS)
 """Tables written line by line while a run goes on; the keys of the byte offsets in a checkpoint."""
+
+LAUNCH: Final = (CONFIG, OVERRIDES, ENV)
+"""Files that say what a run is: written when it begins, ``config.yaml`` last, and never changed."""
+
+WRITTEN: Final = (*(f"{table}.jsonl" for table in TABLES), f"{METRICS}.parquet", f"{TIMINGS}.parquet", SUMMARY)
+"""Files with what a run has measured: as they are to stay once it is done."""
 
 METRIC_COLUMNS: Final[dict[str, str]] = {
     "round": "int64",

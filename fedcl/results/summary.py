@@ -15,10 +15,9 @@ from fedcl.evaluation.metrics import (
     personal,
     summarise,
 )
-from fedcl.results import schema
+from fedcl.results import reading, schema, sums
 from fedcl.results.caveats import mostly_empty_rounds, served_after_last_test, untested_tasks
 from fedcl.results.curves import anytime, client_forgetting, stability
-from fedcl.results.recorder import write_atomic
 from fedcl.results.run import Run, load
 from fedcl.results.target import REACHED
 
@@ -163,13 +162,11 @@ def _personal(run: Run) -> dict[str, float]:
 
 def add_reference(run_dir: Path, reference_dir: Path) -> None:
     """Copy the reference run's numbers into the run's summary under ``reference/``."""
-    path = run_dir / schema.SUMMARY
-    own = json.loads(path.read_text())
-    other = json.loads((reference_dir / schema.SUMMARY).read_text())
+    own, other = reading.summary(run_dir), reading.summary(reference_dir)
     own = {key: value for key, value in own.items() if not key.startswith("reference/")}
     own.update(intransigence(load(run_dir), load(reference_dir)))
     own.update({f"reference/{key}": value for key, value in other.items() if key not in _NOT_COMPARED})
-    write_atomic(path, json.dumps(own, indent=2) + "\n")
+    sums.replace(run_dir / schema.SUMMARY, json.dumps(own, indent=2) + "\n")
 
 
 def intransigence(run: Run, reference: Run) -> dict[str, float]:

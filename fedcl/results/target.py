@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcl.results import schema
+from fedcl.results import reading
 
 REACHED = "target_reached"
 """The kind of the event that a run notes when it has reached its target."""
@@ -50,6 +49,4 @@ class TargetAccuracy:
 
 def was_reached(run_dir: Path) -> bool:
     """Whether a run has noted that it reached its target."""
-    path = run_dir / f"{schema.EVENTS}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return any(json.loads(line)["kind"] == REACHED for line in lines if REACHED in line)
+    return any(event["kind"] == REACHED for event in reading.events(run_dir))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedcl.evaluation import metrics
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 
 MakeRun = Callable[..., Path]
 
@@ -49,8 +49,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         path.mkdir(parents=True)
         recorder = Recorder(path)
         recorder.status("running")
-        recorder.write_config("seed: 3\nnum_clients: 12\nlearner:\n  _target_: clients.learners.sgd.Sgd\n", ["seed=3"])
-        recorder.write_env({"seed": 3, "device": "cpu", "cpu": "a processor"})
+        config = "seed: 3\nnum_clients: 12\nlearner:\n  _target_: clients.learners.sgd.Sgd\n"
+        write_launch(path, config, ["seed=3"], {"seed": 3, "device": "cpu", "cpu": "a processor"})
         recorder.event("task_started", task=0, round=-1, virtual_time=0.0)
         _record(recorder, num_tasks, rounds_per_task, decay, seed)
         recorder.event("rejected", round=2, virtual_time=5.0, client="c4", reason="not finite")

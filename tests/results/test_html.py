@@ -16,7 +16,7 @@ from fedcl.results import html
 from fedcl.results.certificate import About, write
 from fedcl.results.html.elements import Cell, esc, table
 from fedcl.results.html.svg import inline
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.run import load
 from fedcl.server.receipt import Receipt
 from tests.results.rich_run import NAMES, write_run
@@ -64,11 +64,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder.mkdir()
     write_run(folder, everything=False)
     cfg = compose(["learner=er", "seed=5"])
-    (folder / "config.yaml").write_text(to_yaml({**cfg, "name": EVIL, "data": {"root": EVIL}}))
     recorder = Recorder.__new__(Recorder)
     recorder.run_dir = folder
     env = {"packages": {"fedcl": EVIL}, "git": {"sha": "abc", "dirty": True}}
-    recorder.write_env({**env, "launch": {"overrides": ["seed=5", f"name={EVIL}", "run_dir=/old"]}})
+    launch = {"overrides": ["seed=5", f"name={EVIL}", "run_dir=/old"]}
+    write_launch(
+        folder, to_yaml({**cfg, "name": EVIL, "data": {"root": EVIL}}), launch["overrides"], {**env, "launch": launch}
+    )
     recorder.status("done")
     request = ForgetRequest("bob", "client", clients=(EVIL,))
     receipt = Receipt(
