@@ -162,7 +162,11 @@ def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[s
         key = override.partition("=")[0].lstrip("+")
         if key.split(".")[0] != "unlearner" and ".".join(key.split(".")[:2]) not in _SERVING:
             raise ConfigError(f"{override}: here only unlearner, unlearner.* and {', '.join(_SERVING)} can be set")
-    composed = compose([*launch["overrides"], *overrides], [Path(folder) for folder in launch["config_dirs"]])
+    dirs = [Path(folder) for folder in launch["config_dirs"]]
+    composed = compose(launch["overrides"], dirs, overrides)
+    for text in remarks(launch["overrides"], dirs, overrides):
+        if "left out" in text:
+            print(f"fedcl: {text}", file=sys.stderr)
     settings = {key.partition(".")[2]: composed["unlearning"][key.partition(".")[2]] for key in _SERVING}
     trusted = sorted({*cfg["trusted_packages"], *composed["trusted_packages"]})
     own = {"unlearner": composed["unlearner"], "unlearning": {**cfg["unlearning"], **settings, "requests": []}}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedcl.config import ConfigError, compose
 from fedcl.overrides import as_text, in_quotes, parse
+from fedcl.sweep import _sweep_dir
 from fedcl.sweep.expansion import expand
 
 
@@ -114,3 +115,17 @@ def test_a_sweep_takes_the_same_paths() -> None:
     home = os.path.expanduser("~")
     roots = [compose(list(job.overrides))["data"]["root"] for job in jobs]
     assert roots == [str(Path(home) / "ä.npz"), str(Path(home) / "ö.npz")]
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [("sweep_dir=a=b", "a=b"), ("sweep_dir=123", "123"), ("sweep_dir='a,b'", "a,b"), ("sweep_dir=ü", "ü")],
+)
+def test_a_sweeps_folder_is_a_path_like_any_other(text: str, folder: str) -> None:
+    assert _sweep_dir([text, "seed=0,1"]) == (["seed=0,1"], Path(folder))
+
+
+@pytest.mark.parametrize("text", ["sweep_dir=", "sweep_dir=a,b", "sweep_dir=[a]"])
+def test_what_is_no_folder_of_a_sweep_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be one path; as text, write '"):
+        _sweep_dir([text])

@@ -34,7 +34,10 @@ def test_scaffold_with_momentum_is_refused_before_anything_is_written(
             "pFedMe's steps have no momentum",
         ),
         (["learner=gpm", "client.optimizer.weight_decay=0.1"], "breaks its guarantee"),
-        (["unlearner=sifu", "unlearner.epsilon=2"], "unlearner.epsilon=2.0 with unlearner.mechanism=classic: the class"),
+        (
+            ["unlearner=sifu", "unlearner.epsilon=2"],
+            "unlearner.epsilon=2.0 with unlearner.mechanism=classic: the class",
+        ),
         (["unlearner=ssd", "unlearner.order=mixed"], "only fisher=official makes batches"),
     ],
 )
