@@ -13,7 +13,7 @@ from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Task
-from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, disagreement, synthesise
+from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, _moments, disagreement, synthesise
 from tests.toy import configure, play, write_files
 
 HOW = Synthesis(samples=12, iterations=150, batch_size=16, latent=4, hidden=16, lr=0.01, adversarial=0.0, moments=0.1)
@@ -29,6 +29,12 @@ def test_disagreement_by_hand() -> None:
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert float(disagreement(teacher, student, columns)) == pytest.approx(expected)
     assert float(disagreement(teacher, teacher, columns)) == 0.0
+
+
+# mean 2 and standard deviation 1; mean 0 and standard deviation 3; normalised
+@pytest.mark.parametrize(("x", "distance"), [([1.0, 2.0, 3.0], 4.0), ([-3.0, 0.0, 3.0], 4.0), ([-1.0, 0.0, 1.0], 0.0)])
+def test_moments_are_held_against_normalised_inputs(x: list[float], distance: float) -> None:
+    assert float(_moments(torch.tensor(x))) == pytest.approx(distance)
 
 
 def test_samples_are_what_the_teacher_takes_them_for(device: torch.device) -> None:
