@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_samples_are_what_the_teacher_takes_them_for(device: torch.device) -> No
     assert float((said == asked).double().mean()) >= 0.75
     again = synthesise(model, (5,), model.vector(), model.vector() * 0, groups, HOW, seed=1)
     assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+def test_samples_are_sought_on_which_teacher_and_student_disagree() -> None:
+    model, student = network(), network()
+    student.flat.zero_()
+    apart = []
+    for adversarial in (0.0, 3.0):
+        how = replace(HOW, adversarial=adversarial, moments=1.0, iterations=60, samples=64)
+        made = synthesise(model, (5,), model.vector(), student.vector(), [[0, 1, 2, 3]], how, seed=1)
+        said = student(made[INPUTS]).logits
+        apart.append(float(disagreement(made[LOGITS], said, made[COLUMNS].bool())))
+    assert apart[1] > 1.3 * apart[0]
 
 
 def test_distillation_by_hand(device: torch.device) -> None:
