@@ -25,7 +25,7 @@ from fedcl import __version__
 from fedcl.building import add_plugin_paths
 from fedcl.commands import add as add_commands
 from fedcl.deploy.commands import add as add_deploy
-from fedcl.rules import ConfigError
+from fedcl.rules import ConfigError, RunFailed
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141, 143
 
@@ -74,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"fedcl: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("fedcl: interrupted", file=sys.stderr)
+    except RunFailed as error:
+        print(f"fedcl: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as stop:
+        print("; ".join(["fedcl: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED

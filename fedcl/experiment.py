@@ -58,6 +58,8 @@ def run(
     if not quiet:
         for text in _remarks(cfg, overrides, config_dirs):
             print(f"fedcl: {text}", file=sys.stderr)
+        for note in prepared.notes:
+            print(f"data: {note}", file=sys.stderr)
         note_unstacked(cfg, prepared)
     launch = {
         "overrides": list(overrides),

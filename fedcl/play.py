@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedcl.cautions import cautions, constant_accuracy, test_columns
 from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
 from fedcl.client.substitute import Substitute
 from fedcl.crosschecks import is_local
@@ -29,6 +30,7 @@ from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
 from fedcl.results.target import REACHED, TargetAccuracy, TargetReached, was_reached
 from fedcl.results.trackers import Trackers
+from fedcl.rules import RunFailed
 from fedcl.served import AfterServing
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
@@ -70,7 +72,8 @@ def play(
         digests = saved[0].get("digests") if saved is not None else None
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None, digests=digests))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
@@ -79,10 +82,11 @@ def play(
         unlearning.queue.inbox = Inbox(inbox or run_dir)
         if own is not None:
             unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
-        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks)
+        tested = [task for task, right in enumerate(test_columns(prepared)) if len(right)]
+        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks, tested)
         recorder.followers.append(target.follow)
-        trackers = Trackers(make_trackers(cfg), recorder)
         server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
+        trackers = Trackers(make_trackers(cfg), recorder, server.when)
         states = backend.states or MemoryStateStore()
         if saved is not None:
             _restore(server, states, saved)
@@ -101,7 +105,7 @@ def play(
         trackers.start(run_dir, cfg, server.state.next_round)
         stack.push(functools.partial(_end, trackers, run_dir))
         started = time.perf_counter()
-        with suppress(TargetReached):
+        with suppress(TargetReached), _told(run_dir):
             if not was_reached(run_dir):
                 server.run(after)
         for last in (False, True):
@@ -171,6 +175,18 @@ class _AfterRound:
         self._checkpoints.save(server_round, state, kept, self._states.load, alone=alone)
 
 
+@contextmanager
+def _told(run_dir: Path) -> Iterator[None]:
+    """Say of a run that cannot go on which one it is, and what can be done with it."""
+    try:
+        yield
+    except RunFailed as error:
+        raise RunFailed(
+            f"{error}; {run_dir}/{schema.EVENTS}.jsonl names each fault; fedcl resume tries again from the last "
+            "checkpoint, other settings need a new run"
+        ) from error
+
+
 def _left(saved: Saved | None) -> frozenset[str]:
     """Return the clients that had left by then."""
     state = {} if saved is None else saved[0]["server"].get("unlearning", {})
@@ -180,8 +196,22 @@ def _left(saved: Saved | None) -> frozenset[str]:
 def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
-    stream = prepared.stream
-    recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
+    stream, rights = prepared.stream, test_columns(prepared)
+    begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
+    recorder.event(
+        "partition",
+        **begin,
+        **report,
+        tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)],
+        test_samples=[len(right) for right in rights],
+        constant_accuracy=constant_accuracy(stream, rights),
+    )
+    for text in cautions(cfg, prepared):
+        recorder.event(schema.WARNING, **begin, text=text)
+        if not quiet:
+            print(f"fedcl: warning: {text}", file=sys.stderr)
     if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 

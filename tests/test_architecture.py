@@ -16,11 +16,19 @@ CORE = ("fedcl.data", "fedcl.scenario", "fedcl.models", "fedcl.evaluation")
 CONTRACTS = ("fedcl.server", "fedcl.client", "fedcl.results", "fedcl.messages")
 METHODS = ("strategies", "clients")
 CONFIG = (
-    "fedcl.config", "fedcl.layers", "fedcl.overrides", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
+    "fedcl.config",
+    "fedcl.layers",
+    "fedcl.overrides",
+    "fedcl.sweep.expansion",
+    "fedcl.cli",
+    "fedcl.server_app",
+    "fedcl.client_app",
+)
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
     *CONFIG,
+    "fedcl.cautions",
     "fedcl.prepared",
     "fedcl.commands",
     "fedcl.sweep",

@@ -91,11 +91,11 @@ class Recorder:
         phase: str,
         name: str,
         value: float,
+        virtual_time: float,
         client: str = "",
         task: int = -1,
         after: int = -1,
         step: int = -1,
-        virtual_time: float = 0.0,
     ) -> None:
         """Record one value; see ``schema.Row`` for the fields. A value that is not finite is stored as missing.
 
@@ -122,7 +122,7 @@ class Recorder:
         for row in rows:
             self.row(**row._asdict())
 
-    def event(self, kind: str, *, round: int = -1, virtual_time: float = 0.0, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record that something happened: a fault, a rejected reply, an unlearning request, a task boundary.
 
         Parameters
@@ -138,7 +138,11 @@ class Recorder:
         ------
         TypeError
             A field cannot be written as JSON.
+        ValueError
+            ``virtual_time`` is not finite.
         """
+        if not math.isfinite(virtual_time):
+            raise ValueError(f"virtual_time={virtual_time}: must be finite")
         record = {"round": int(round), "virtual_time": float(virtual_time), "kind": kind, **fields}
         self._write(schema.EVENTS, record)
 

@@ -96,8 +96,30 @@ class Run:
         ages = self.metrics.loc[(self.metrics["phase"] == "train") & (self.metrics["name"] == "age"), "value"]
         return ages.astype("int64").value_counts().sort_index().rename("updates").rename_axis("age")
 
+    def unheard(self) -> set[str]:
+        """Return the clients whose reply was lost or rejected when personal models were tested last."""
+        return {client for at, client in self._lost_evaluations if at == self._last_personal}
+
+    @property
+    def _last_personal(self) -> int:
+        """The last round after which personal models were tested, whether or not anybody answered; -1 for none."""
+        tested = self.metrics.loc[(self.metrics["phase"] == "personal") & (self.metrics["client"] != ""), "round"]
+        return int(max([*tested, *(at for at, _ in self._lost_evaluations)], default=-1))
+
+    @property
+    def _lost_evaluations(self) -> list[tuple[int, str]]:
+        """Return (round, client) of the evaluations that no sound reply came to."""
+        if "message" not in self.events:
+            return []
+        lost = self.events[self.events["kind"].isin(("client_failed", "reply_rejected"))]
+        lost = lost[lost["message"] == "evaluate"]
+        return [(int(at), str(client)) for at, client in zip(lost["round"], lost["client"], strict=True)]
+
     def by_client(self, phase: str = "personal", name: str = "accuracy") -> dict[str, float]:
         """Return client -> its latest value, the mean over the tasks measured in that round.
+
+        In phase ``personal`` everybody is tested together, so that only the last time counts: a client that has left,
+        or whose reply was lost (`unheard`), has no value then, and none from an earlier time stands in for it.
 
         Parameters
         ----------
@@ -108,7 +130,10 @@ class Run:
         """
         table = self.metrics
         table = table[(table["phase"] == phase) & (table["name"] == name) & (table["client"] != "")]
-        latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
+        if phase == "personal":
+            latest = table[(table["round"] == self._last_personal) & ~table["client"].isin(self.unheard())]
+        else:
+            latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
         return {str(client): float(value) for client, value in latest.groupby("client")["value"].mean().items()}
 
 

@@ -50,6 +50,12 @@ TIMING_COLUMNS: Final[dict[str, str]] = {"round": "int64", "name": "str", "secon
 EVENT_FIELDS: Final = ("round", "virtual_time", "kind")
 """Fields that every event has; others depend on the kind."""
 
+WARNING: Final = "warning"
+"""The kind of the event that numbers of the run say something else than they seem to; its ``text`` is a sentence."""
+
+MOSTLY_EMPTY: Final = "round_mostly_empty"
+"""The kind of the event that most of a round's clients hold nothing of their task."""
+
 PHASES: Final = ("train", "test", "received", "trained", "personal", "iteration", "server", "unlearning")
 """``train``: while a client learns. ``test``: the global model on test data. ``received``: a client's model before its
 local steps, ``trained``: after them. ``personal``: the model a client would use after aggregation. ``iteration``: a
@@ -84,6 +90,9 @@ SUMMARY_KEYS: Final = (
     "bytes/down",
     "clients_per_second",
     "rounds",
+    "rounds_mostly_empty",
+    "tasks_untested",
+    "clients_unheard",
     "virtual_time",
     "wall_time",
 )

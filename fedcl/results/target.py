@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ class TargetAccuracy:
     """Watches the global model's test accuracy for ``target`` in (0, 1]; None is never reached.
 
     It counts in the stream's last stage only, when all ``num_tasks`` tasks have been met: the mean over fewer would be
-    reached in the first rounds of almost every stream, and say nothing of the tasks to come.
+    reached in the first rounds of almost every stream, and say nothing of the tasks to come. It is the mean over
+    ``tested``, the tasks with test samples: all of them if not given.
     """
 
-    def __init__(self, target: float | None, num_tasks: int) -> None:
+    def __init__(self, target: float | None, num_tasks: int, tested: Collection[int] | None = None) -> None:
         self.target, self._num_tasks = target, num_tasks
+        self._tasks = set(range(num_tasks) if tested is None else tested)
         self._round, self._tested = -1, dict[int, float]()
 
     def follow(self, record: Mapping[str, Any]) -> None:
@@ -39,9 +41,9 @@ class TargetAccuracy:
 
     def reached(self, server_round: int) -> float | None:
         """Return the mean accuracy over all tasks after this round if it was tested and is high enough, else None."""
-        if self.target is None or self._round != server_round or len(self._tested) < self._num_tasks:
+        if self.target is None or self._round != server_round or not self._tasks or self._tested.keys() != self._tasks:
             return None
-        mean = math.fsum(self._tested.values()) / self._num_tasks
+        mean = math.fsum(self._tested.values()) / len(self._tasks)
         return mean if mean >= self.target else None
 
 

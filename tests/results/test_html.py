@@ -190,7 +190,7 @@ def test_the_reference_stands_beside_the_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "reference"):
         folder.mkdir(exist_ok=True)
         with Recorder(folder) as recorder:
-            recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0)
+            recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0, virtual_time=0.0)
             recorder.write_summary({"accuracy/average": 0.5 if folder == tmp_path else 0.375})
     page = Page(html.write(load(tmp_path)).read_text(encoding="utf-8"))
     cells = [text for tag, text in page.text if tag in ("td", "th")]

@@ -53,7 +53,7 @@ def test_parquet_has_the_documented_columns_types_and_exact_values(tmp_path: Pat
 
 def test_row_defaults_are_the_global_model_and_no_task(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.row(round=-1, phase="server", name="rank", value=np.float32(0.5))
+        recorder.row(round=-1, phase="server", name="rank", value=np.float32(0.5), virtual_time=0.0)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert list(line.values()) == [-1, 0.0, "", -1, -1, -1, "server", "rank", 0.5]
 
@@ -61,7 +61,7 @@ def test_row_defaults_are_the_global_model_and_no_task(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_become_missing(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         for value in (float("nan"), float("inf"), 1.0):
-            recorder.row(round=0, phase="train", name="loss", value=value)
+            recorder.row(round=0, phase="train", name="loss", value=value, virtual_time=0.0)
     assert [json.loads(line)["value"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         None,
         None,
@@ -74,7 +74,7 @@ def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         # several of the blocks that the reader of the lines works in
         for i in range(30_000):
-            recorder.row(round=i, phase="test", name="accuracy", value=i / 7, client=f"c{i % 13}")
+            recorder.row(round=i, phase="test", name="accuracy", value=i / 7, client=f"c{i % 13}", virtual_time=0.0)
     first = sha256(tmp_path / "metrics.parquet")
     again = tmp_path / "again.parquet"
     to_parquet(tmp_path / "metrics.jsonl", again, schema.METRIC_COLUMNS)
@@ -150,11 +150,11 @@ def test_closing_twice_is_harmless_and_an_empty_run_has_empty_tables(tmp_path: P
 def test_bad_rows_are_refused_by_name(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     with pytest.raises(ValueError, match="phase='eval': must be one of train, test"):
-        recorder.row(round=0, phase="eval", name="accuracy", value=1.0)
+        recorder.row(round=0, phase="eval", name="accuracy", value=1.0, virtual_time=0.0)
     with pytest.raises(ValueError, match="virtual_time=inf"):
         recorder.row(round=0, phase="test", name="accuracy", value=1.0, virtual_time=float("inf"))
     with pytest.raises(TypeError):
-        recorder.event("fault", where=object())
+        recorder.event("fault", where=object(), round=-1, virtual_time=0.0)
     recorder.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == 0
     assert (tmp_path / "events.jsonl").stat().st_size == 0
@@ -237,6 +237,6 @@ def test_recording_needs_neither_pandas_nor_matplotlib_nor_pyarrow() -> None:
         "import sys; sys.modules.update(dict.fromkeys(['pandas', 'matplotlib', 'pyarrow', 'yaml', 'rich', 'ray']))\n"
         "import tempfile, pathlib, fedcl.results, fedcl.results.progress\n"
         "r = fedcl.results.Recorder(pathlib.Path(tempfile.mkdtemp()))\n"
-        "r.row(round=0, phase='test', name='accuracy', value=1.0); assert r.flush()['metrics'] > 0"
+        "r.row(round=0, phase='test', name='accuracy', value=1.0, virtual_time=0.0); assert r.flush()['metrics'] > 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
