@@ -287,6 +287,9 @@ def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:
     names = value if isinstance(value, list) else [value]
     if value is None and group == "experiment":
         return f"{group}=null"
+    twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ConfigError(f"{group}=[{','.join(map(str, names))}]: names {twice[0]} twice; write it once")
     for name in names:
         if str(name) not in options:
             raise ConfigError(f"{group}={short(name)}: no such choice; available: {', '.join(sorted(options))}")

@@ -22,8 +22,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the experiment that ``overrides`` of the run's configuration describes, in the words of ``fedcl run``.
 
     ``config_dirs`` are folders with choices of the user's. With ``resume`` it goes on with the run in that folder
-    instead. On a fleet's server all this is what ``fedcl deploy`` has written down there: what is in the run's
-    configuration goes to devices too, and whoever hands in a run could write anything there.
+    instead, and runs code from ``config_dirs`` only. On a fleet's server all this is what ``fedcl deploy`` has written
+    down there: what is in the run's configuration goes to devices too, and whoever submits a run could write anything
+    there.
 
     Raises
     ------
@@ -33,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     from fedcl import experiment
     from fedcl.building import add_plugin_paths
     from fedcl.config import compose
+    from fedcl.launches import Trust
 
     run = str(context.run_config.get("run", ""))
     print("fleet: the run's process has started", file=sys.stderr, flush=True)
@@ -40,11 +42,12 @@ def main(grid: Grid, context: Context) -> None:
     interrupted = str(told.get("resume", ""))
     given = shlex.split(str(told.get("overrides", "")))
     folders = [Path(folder) for folder in shlex.split(str(told.get("config_dirs", "")))]
-    add_plugin_paths(folders)
+    add_plugin_paths(folders, outside=[Path(interrupted)] if interrupted else [])
     overrides = [*given, "backend=flower", "compare_with=null", *_EVERY_ROUND]
     try:
         if interrupted:
-            experiment.resume(Path(interrupted), force=False, quiet=False, grid=grid)
+            trust = Trust(tuple(folders))
+            experiment.resume(Path(interrupted), force=False, quiet=False, grid=grid, trust=trust)
         else:
             experiment.run(compose(overrides, folders), overrides, folders, quiet=False, grid=grid)
     except (KeyboardInterrupt, SystemExit) as stop:

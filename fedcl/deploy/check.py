@@ -239,4 +239,5 @@ def _data(spec: DeviceSpec) -> Finding:
         return Finding(f"device {spec.client}: {error}", True)
     held = sorted({dataset.classes[label] for label in dataset.train.y.tolist()})
     text = f"{len(dataset.train)} samples of shape {dataset.input_shape}, classes {', '.join(held[:12])}"
+    text = "; ".join([text, *dataset.notes])
     return Finding(f"device {spec.client}: {text}", wrong=len(dataset.train) == 0)

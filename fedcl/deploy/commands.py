@@ -60,7 +60,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     run.set_defaults(command=_run)
 
-    resume = actions.add_parser("resume", help="go on with an interrupted run", parents=parents)
+    resume = actions.add_parser("resume", help="go on with an interrupted run", parents=[configs, *parents])
     resume.add_argument("folder", type=Path, metavar="DIR")
     resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="which one; the last")
     resume.set_defaults(command=_resume)
@@ -73,7 +73,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     local.set_defaults(command=_local)
-    for action in (init, check, register, resume):
+    for action in (init, check, register):
         action.set_defaults(config_dir=[])
 
 
@@ -139,7 +139,7 @@ def _resume(args: argparse.Namespace) -> None:
 
     fleet = _load(args.folder)
     with _resumable("fedcl deploy resume {fleet}"):
-        run_dir = resume(fleet, args.run_dir, quiet=args.quiet)
+        run_dir = resume(fleet, args.run_dir, quiet=args.quiet, config_dirs=args.config_dir)
     _conclude(run_dir, args.quiet)
 
 

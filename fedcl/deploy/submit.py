@@ -21,6 +21,7 @@ from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import environment, refusal, tail, undisturbed, unreachable
 from fedcl.files import write_atomic
 from fedcl.nodes import forget_refusals, write_order
+from fedcl.results import reading
 from fedcl.rules import ConfigError
 
 CONNECTION = "fleet"  # the name of the server in server/flwr/config.toml
@@ -69,7 +70,7 @@ def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: 
     return run_dir
 
 
-def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool) -> Path:
+def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequence[Path] = ()) -> Path:
     """Go on with a run, the last one unless ``run_dir`` says otherwise, from its last checkpoint; return its folder.
 
     Raises
@@ -88,14 +89,17 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool) -> Path:
         raise ConfigError(f"{folder}: the run never began; start it anew with: fedcl deploy run {fleet.folder}")
     if _status(folder) == "done":
         raise ConfigError(f"{folder}: the run is done")
+    from fedcl.launches import Trust, launched  # torch takes longer to import than the refusals above
+    from fedcl.locking import hold
+
+    with hold(folder):  # the server's process holds it while the run goes on
+        given = launched(folder, Trust(tuple(config_dirs))).launch["overrides"]
     refuse_unreachable(fleet)
     if launch.flower_run and _stays_active(fleet, launch.flower_run, quiet=quiet):
         raise ConfigError(f"{folder}: still running; stop it with: flwr stop {launch.flower_run} {CONNECTION}")
-    saved = (folder / "overrides.yaml").read_text(encoding="utf-8")
-    given = [json.loads(line[2:]) for line in saved.splitlines() if line.startswith("- ")]
     again = replace(launch, attempt=launch.attempt + 1)
-    known = json.loads((folder / "env.json").read_text(encoding="utf-8"))["launch"]["config_dirs"]
-    settings = {"overrides": shlex.join(given), "config_dirs": shlex.join(known), "resume": str(folder)}
+    named = shlex.join(str(one.resolve()) for one in config_dirs)
+    settings = {"overrides": shlex.join(given), "config_dirs": named, "resume": str(folder)}
     _play(fleet, again, settings, quiet=quiet)
     return folder
 
@@ -288,5 +292,5 @@ def settle(run_dir: Path, *, seconds: float = LEAVE_SECONDS) -> bool:
 
 
 def _status(run_dir: Path) -> str:
-    file = run_dir / "STATUS"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    said = reading.status(run_dir)
+    return "" if said == "unknown" else said
