@@ -190,7 +190,8 @@ def mend(run_dir: Path) -> None:
         (run_dir / schema.SUMMARY).unlink(missing_ok=True)
         write_summary(run_dir, summary(run_dir, up, down))
         if known:
-            sums.conclude(run_dir)
+            text = (run_dir / schema.SUMMARY).read_text(encoding="utf-8")
+            sums.write(run_dir, {**known, **sums.of_texts({schema.SUMMARY: text})})
 
 
 def _is_lost(path: Path) -> bool:
