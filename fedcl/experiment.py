@@ -187,7 +187,14 @@ def mend(run_dir: Path) -> None:
         if not checkpoints.begun():
             raise reading.Damaged(run_dir / schema.SUMMARY, "is lost, and there is no checkpoint", "run it again")
         up, down = checkpoints.load()[0]["server"]["bytes"]
+        known = sums.read(run_dir)
+        if known:
+            sums.write(run_dir, {name: digests for name, digests in known.items() if name != schema.SUMMARY})
+        (run_dir / schema.SUMMARY).unlink(missing_ok=True)
         write_summary(run_dir, summary(run_dir, up, down))
+        if known:
+            text = (run_dir / schema.SUMMARY).read_text(encoding="utf-8")
+            sums.write(run_dir, {**known, **sums.of_texts({schema.SUMMARY: text})})
 
 
 def _is_lost(path: Path) -> bool:
