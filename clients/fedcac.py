@@ -15,10 +15,13 @@ from torch import Tensor
 from clients.local_sgd import standing_at
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, Payload, Phase, Plugin, State
+from fedcl.fields import TensorField
 from fedcl.models.masks import critical_mask, pack_bits, trained_parameters
 from fedcl.models.networks import Output
 
-CRITICAL = Payload("critical", "up", reduction="stack")  # as strategies.collaboration.fedcac declares it
+CRITICAL = Payload(
+    "critical", "up", TensorField(("bitmask",), "uint8"), reduction="stack"
+)  # as strategies.collaboration.fedcac declares it
 
 
 class CriticalMask(Plugin):

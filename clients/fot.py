@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcl.client.plugin import Context, Payload, Phase, Plugin
+from fedcl.client.plugin import Context, Phase, Plugin
 from fedcl.linalg import project_out, random_signs
 from fedcl.models.networks import RandomLayer
 
@@ -134,10 +134,6 @@ class SubspaceAnswer(Plugin):
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
     queries: ClassVar[tuple[str, ...]] = ("subspace",)
-    payloads: ClassVar[tuple[Payload, ...]] = (
-        Payload("subspace", "down", when="query"),
-        Payload("subspace", "up", when="query", reduction="sum"),
-    )
     stackable: ClassVar[bool] = True
 
     def __init__(

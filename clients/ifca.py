@@ -13,6 +13,9 @@ from torch import Tensor
 
 from clients.loss import mean_loss
 from fedcl.client.plugin import Context, Payload, Phase, Plugin
+from fedcl.fields import TensorField
+
+CHOICE = Payload("choice", "up", TensorField((1,), "int64", low=0), reduction="stack")
 
 
 class IFCA(Plugin):
@@ -27,7 +30,7 @@ class IFCA(Plugin):
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
     payloads: ClassVar[tuple[Payload, ...]] = (
         Payload("clusters", "down"),
-        Payload("choice", "up", reduction="stack"),
+        CHOICE,
     )
 
     def __init__(self) -> None:

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from clients.loss import mean_loss
 from fedcl.client.plugin import Context, Payload, Phase, Plugin
+from fedcl.fields import TensorField
 
 
 class QFedAvg(Plugin):
     """Upload F_k: the mean cross-entropy of the received model on the client's samples of the task."""
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
-    payloads: ClassVar[tuple[Payload, ...]] = (Payload("loss_received", "up", reduction="stack"),)
+    payloads: ClassVar[tuple[Payload, ...]] = (
+        Payload("loss_received", "up", TensorField((1,), low=0.0), reduction="stack"),
+    )
 
     def __init__(self) -> None:
         self._loss = torch.zeros(())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Context, Payload, Phase, Plugin, State
+from fedcl.fields import MODEL
 
 
 class Scaffold(Plugin):
@@ -26,9 +27,9 @@ class Scaffold(Plugin):
 
     phase: ClassVar[Phase] = Phase.GRADIENT
     payloads: ClassVar[tuple[Payload, ...]] = (
-        Payload("control", "down", like_model=True),
+        Payload("control", "down"),
         Payload("control_epoch", "down"),
-        Payload("control_delta", "up", like_model=True),
+        Payload("control_delta", "up", MODEL),
     )
 
     def __init__(self) -> None:

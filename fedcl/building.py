@@ -22,6 +22,7 @@ from typing import Any
 from fedcl.rules import ConfigError
 
 TARGET_KEY = "_target_"
+_PLACEHOLDER = object()
 TRUSTED = frozenset({"fedcl", "strategies", "clients", "flwr"})
 
 
@@ -62,6 +63,10 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
     if both:
         raise ConfigError(f"{place}.{min(both)}: set by the run itself; remove it from the YAML")
     _check_parameters(found, target, params, runtime, place)
+    if inspect.isclass(found):
+        _check_call(found, (), {**params, **runtime}, place)
+        if is_own(node):
+            _check_methods(found, place)
     for name in _components(found) & params.keys():
         if not isinstance(params[name], Mapping):
             raise ConfigError(f"{place}.{name}={params[name]}: must be a mapping with a {TARGET_KEY}")
@@ -74,6 +79,25 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def call(function: Callable[..., Any], *args: Any, at: str, **runtime: Any) -> Any:
+    """Call what `build` made of a function with what only the run knows.
+
+    Raises
+    ------
+    ConfigError
+        If the function does not take these arguments: it was written for another version, or lacks a parameter.
+    """
+    inner = function.func if isinstance(function, functools.partial) else function
+    set_already = function.keywords if isinstance(function, functools.partial) else {}
+    _check_call(inner, args, {**set_already, **runtime}, at)
+    return function(*args, **runtime)
+
+
+def is_own(node: Mapping[str, Any]) -> bool:
+    """Whether a component's code is a user's own."""
+    return str(node.get(TARGET_KEY, "")).split(".")[0] not in TRUSTED
 
 
 def builder(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = ()) -> Callable[[], Any]:
@@ -117,7 +141,10 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
     for top in {target.split(".")[0] for target in targets} - TRUSTED:
         if not top.isidentifier():
             continue
-        spec = importlib.util.find_spec(top)
+        try:
+            spec = importlib.util.find_spec(top)
+        except ValueError:  # a module that was not imported from anywhere, as __main__
+            continue
         spec = spec or importlib.machinery.PathFinder.find_spec(top, [str(home) for home in homes])
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             continue
@@ -127,17 +154,21 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
     return sorted(found)
 
 
-def plugin_directories(config_dirs: Iterable[Path | str] = ()) -> list[Path]:
-    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it."""
-    folders = [Path(os.getcwd())]
+def plugin_directories(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> list[Path]:
+    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it.
+
+    Who stands within a folder of ``outside`` has not put code there: the current directory is left out then.
+    """
+    here = Path(os.getcwd()).resolve()
+    folders = [] if any(here.is_relative_to(Path(one).resolve()) for one in outside) else [Path(os.getcwd())]
     for directory in config_dirs:
         folders += [Path(directory).resolve(), Path(directory).resolve().parent]
     return list(dict.fromkeys(folders))
 
 
-def add_plugin_paths(config_dirs: Iterable[Path | str] = ()) -> None:
+def add_plugin_paths(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> None:
     """Let modules of one's own be imported; appended, so that none of them shadows an installed one."""
-    for folder in plugin_directories(config_dirs):
+    for folder in plugin_directories(config_dirs, outside=outside):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 
@@ -199,3 +230,56 @@ def _check_parameters(
         missing = [p.name for p in accepted if p.default is p.empty and p.name not in {*params, *runtime}]
         if missing:
             raise ConfigError(f"{place}.{missing[0]}: {target} needs this parameter; it takes {', '.join(names)}")
+
+
+def _check_call(found: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any], place: str) -> None:
+    """Refuse a call that the signature does not admit; what goes wrong inside keeps its traceback."""
+    try:
+        inspect.signature(found).bind(*args, **keywords)
+    except TypeError as error:
+        given = ", ".join([*(f"{len(args)} by position" for _ in args[:1]), *keywords])
+        raise ConfigError(
+            f"{place}: {_name(found)}{_signature(found)} cannot be called as fedcl does: {error}; it is given {given}"
+        ) from error
+
+
+def _check_methods(found: type, place: str) -> None:
+    """Refuse a class one of whose methods takes other arguments than the one of fedcl's that it stands in for."""
+    for name in dir(found):
+        method = inspect.getattr_static(found, name)
+        contract = next(
+            (
+                base.__dict__[name]
+                for base in found.__mro__
+                if name in base.__dict__ and base.__module__.split(".")[0] in TRUSTED
+            ),
+            None,
+        )
+        if (
+            name.startswith("_")
+            or method is contract
+            or not inspect.isfunction(method)
+            or not inspect.isfunction(contract)
+        ):
+            continue
+        wanted = inspect.signature(contract).parameters.values()
+        positional = [p for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = {p.name: _PLACEHOLDER for p in wanted if p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(method).bind(*positional, **named)
+        except TypeError as error:
+            raise ConfigError(
+                f"{place}: {_name(found)}.{name}{_signature(method)}: {error}; fedcl calls it as {name}"
+                f"{_signature(contract)}"
+            ) from error
+
+
+def _name(found: Callable[..., Any]) -> str:
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _signature(found: Callable[..., Any]) -> str:
+    """Return a signature without its annotations."""
+    whole = inspect.signature(found)
+    bare = [p.replace(annotation=p.empty) for p in whole.parameters.values()]
+    return str(whole.replace(parameters=bare, return_annotation=whole.empty))

@@ -25,6 +25,7 @@ from fedcl.client.device_state import DeviceStateStore
 from fedcl.client.plugin import State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
+from fedcl.interruption import client_fault
 from fedcl.messages import CHANGES_STATE, Reply, Request, content_bytes, hello_reply, reply_content, requests
 from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.requests import ForgetNote, Residual, residuals_json
@@ -88,7 +89,14 @@ def _runtime(overrides: str) -> ClientRuntime:
 @app.evaluate()
 @app.query()
 def answer(message: Message, context: Context) -> Message:
-    """Answer any message of a fedcl server."""
+    """Answer any message of a fedcl server: whatever ends here is an error reply, never the app's process."""
+    try:
+        return _answer(message, context)
+    except BaseException as error:
+        raise client_fault(error) from error
+
+
+def _answer(message: Message, context: Context) -> Message:
     spec = context.node_config.get("spec")
     if spec is not None:
         return on_device(message, context, read_spec(Path(str(spec))))
@@ -159,9 +167,9 @@ def _device_config(sent: str, spec: DeviceSpec, store: DeviceStateStore) -> Conf
     kept = store.kept_config(key)
     if kept is not None:
         return kept
-    from fedcl.config import CONFIG_DIR, compose
+    from fedcl.config import CONFIG_DIR, compose, path_keys
 
-    cfg = compose(device_overrides(shlex.split(sent), spec), spec.config_dirs)
+    cfg = compose(device_overrides(shlex.split(sent), spec, path_keys), spec.config_dirs)
     if not spec.trusted_packages:
         refuse_foreign_targets(targets_in(cfg), [CONFIG_DIR, *spec.config_dirs])
     store.keep_config(key, cfg)

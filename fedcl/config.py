@@ -13,14 +13,15 @@ import functools
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedcl.building import TARGET_KEY, build, plugin_directories, plugin_packages, targets_in
+from fedcl.conform import SPECIAL, conform, rule_at, rules_of
 from fedcl.crosschecks import cross_check
-from fedcl.rules import RULES_KEY, ConfigError, conform, show
+from fedcl.layers import Groups, Layer, chosen, experiment, fitting, leaves
+from fedcl.overrides import Setting, in_quotes, parse, setting
+from fedcl.pairs import check_pairs
+from fedcl.rules import ConfigError, is_path, short, show, takes_text
 
 __all__ = [
     "CONFIG_DIR",
@@ -41,7 +46,7 @@ __all__ = [
     "diff",
     "kinds",
     "list_choices",
-    "quoted",
+    "remarks",
     "to_yaml",
 ]
 
@@ -52,7 +57,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 _HYDRA_LOCK = threading.Lock()
 
 
-def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[str, Any]:
+def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes: Sequence[str] = ()) -> dict[str, Any]:
     """Compose and check the configuration of a run.
 
     Parameters
@@ -61,6 +66,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[
         Hydra overrides such as ``learner=[ewc,er]``, ``strategy/projection=none`` or ``client.epochs=2``.
     config_dirs
         Folders with choices of one's own, laid out like ``configs/``. The built-in choices win over the same name.
+    changes
+        Further overrides, before which settings of `overrides` give way that their choices do not take.
 
     Returns
     -------
@@ -74,8 +81,42 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> dict[
     ConfigError
         One line naming the key, the value and what is allowed.
     """
+    return copy.deepcopy(_cached(overrides, config_dirs, changes)[0])
+
+
+def remarks(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes: Sequence[str] = ()) -> list[str]:
+    """Return what is to be said of a configuration: settings that gave way, pairs that are better not combined.
+
+    Parameters and errors are those of `compose`.
+    """
+    return list(_cached(overrides, config_dirs, changes)[1])
+
+
+def _cached(
+    overrides: Sequence[str], config_dirs: Sequence[Path], changes: Sequence[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     folders = tuple(str(Path(folder).resolve()) for folder in config_dirs)
-    return copy.deepcopy(_compose(tuple(overrides), folders, os.getcwd(), str(CONFIG_DIR)))
+    return _compose(tuple(overrides), tuple(changes), folders, os.getcwd(), str(CONFIG_DIR))
+
+
+def path_keys(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> frozenset[str]:
+    """Return the dotted keys whose rule is a path, or holds one, in a configuration with the choices of `overrides`.
+
+    Raises ConfigError for a choice that there is not.
+    """
+    roots = tuple(_roots(config_dirs))
+    groups = _groups(roots)
+    choices, _ = chosen(_layers(overrides, (), groups), groups)
+    return frozenset(_paths_in(_schema(roots, tuple(choices.values()))))
+
+
+def _paths_in(node: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    for name, rule in rules_of(node, place).items():
+        if re.search(r"\bpath\b", rule.text):
+            yield f"{place}{name}"
+    for name, value in node.items():
+        if isinstance(value, Mapping) and name not in SPECIAL:
+            yield from _paths_in(value, f"{place}{name}.")
 
 
 def list_choices(kind: str, config_dirs: Sequence[Path] = ()) -> list[tuple[str, str]]:
@@ -96,7 +137,7 @@ def kinds(config_dirs: Sequence[Path] = ()) -> list[str]:
 
 def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return one line for each setting that differs: ``client.epochs: 1 -> 2``; a missing one shows as ``(absent)``."""
-    old, new = dict(_leaves(before)), dict(_leaves(after))
+    old, new = dict(leaves(before)), dict(leaves(after))
     absent = "(absent)"
     return [
         f"{key}: {show(old[key]) if key in old else absent} -> {show(new[key]) if key in new else absent}"
@@ -117,50 +158,101 @@ def to_yaml(cfg: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _compose(overrides: tuple[str, ...], folders: tuple[str, ...], cwd: str, config_dir: str) -> dict[str, Any]:
+def _compose(
+    overrides: tuple[str, ...], changes: tuple[str, ...], folders: tuple[str, ...], cwd: str, config_dir: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the configuration, and what is to be said of it."""
     del cwd  # part of the cache's key only: modules of one's own are looked for there
-    roots = [Path(config_dir), *map(Path, folders)]
+    roots = (Path(config_dir), *map(Path, folders))
     for folder in roots:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder")
     groups = _groups(roots)
-    choices, values = _split(overrides, groups)
-    schema = _schema(tuple(roots), tuple(_schema_choices(choices, groups)))
-    for override in values:
-        _check_key(override, schema, groups)
-    full = _hydra(roots, [*choices.values(), *(str(override.input_line) for override in values)])
-    cfg = conform(full, schema)
+    layers = _layers(overrides, changes, groups)
+    choices, said = chosen(layers, groups)
+    schema = _schema(roots, tuple(choices.values()))
+    layers = [replace(layer, settings=tuple(_read(one, schema) for one in layer.settings)) for layer in layers]
+
+    def schema_of(some: Sequence[Layer]) -> Mapping[str, Any]:
+        return _schema(roots, tuple(chosen(some, groups)[0].values()))
+
+    settings, more = fitting(layers, schema, schema_of, functools.partial(_misfit, groups=groups))
+    cfg = conform(_with(roots, tuple(choices.values()), settings, schema), schema)
     plugins = plugin_packages(targets_in(cfg), plugin_directories(folders))
     if plugins:
         cfg["trusted_packages"] = sorted({*cfg.get("trusted_packages", []), *plugins})
     cross_check(cfg)
-    return cfg
+    return cfg, (*said, *more, *check_pairs(cfg, schema))
 
 
-@functools.lru_cache(maxsize=64)
-def _schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the YAML files alone say, rules and all; it is read and never changed."""
-    return _hydra(roots, choices, complete=False)
+def _layers(overrides: Sequence[str], changes: Sequence[str], groups: Groups) -> list[Layer]:
+    typed = _split(overrides, groups, "the command line")
+    rest = [_split(changes, groups, "compare_with")] if changes else []
+    names: list[Any] = []
+    for layer in (typed, *rest):
+        if "experiment" in layer.choices:
+            given = layer.choices.pop("experiment").partition("=")[2]
+            names = [] if given == "null" else given.strip("[]").split(",")
+    return [*(experiment(name, groups["experiment"][name]) for name in names), typed, *rest]
 
 
-def _hydra(roots: Sequence[Path], overrides: Sequence[str], complete: bool = True) -> dict[str, Any]:
-    own = len(roots) > 1  # folders of one's own may change while the process lives
+def _with(
+    roots: tuple[Path, ...],
+    choices: tuple[str, ...],
+    settings: Sequence[tuple[Layer, Setting]],
+    schema: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the composition of the choices with the settings in it."""
+    composed = copy.deepcopy(_hydra(roots, choices))
     try:
-        with _HYDRA_LOCK:
-            composed = (_composed.__wrapped__ if own else _composed)(tuple(roots), tuple(overrides))
-            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=complete)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        for layer, one in settings:
+            value = one.value
+            if layer.beside is not None and isinstance(value, str) and value.startswith("./"):
+                value = str(layer.beside / value) if is_path(rule_at(schema, one.key)) else value
+            OmegaConf.update(composed, one.key, value, merge=True)
+        return _plain(composed, complete=True)
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        naming = [one.text for _, one in settings if "${" in one.text]
+        told = f"{' '.join(naming)}: ${{}} names another key; a variable of the shell is $NAME; " if naming else ""
+        raise ConfigError(told + _one_line(error)) from error
+
+
+def _schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return what the YAML files alone say, rules and all; it is read and never changed."""
+    return _own_schema(roots, choices) if len(roots) > 1 else _built_in_schema(roots, choices)
+
+
+def _own_schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> Mapping[str, Any]:
+    try:
+        return _plain(_hydra(roots, choices), complete=False)
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
+
+
+_built_in_schema = functools.lru_cache(maxsize=64)(_own_schema)
+
+
+def _plain(composed: DictConfig, *, complete: bool) -> dict[str, Any]:
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=complete)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
+def _hydra(roots: tuple[Path, ...], choices: tuple[str, ...]) -> DictConfig:
+    own = len(roots) > 1  # folders of one's own may change while the process lives
+    try:
+        with _HYDRA_LOCK:
+            return (_composed.__wrapped__ if own else _composed)(roots, choices)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
 @functools.lru_cache(maxsize=64)
-def _composed(roots: tuple[Path, ...], overrides: tuple[str, ...]) -> DictConfig:
+def _composed(roots: tuple[Path, ...], choices: tuple[str, ...]) -> DictConfig:
     path = ",".join("'file://" + str(root).replace("'", "\\'") + "'" for root in roots[1:])
     search = [f"hydra.searchpath=[{path}]"] if path else []
     with initialize_config_dir(str(roots[0]), version_base="1.3"):
-        return hydra_compose("config", overrides=[*overrides, *search])
+        return hydra_compose("config", overrides=[*choices, *search])
 
 
 def _one_line(error: Exception) -> str:
@@ -168,38 +260,26 @@ def _one_line(error: Exception) -> str:
     return " ".join(line for line in lines if "hydra.cc" not in line and not line.startswith("To append"))[:400]
 
 
-def _split(overrides: Sequence[str], groups: Mapping[str, Mapping[str, Path]]) -> tuple[dict[str, str], list[Override]]:
-    """Part the overrides into choices (group -> the override as Hydra takes it) and values."""
+def _split(overrides: Sequence[str], groups: Groups, origin: str) -> Layer:
+    """Part the overrides into choices and values."""
     choices: dict[str, str] = {}
-    values: list[Override] = []
-    parser = OverridesParser.create()
-    for given in overrides:
-        text = quoted(given)
-        try:
-            override = parser.parse_override(text)
-        except (HydraException, ValueError) as error:
-            raise ConfigError(f"{text}: not an override; write key=value ({_one_line(error)})") from error
+    values: list[Setting] = []
+    for text in overrides:
+        override = parse(text)
         if override.is_sweep_override():
-            raise ConfigError(f"{text}: one run takes one value; for a list write key=[a,b]")
+            raise ConfigError(
+                f"{text}: one run takes one value; for a list write key=[a,b], for text {in_quotes(text)}"
+            )
         if override.is_delete() or override.package is not None:
             raise ConfigError(f"{text}: keys cannot be removed or moved, only set: key=value")
         key = override.key_or_group
         if key in groups:
             choices[key] = _choice(key, override, groups[key])
         elif override.is_add() or override.is_force_add():
-            raise ConfigError(f"{text}: keys cannot be added, only set: key=value")
+            raise ConfigError(f"{text}: keys cannot be added, only set: {text.lstrip('+')}")
         else:
-            values.append(override)
-    return choices, values
-
-
-def quoted(text: str) -> str:
-    """Return ``compare_with=a=1 b=2`` with its value quoted: overrides inside an override would not parse."""
-    key, _, value = text.partition("=")
-    if key.strip() != "compare_with" or "=" not in value or value.strip()[:1] in ("'", '"'):
-        return text
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
+            values.append(Setting(text, key, override))
+    return Layer(origin, choices, tuple(values))
 
 
 def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:
@@ -207,63 +287,47 @@ def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:
     names = value if isinstance(value, list) else [value]
     if value is None and group == "experiment":
         return f"{group}=null"
+    twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ConfigError(f"{group}=[{','.join(map(str, names))}]: names {twice[0]} twice; write it once")
     for name in names:
         if str(name) not in options:
-            raise ConfigError(f"{group}={show(name)}: no such choice; available: {', '.join(sorted(options))}")
+            raise ConfigError(f"{group}={short(name)}: no such choice; available: {', '.join(sorted(options))}")
     return f"{group}=[{','.join(map(str, names))}]" if isinstance(value, list) else f"{group}={value}"
 
 
-def _schema_choices(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    """Return the choices of a run with its experiment's choices but not its values: these are to be checked too."""
-    chosen = dict(choices)
-    names = chosen.pop("experiment", "experiment=null").split("=", 1)[1].strip("[]").split(",")
-    taken: dict[str, str] = {}
-    for name in names:
-        if name in groups.get("experiment", {}):
-            taken.update(_experiment_choices(groups["experiment"][name]))
-    for group, text in chosen.items():
-        taken[group] = "+" + text if taken.get(group, "").startswith("+") else text
-    return [*taken.values()]
+def _read(one: Setting, schema: Mapping[str, Any]) -> Setting:
+    """Read the value of a setting that was typed as what the key's rule makes of it."""
+    return setting(one.value, one.text, rule_at(schema, one.key)) if isinstance(one.value, Override) else one
 
 
-def _experiment_choices(file: Path) -> dict[str, str]:
-    try:
-        entries = _container(OmegaConf.load(file)).get("defaults", [])
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"experiment/{file.name}: {_one_line(error)}") from error
-    taken: dict[str, str] = {}
-    for entry in entries:
-        if isinstance(entry, str) and entry != "_self_":
-            taken.update(_experiment_choices(file.parent / f"{entry}.yaml"))
-        elif isinstance(entry, Mapping):
-            for written, value in entry.items():
-                group = str(written).removeprefix("override ").strip().lstrip("/")
-                text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else show(value)
-                # Without `override` the entry adds a group that the root's defaults do not have.
-                taken[group] = f"{'' if str(written).startswith('override ') else '+'}{group}={text}"
-    return taken
+def _misfit(one: Setting, schema: Mapping[str, Any], groups: Groups) -> str | None:
+    """Say why a setting does not fit what the files say, None if it does."""
+    inner = [f"{one.key}.{name}" for name, _ in leaves(one.value)] if isinstance(one.value, Mapping) else []
+    for place in [one.key, *inner]:
+        if not _is_key(place, schema):
+            known = [*(name for name, _ in leaves(schema)), *groups]
+            return f"{one.text}: no such key{_suggest(place, known)}"
+    group = one.key.replace(".", "/")
+    if group in groups and isinstance(one.value, str):
+        return f"{one.text}: to choose another one write {group}={one.value}"
+    rule = rule_at(schema, one.key)
+    if rule is None or (isinstance(one.value, str) and "${" in one.value):
+        return None
+    fault = rule.fault(one.value, one.key)
+    if fault and takes_text(rule) and isinstance(one.value, (list, dict)):
+        return f"{fault}; as text, write {in_quotes(one.text)}"
+    return fault
 
 
-def _container(node: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _check_key(override: Override, schema: Mapping[str, Any], groups: Mapping[str, Mapping[str, Path]]) -> None:
-    key, text = override.key_or_group, override.input_line
-    value = override.value()
-    inner = [f"{key}.{name}" for name, _ in _leaves(value)] if isinstance(value, Mapping) else []
-    for place in [key, *inner]:
-        node: Any = schema
-        for part in place.split("."):
-            if not isinstance(node, Mapping) or part not in node or part == RULES_KEY:
-                known = [*(name for name, _ in _leaves(schema)), *groups]
-                raise ConfigError(f"{text}: no such key{_suggest(place, known)}")
-            node = node[part]
-    group = key.replace(".", "/")
-    if group in groups and isinstance(value, str):
-        raise ConfigError(f"{text}: to choose another one write {group}={value}")
+def _is_key(place: str, schema: Mapping[str, Any]) -> bool:
+    node: Any = schema
+    parts = place.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, Mapping) or part not in node or part in SPECIAL:
+            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that nobody knows beforehand
+        node = node[part]
+    return True
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:
@@ -277,17 +341,6 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     best = max(scores.values(), default=0.0)
     near = sorted(name for name, score in scores.items() if score >= max(0.6, best - 0.05))[:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        place = f"{path}.{key}" if path else str(key)
-        if key == RULES_KEY:
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, place)
-        else:
-            yield place, value
 
 
 def _roots(config_dirs: Sequence[Path]) -> list[Path]:

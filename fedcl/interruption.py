@@ -33,8 +33,8 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """Within this block SIGINT and SIGTERM are noted; a second one stops at once.
+def interruptible(*, at_once: bool = False) -> Iterator[Interruption]:
+    """Within this block SIGINT and SIGTERM are noted; a second one stops at once, and with ``at_once`` the first does.
 
     Outside the main thread, where signals cannot be handled, nothing changes.
     """
@@ -44,7 +44,7 @@ def interruptible() -> Iterator[Interruption]:
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if interruption.signal is not None:
+        if at_once or interruption.signal is not None:
             _stop(signum)
         interruption.signal = signum
         print("fedcl: finishing the round; once more stops at once", file=sys.stderr, flush=True)
@@ -59,5 +59,43 @@ def interruptible() -> Iterator[Interruption]:
 
 def _stop(signum: int) -> None:
     if signum == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + signum)
+        raise Interrupted
+    raise Terminated(128 + signum)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A person has asked this process to stop at once."""
+
+
+class Terminated(SystemExit):
+    """The system has asked this process to stop at once."""
+
+
+class ClientEnded(Exception):
+    """A client's code has tried to end the process that it runs in."""
+
+
+def client_fault(error: BaseException) -> Exception:
+    """Return what a client's code has raised as its own failure, be it ``SystemExit`` or anything else.
+
+    Raises
+    ------
+    BaseException
+        ``error`` itself, if it is no fault of a client: somebody asks the process to stop.
+    """
+    if isinstance(error, Exception):
+        return error
+    # outside of `interruptible` it is Python that raises KeyboardInterrupt when somebody presses Ctrl-C
+    pressed = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if pressed or isinstance(error, (Interrupted, Terminated)):
+        raise error
+    return ClientEnded(described(error))
+
+
+def described(error: BaseException) -> str:
+    """Return an exception's name and text; a client's own exception may fail to say anything of itself."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException as inner:
+        client_fault(inner)
+        return type(error).__name__

@@ -16,14 +16,17 @@ from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
-from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.loop import Server
 from fedcl.server.measurement import Known
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
 from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
     bind,
+    check_dataset,
+    check_model,
     check_unlearner,
     client_ids,
     device_of,
@@ -38,7 +41,9 @@ from fedcl.wiring import (
     make_steps,
     make_strategy,
     make_stream,
+    make_unlearner,
     participants,
+    probed_tasks,
     split_dataset,
 )
 
@@ -52,24 +57,31 @@ class Prepared:
     stream: Stream
     schedule: Schedule
     clients: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what is to be said of the data
 
     @classmethod
     def of(cls, cfg: Config, dataset: Dataset | None = None) -> Prepared:
         """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
         torch.set_num_threads(1)
         device_of(cfg)
-        clients = participants(cfg)
         dataset = dataset or load_dataset(cfg)
+        notes = check_dataset(cfg, dataset)  # before anything is made for each client or task
+        partition = split_dataset(cfg, dataset)
+        clients = participants(cfg)
         stream = make_stream(cfg, dataset)
         schedule = make_schedule(cfg, stream)
-        partition = split_dataset(cfg, dataset)
         model = make_model(cfg, dataset, stream, torch.device("cpu"))
+        check_model(cfg, dataset, stream, model)
         learner_factories(cfg)
-        make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        work = local_work(cfg, model, stream, schedule, dataset.input_shape)
+        bind(strategy, work)
         make_queue(cfg, stream, schedule, dataset)
+        make_devices(cfg)
         if cfg["unlearning"]["requests"]:
             check_unlearner(cfg, model)
-        return cls(dataset, partition, stream, schedule, clients)
+            bind(make_unlearner(cfg), work)
+        return cls(dataset, partition, stream, schedule, clients, notes)
 
 
 def make_server(
@@ -87,6 +99,8 @@ def make_server(
     work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
+    if backend.listen is not None:
+        backend.listen(recorder.event)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -98,6 +112,7 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
     )
     arrivals = Arrivals(
         exchange,

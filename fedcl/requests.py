@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from fedcl.fields import MAX_RESIDUALS, clean, shown
 from fedcl.scenario.task import Task
 
 Scope = Literal["client", "class", "sample", "task"]
+Outcome = Literal["erased", "recomputed", "reset", "remains", "none"]
+MAX_PART = 120  # characters of a part's name
 NAMES: dict[Scope, str] = {"client": "clients", "class": "classes", "sample": "samples", "task": "tasks"}
 
 
@@ -50,7 +53,7 @@ class Residual:
     """What became of a part's memory of the forget set, and why: printed on the certificate when it ``remains``."""
 
     part: str
-    outcome: Literal["erased", "recomputed", "reset", "remains", "none"]
+    outcome: Outcome
     why: str
 
 
@@ -138,5 +141,27 @@ def residuals_json(residuals: Iterable[Residual]) -> str:
 
 
 def residuals_from(text: str) -> list[Residual]:
-    """Read what :func:`residuals_json` wrote."""
-    return [Residual(**row) for row in json.loads(text)] if text else []
+    """Read what :func:`residuals_json` wrote; texts in it are cleaned and cut, as they go to events and certificates.
+
+    Raises
+    ------
+    ValueError
+        If it is something else, naming what.
+    """
+    try:
+        rows = json.loads(text) if text else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"note is no JSON: {error}") from error
+    if not isinstance(rows, list) or len(rows) > MAX_RESIDUALS:
+        raise ValueError(f"note must be a list of at most {MAX_RESIDUALS} residuals")
+    return [_residual(row) for row in rows]
+
+
+def _residual(row: Any) -> Residual:
+    if not isinstance(row, dict) or row.keys() != {"part", "outcome", "why"}:
+        raise ValueError("note: a residual must have part, outcome and why, and nothing else")
+    if not all(isinstance(value, str) for value in row.values()):
+        raise ValueError("note: part, outcome and why of a residual must be texts")
+    if row["outcome"] not in get_args(Outcome):
+        raise ValueError(f"note: outcome {shown(row['outcome'])} must be one of {', '.join(get_args(Outcome))}")
+    return Residual(clean(row["part"], MAX_PART), row["outcome"], clean(row["why"]))

@@ -15,8 +15,9 @@ from fedcl.replay import SimulatedReplay
 from fedcl.requests import Residual
 from fedcl.results import certificate, schema
 from fedcl.results.recorder import Recorder
-from fedcl.server.loop import Server
 from fedcl.server.receipt import Receipt
+from fedcl.server.state import ServerData
+from fedcl.server.unlearning import Unlearning
 from fedcl.wiring import Config
 
 _OPTIONS = ("in_flight", "recovery_rounds", "window", "reference")
@@ -35,13 +36,13 @@ class AfterServing:
         cfg: Config,
         run: Config,
         run_dir: Path,
-        server: Server,
+        server: ServerData,
+        unlearning: Unlearning,
         recorder: Recorder,
         save_alone: Callable[[], None],
     ) -> None:
-        assert server.unlearning is not None  # it is what was served by
         self._cfg, self._run, self._run_dir = cfg, run, run_dir
-        self._server, self._unlearning = server, server.unlearning
+        self._server, self._unlearning = server, unlearning
         self._recorder, self._save_alone = recorder, save_alone
 
     def __call__(self, receipt: Receipt) -> None:

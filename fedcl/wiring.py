@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedcl.building import build, builder
+from fedcl.building import TARGET_KEY, build, builder, call, is_own
 from fedcl.client.engines import STEP_HOOKS
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.loop import LocalTraining
@@ -22,7 +22,10 @@ from fedcl.client.rates import TaskDecay
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.client.unlearner import Unlearner
 from fedcl.crosschecks import is_local
+from fedcl.data.assembly import check_halves
 from fedcl.data.dataset import Dataset, Indices, Partition
+from fedcl.models.budget import TooLarge
+from fedcl.models.check import check_network
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
 from fedcl.randomness import key, numpy_generator
@@ -33,18 +36,29 @@ from fedcl.scenario.materialise import materialise, retained
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
-from fedcl.server.contracts import LocalWork, Part
+from fedcl.server.contracts import Collaboration, LocalWork, Part, Projection, ServerOptimizer, Staleness
 from fedcl.server.folding import Folding
 from fedcl.server.planned import planned_requests
 from fedcl.server.queue import Bounds, RequestQueue
 from fedcl.server.statistics import Statistics
 from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
+from fedcl.server.validation import Expected, uploads
 
 Config = dict[str, Any]
-PARTS = ("collaboration", "staleness", "optimizer", "projection")
+T = TypeVar("T")
+_ROLES: dict[str, type[Part]] = {
+    "collaboration": Collaboration,
+    "staleness": Staleness,
+    "optimizer": ServerOptimizer,
+    "projection": Projection,
+}
+PARTS = tuple(_ROLES)
 # hooks by which a plugin makes local training something else than descent on the cross-entropy of the client's samples
 _CHANGES_LOSS = (*STEP_HOOKS, "before_round")
+_MOST_CLIENTS = 1_000_000  # where clients are more than samples
+_MOST_TASKS = 10_000
+_MOST_BATCH = 1 << 16
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -68,8 +82,35 @@ def client_ids(cfg: Config) -> tuple[str, ...]:
 
 def load_dataset(cfg: Config) -> Dataset:
     """Load the data source."""
-    dataset: Dataset = _checked(_component(cfg, "data", "source"))
-    return dataset
+    dataset = _checked(lambda: call(_component(cfg, "data", "source"), at="data.source"))
+    return _of_kind(Dataset, dataset, "data.source", cfg["data"]["source"])
+
+
+def check_dataset(cfg: Config, dataset: Dataset) -> tuple[str, ...]:
+    """Return what is to be said of the data, once a run.
+
+    Raises
+    ------
+    ConfigError
+        If a half of them has no samples, or none of some class, or there are less of them than clients or tasks need.
+    """
+    source, own = cfg["data"]["source"], is_local(cfg)
+    limited = source.get("train_limit") is not None or source.get("test_limit") is not None
+    said = _checked(lambda: check_halves(dataset, cfg["data"].get("root"), train=not own, limited=limited))
+    samples = len(dataset.train)
+    tasks = cfg["scenario"].get("num_tasks", 1)
+    most = _MOST_TASKS if own else min(samples, _MOST_TASKS)
+    if isinstance(tasks, int) and tasks > most:
+        raise ConfigError(f"scenario.num_tasks={tasks}: must be at most {most}, there being {samples} train samples")
+    batch = cfg["client"]["batch_size"]
+    if batch > max(samples, _MOST_BATCH):  # some engines fill up the last batch
+        raise ConfigError(f"client.batch_size={batch}: must be at most {max(samples, _MOST_BATCH)}")
+    if cfg["num_clients"] > max(samples, _MOST_CLIENTS):
+        raise ConfigError(
+            f"num_clients={cfg['num_clients']}: must be at most {samples}, the train samples there are, or "
+            f"{max(samples, _MOST_CLIENTS)} where clients share samples or bring their own"
+        )
+    return (*dataset.notes, *said)
 
 
 def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
@@ -81,8 +122,9 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
         If there is too little to deal, or ``exclude`` names what does not exist, or everything.
     """
     partitioner = _component(cfg, "data", "partition")
-    partition: Partition = _checked(
+    dealt = _checked(
         functools.partial(
+            call,
             partitioner,
             dataset.train.y,
             dataset.test.y,
@@ -91,8 +133,10 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
             rng=numpy_generator(cfg["seed"], "partition"),
             train_meta=dataset.train.meta,
             test_meta=dataset.test.meta,
+            at="data.partition",
         )
     )
+    partition = _of_kind(Partition, dealt, "data.partition", cfg["data"]["partition"])
     gone = _excluded(cfg, dataset)
     if not gone.any():
         return partition
@@ -174,7 +218,27 @@ def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.devi
         input_shape=dataset.input_shape,
         heads=stream.heads,
     )
-    return FlatModel(build_model(factory, seed=key(cfg["seed"], "model")), device=device)
+    try:
+        module = build_model(factory, seed=key(cfg["seed"], "model"))
+    except TooLarge as error:
+        raise ConfigError(f"{_largest(cfg['model'])}: {error}") from error
+    _of_kind(torch.nn.Module, module, "model", cfg["model"])
+    model: FlatModel = _checked(functools.partial(FlatModel, module, device=device))
+    return model
+
+
+def check_model(cfg: Config, dataset: Dataset, stream: Stream, model: FlatModel) -> None:
+    """Refuse a network of a user's own that would break what every run promises: equal bits, and nothing lost."""
+    if is_own(cfg["model"]):
+        _checked(lambda: check_network(model, dataset.input_shape, sum(stream.heads)))
+
+
+def _largest(node: Mapping[str, Any]) -> str:
+    """Return ``model.key=value`` of the largest number among a model's settings: the first to look at."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in node.items()}
+    sizes = {name: max((size for size in found if type(size) is int), default=0) for name, found in lists.items()}
+    name = max(sizes, key=sizes.__getitem__)
+    return f"model.{name}={node[name]}"
 
 
 def learner_factories(cfg: Config) -> PluginFactories:
@@ -190,7 +254,9 @@ def learner_factories(cfg: Config) -> PluginFactories:
 
 
 def _plugin_factory(cfg: Config, place: str, node: Mapping[str, Any]) -> Callable[[], Plugin]:
-    return builder(node, at=place, trusted=cfg["trusted_packages"])
+    make = builder(node, at=place, trusted=cfg["trusted_packages"])
+    _of_kind(Plugin, make(), place, node)
+    return make
 
 
 def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, ...]) -> PartitionedData:
@@ -255,8 +321,8 @@ def make_trackers(cfg: Config) -> dict[str, Tracker]:
 
 def make_unlearner(cfg: Config) -> Unlearner:
     """Build the unlearner, which has a half at clients and one at the server."""
-    unlearner: Unlearner = build(cfg["unlearner"], at="unlearner", trusted=cfg["trusted_packages"])
-    return unlearner
+    unlearner = build(cfg["unlearner"], at="unlearner", trusted=cfg["trusted_packages"])
+    return _of_kind(Unlearner, unlearner, "unlearner", cfg["unlearner"])
 
 
 def check_unlearner(cfg: Config, model: FlatModel) -> None:
@@ -326,7 +392,7 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
         strategy = _checked(lambda: Stock(stock, seed=cfg["seed"], nodes=nodes, selected=selected))
     else:
         parts = {
-            part: build(node[part]["server"], at=f"strategy.{part}.server", trusted=cfg["trusted_packages"])
+            part: _part(cfg, part, node[part]["server"])
             for part in PARTS
             if node.get(part, {}).get("server") is not None
         }
@@ -340,11 +406,24 @@ def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pi
     return strategy
 
 
-def make_folding(cfg: Config, model: FlatModel) -> Folding | None:
+def _part(cfg: Config, name: str, node: Mapping[str, Any]) -> Any:
+    place = f"strategy.{name}.server"
+    return _of_kind(_ROLES[name], build(node, at=place, trusted=cfg["trusted_packages"]), place, node)
+
+
+def probed_tasks(cfg: Config, stream: Stream) -> int:
+    """Return of how many tasks clients may report their accuracy while they train: none unless the run asks for it."""
+    return stream.num_tasks if cfg["evaluation"]["iterations"] else 0
+
+
+def make_folding(cfg: Config, model: FlatModel, dataset: Dataset) -> Folding | None:
     """Return how replies can be folded where they are made, None where the strategy needs each of them."""
     if "stock" in cfg["strategy"]:
         return None
-    return make_strategy(cfg, model, {}).folding(model.spec, cfg["max_update_norm"])
+    strategy, num_tasks = make_strategy(cfg, model, {}), probed_tasks(cfg, make_stream(cfg, dataset))
+    return strategy.folding(
+        Expected.of("train", model.spec, uploads(strategy.payloads), num_tasks), cfg["max_update_norm"]
+    )
 
 
 def make_statistics(cfg: Config, model: FlatModel) -> Statistics:
@@ -364,8 +443,20 @@ def local_work(
 
 def bind(part: Pipeline | Stock | Unlearner, work: LocalWork) -> None:
     """Tell a strategy's parts, or an unlearner, how clients train; what they cannot work with is the user's to mend."""
-    if not isinstance(part, Stock):
-        _checked(lambda: part.bind(work))
+    if isinstance(part, Stock):
+        return
+    if isinstance(part, Unlearner):
+        part.setup(work.model, work.input_shape)
+    _checked(lambda: part.bind(work))
+
+
+def _of_kind(kind: type[T], made: Any, place: str, node: Mapping[str, Any]) -> T:
+    """Return what a component's code has made, if it is of the kind that stands in this place."""
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"{place}.{TARGET_KEY}={node[TARGET_KEY]}: gives a {type(made).__name__}, must be a {kind.__name__}"
+        )
+    return made
 
 
 def _component(cfg: Config, *path: str) -> Any:

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(_device(request.config))
 
@@ -139,3 +139,12 @@ def _processes_with(setting: str) -> list[int]:
         if setting.encode() in environment and state != "Z":
             found.append(int(folder.name))
     return found
+
+
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every run stop after its first round, and do all that comes before and behind it."""
+    from fedcl.server.loop import Server
+
+    whole = Server.run
+    monkeypatch.setattr(Server, "run", lambda self, after_round, until=None: whole(self, after_round, 1))

@@ -15,11 +15,20 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 CORE = ("fedcl.data", "fedcl.scenario", "fedcl.models", "fedcl.evaluation")
 CONTRACTS = ("fedcl.server", "fedcl.client", "fedcl.results", "fedcl.messages")
 METHODS = ("strategies", "clients")
-CONFIG = ("fedcl.config", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
+CONFIG = (
+    "fedcl.config",
+    "fedcl.layers",
+    "fedcl.overrides",
+    "fedcl.sweep.expansion",
+    "fedcl.cli",
+    "fedcl.server_app",
+    "fedcl.client_app",
+)
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
     *CONFIG,
+    "fedcl.cautions",
     "fedcl.prepared",
     "fedcl.commands",
     "fedcl.sweep",
@@ -28,6 +37,7 @@ OUTER = (
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.forget",
+    "fedcl.launches",
     "fedcl.served",
     "fedcl.verify",
     "fedcl.protocol",

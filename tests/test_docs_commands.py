@@ -22,10 +22,14 @@ from fedcl import cli
 from fedcl.bench import BENCHES
 from fedcl.config import compose, kinds
 from fedcl.sweep.expansion import expand
+from tests.toy import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "notebooks/README.md")),
+        *(file for folder in ("docs", "benchmarks") for file in (ROOT / folder).rglob("*.md")),
+    ]
 )
 FENCE = re.compile(r"^ *```(?P<language>\w*)\n(?P<body>.*?)^ *```\s*$", re.MULTILINE | re.DOTALL)
 OWN_FILE = re.compile(
@@ -63,6 +67,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 def _fedcl(line: str) -> Iterator[tuple[str, ...]]:
     for part in re.split(r"\s&&\s", line.strip()):
+        part = re.sub(r"^([A-Z_]+=(<[^>]*>|\S*)\s+)+", "", part)  # FEDCL_DATA=... in front of it
         if re.match(r"(\.venv/bin/)?fedcl\s+[a-z-]", part):
             yield tuple(shlex.split(part, comments=True)[1:])
 
@@ -148,22 +153,147 @@ def _configurations(args: argparse.Namespace) -> list[list[str]]:
     return jobs
 
 
+# What stands for files of the reader's own, and what is there instead: with the data that FEDCL_DATA names.
+STANDS_FOR = {"/data/mnist": "{data}/mnist", "data.root=DIR": "data.root={data}/fashion_mnist"}
+NEEDS_MORE = {"backend.address": "a Ray cluster", "gpus_per_worker": "a GPU", "worker_classes": "a Ray cluster"}
+# Numbers that make a run long before its first round is over, or that only its later rounds need.
+BRIEF = ["figures=false", "evaluation.every=0"]
+
+
+def _starts(command: Command, folder: Path) -> list[str] | str:
+    """Return the words that start a command of a page here, or why it cannot be started."""
+    words = list(command.words)
+    for key, need in NEEDS_MORE.items():
+        if any(key in word for word in words):
+            return f"{command}: needs {need}"
+    data = os.environ.get("FEDCL_DATA", "")
+    for there, here in STANDS_FOR.items():
+        if any(there in word for word in words) and not data:
+            return f"{command}: needs the data that FEDCL_DATA names"
+        words = [word.replace(there, here.format(data=data)) for word in words]
+    for word in words:
+        if word.startswith("data=") and (why := missing(word)):
+            return why
+        if word.startswith("experiment="):
+            root = Path(compose([word])["data"]["root"] or "digits").stem
+            if why := missing(f"data={root}"):
+                return why
+        if word == "devices.path=devices.csv":
+            (folder / "devices.csv").write_text("client,speed\n" + "".join(f"{i},1\n" for i in range(10)))
+    if words[0] == "sweep":
+        return [*words, *(f"{key}={value}" for key, value in SHORT.items() if not _given(words, key))]
+    backend = [] if any(word.startswith("backend") for word in words) else ["backend=inline"]
+    return [*words, *backend, *BRIEF, *([] if _given(words, "run_dir") else ["run_dir=run"])]
+
+
+def _given(words: list[str], key: str) -> bool:
+    return any(word.partition("=")[0] == key for word in words)
+
+
+def _where_it_is_typed(page: Path, folder: Path) -> None:
+    """Put into a folder what a page's commands find there: the files that it shows, and the repository's."""
+    _own_files(page, folder)
+    if page.is_relative_to(ROOT / "benchmarks"):
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+
+
+def _start(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a command of a page in its folder, as it is typed; its run stops after the first round."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    _where_it_is_typed(command.page, folder)
+    words = _starts(command, folder)
+    if isinstance(words, str):
+        pytest.skip(words)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        status = cli.main(words)
+    assert status == 0, f"{command.page}: fedcl {shlex.join(words)}: {said.getvalue()[-2000:]}"
+
+
+RUNS = list(dict.fromkeys(command for command in _all() if command.words[0] == "run" and len(command.words) > 1))
+QUICK = [command for command in RUNS if "as_published" in str(command)] + RUNS[:: len(RUNS) // 5]
+
+
+def _whole_line(command: Command) -> bool:
+    """Whether a command has all that it takes: within a sentence, `fedcl run --help` tells of it alone."""
+    return not _names_only(command.words) and "--help" not in command.words
+
+
+@pytest.mark.usefixtures("one_round")
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            command,
+            marks=() if command in QUICK else pytest.mark.slow,
+            id=f"{command.page.parent.name}-{command.page.stem}-{place}",
+        )
+        for place, command in enumerate(RUNS)
+        if _whole_line(command)
+    ],
+)
+@pytest.mark.timeout(600)
+def test_a_run_on_a_page_begins(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _start(command, tmp_path / "here", monkeypatch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(True for _ in commands(page))],
+    [page for page in PAGES if any(command.words[0] != "run" for command in commands(page))],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
-def test_every_command_on_a_page_is_a_sound_configuration(
+def test_every_other_command_on_a_page_is_a_sound_configuration(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     _own_files(page, tmp_path)
     for command in dict.fromkeys(commands(page)):
-        args = _parsed(command)
+        args = None if command.words[0] == "run" else _parsed(command)
         for overrides in _configurations(args) if args is not None else []:
             assert compose(overrides, args.config_dir)["seed"] >= 0, str(command)
+
+
+SCRIPT = re.compile(r"^ *(?:[A-Z_]+=(?:<[^>]*>|\S*) +)*python (?P<words>(?:-m )?benchmarks[/.].*)$", re.MULTILINE)
+SCRIPTS = sorted(
+    {
+        (page.relative_to(ROOT).as_posix(), " ".join(found["words"].split()))
+        for page in (ROOT / "benchmarks").rglob("*.md")
+        for found in SCRIPT.finditer(page.read_text(encoding="utf-8"))
+    }
+)
+TAKES = """
+import argparse, runpy, sys
+real = argparse.ArgumentParser.parse_args
+def parse_args(self, args=None, namespace=None):
+    real(self, args, namespace)
+    print("taken")
+    raise SystemExit(0)
+argparse.ArgumentParser.parse_args = parse_args
+module, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = module
+runpy.run_module(module, run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "line"), SCRIPTS)
+def test_a_benchmarks_script_takes_the_words_on_its_page(page: str, line: str, tmp_path: Path) -> None:
+    words = shlex.split(line, comments=True)
+    file, *rest = words[1:] if words[0] == "-m" else words
+    module = file.removesuffix(".py").replace("/", ".")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+    if "parse_args" not in source:
+        assert rest == [], f"{page}: {line}: takes no options"
+        compile(source, file, "exec")
+        return
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", TAKES, module, *rest], cwd=tmp_path, env=env, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "taken\n"), f"{page}: {line}: {done.stderr[-2000:]}"
 
 
 def _shortened(words: list[str], data: Path | None) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,19 +115,45 @@ def reply(**records: ArrayRecord | MetricRecord | ConfigRecord) -> RecordDict:
     return content
 
 
+def lying(shape: str, dtype: str = "<f4", data: bytes = b"\0" * 16) -> Array:
+    """Return four numbers under a header that says something else of them."""
+    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (-(10 + len(header) + 1) % 64) + b"\n"
+    return Array(
+        "float32", (4,), "numpy.ndarray", b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + data
+    )
+
+
+LYING = [
+    (lying("(1000000000000,)"), "16 bytes"),
+    (lying("(1000000, 1000000, 1000000, 1000000)"), "16 bytes"),
+    (lying("(3,)"), "16 bytes"),
+    (lying("(-4,)"), "no plain array"),
+    (lying("(4,)", "|O"), "no plain array"),
+    (lying("(4,)", ">f4"), ""),
+    (lying("(4,)", "<U1"), ""),
+    (lying("(" + "9" * 5000 + ",)"), ""),
+    (Array("float32", (4,), "jax", b""), "serialised as 'jax'"),
+    (Array("float32", (4,), "numpy.ndarray", b"\x93NUMPY\x03\0\0\0"), "numpy format"),
+]
+
+
 @pytest.mark.parametrize(
     ("content", "names"),
     [
         (RecordDict(), "no 'metrics' record"),
         (reply(metrics=MetricRecord({"loss": 1.0})), "'num-examples'"),
-        (reply(metrics=MetricRecord({"num-examples": float("nan")})), "nan"),
-        (reply(metrics=MetricRecord({"num-examples": float("inf")})), "inf"),
-        (reply(metrics=MetricRecord({"num-examples": [3]})), "whole number"),
         (reply(arrays=ArrayRecord()), r"holds \[\]"),
         (reply(arrays=tensors_record({"flat": MODEL, "more": MODEL}, live=True)), "more"),
-        (reply(more=ConfigRecord()), "unknown records"),
+        (reply(more=ConfigRecord()), "unknown record 'more'"),
+        (reply(arrays=MetricRecord()), "'arrays' is MetricRecord: must be ArrayRecord"),
+        (reply(payload=ConfigRecord()), "'payload' is ConfigRecord"),
+        (reply(metrics=ConfigRecord()), "'metrics' is ConfigRecord"),
+        (reply(fedcl=ArrayRecord()), "'fedcl' is ArrayRecord"),
+        (reply(fedcl=ConfigRecord({"note": "", "block": 0})), "only 'note' may come back"),
         (reply(payload=ArrayRecord({"sum": Array(np.array(["text"]))})), "'payload' holds an unreadable 'sum'"),
         (reply(arrays=ArrayRecord({"flat": Array("float32", (4,), "numpy.ndarray", b"{")})), "unreadable 'flat'"),
+        *((reply(arrays=ArrayRecord({"flat": array})), f"unreadable 'flat': .*{why}") for array, why in LYING),
     ],
 )
 def test_a_malformed_reply_is_a_value_error_that_names_what_is_wrong(content: RecordDict, names: str) -> None:
@@ -185,10 +212,30 @@ def test_the_hello_round_trip() -> None:
     assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0"))) == ("device-3", 120, "1.0")
 
 
-@pytest.mark.parametrize("client", ["", "../x", "a b", "a/b", "*", "ä"])
-def test_a_hello_with_a_strange_name_is_refused(client: str) -> None:
-    with pytest.raises(ValueError, match="client id"):
-        read_hello(hello_reply(client, 1, "1.0"))
+def hello(client: Any = "3", code: Any = "1.0", samples: Any = 1, **more: Any) -> RecordDict:
+    visit, metrics = ConfigRecord({"client": client, "code": code}), MetricRecord({"num-examples": samples})
+    return RecordDict({VISIT: visit, METRICS: metrics, **more})
+
+
+MALFORMED_HELLOS = {
+    "empty": RecordDict(),
+    "no metrics": RecordDict({VISIT: ConfigRecord({"client": "3", "code": "1.0"})}),
+    "no code": RecordDict({VISIT: ConfigRecord({"client": "3"}), METRICS: MetricRecord({"num-examples": 1})}),
+    "records of other types": RecordDict({VISIT: MetricRecord({"client": 3}), METRICS: ConfigRecord({"a": "b"})}),
+    "another record": hello(more=ConfigRecord()),
+    "arrays": hello(arrays=vector_record(MODEL, live=False)),
+    **{f"id {client!r}": hello(client) for client in ("", "../../x", ".", "-a", "a b", "a/b", "*", "ä", "x" * 129)},
+    **{f"id {client!r}": hello(client) for client in (3, True, b"3", ["3"], "a\n", "\ud800", 0.5)},
+    **{f"code {code!r}": hello(code=code) for code in (1, "", "x" * 65, "1.0\n", ["1.0"])},
+    **{f"samples {number!r}": hello(samples=number) for number in (-1, 1.0, float("nan"), 10**12, [1])},
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED_HELLOS.values(), ids=MALFORMED_HELLOS)
+def test_a_malformed_hello_is_a_value_error_of_one_line(content: RecordDict) -> None:
+    with pytest.raises(ValueError, match=r"\A.{1,250}\Z") as caught:
+        read_hello(content)
+    assert str(caught.value).isprintable()
 
 
 def test_payload_travels_as_a_record_of_its_own() -> None:

@@ -146,6 +146,13 @@ def configure(
     choices: Choices, files: Mapping[str, str], device: torch.device, *extra: str, num_tasks: int | None = None
 ) -> dict[str, Any]:
     """Compose the toy's configuration with some groups chosen otherwise."""
+    return compose([*overrides_of(choices, files, device, num_tasks=num_tasks), *extra])
+
+
+def overrides_of(
+    choices: Choices, files: Mapping[str, str], device: torch.device, *, num_tasks: int | None = None
+) -> list[str]:
+    """Return the overrides of the toy's configuration with some groups chosen otherwise."""
     stock = choices.get("strategy", "pipeline") != "pipeline"
     for group, choice in list(choices.items()):
         choices = ALONG.get(f"{group}={choice}", {}) | choices
@@ -156,7 +163,7 @@ def configure(
         overrides.append(f"scenario.num_tasks={num_tasks or NUM_TASKS.get(chosen['data'], 5)}")
     for group, choice in chosen.items():
         overrides += [f"{group}={choice}", *(text.format(**files) for text in FITS.get(f"{group}={choice}", []))]
-    return compose([*overrides, *extra])
+    return overrides
 
 
 def awkward(dataset: Dataset) -> Partition:
@@ -248,19 +255,33 @@ class Enough(Exception):
     """The run has been played as far as is needed."""
 
 
-def play(cfg: dict[str, Any], *, edges: bool = False, until: int = -1, start: dict[str, Any] | None = None) -> Diary:
-    """Play a run, going on from a snapshot if ``start`` is one, and stop after round ``until``."""
+def play(
+    cfg: dict[str, Any],
+    *,
+    edges: bool = False,
+    until: int = -1,
+    start: dict[str, Any] | None = None,
+    watch: bool = True,
+    cohorts: bool = True,
+) -> Diary:
+    """Play a run, going on from a snapshot if ``start`` is one, and stop after round ``until``.
+
+    Without ``watch`` nobody looks at payloads before the server does: some are not meant to be read. Without
+    ``cohorts`` each client has its own messages, as devices do.
+    """
     prepared = Prepared.of(cfg)
     diary = Diary(rounds=prepared.schedule.num_rounds)
     prepared = replace(prepared, partition=awkward(prepared.dataset)) if edges else prepared
     with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
-        watched: Any = Watched(backend, diary)
+        watched: Any = Watched(backend, diary) if watch else backend.grid
         recorder: Any = diary
         states = backend.states
         assert states is not None
         cache = Path(cfg["unlearning"]["cache"] or "")
         unlearning = make_unlearning(cfg, prepared, backend, cache) if cfg["unlearning"]["requests"] else None
-        server = make_server(cfg, prepared, replace(backend, grid=watched), recorder, unlearning=unlearning)
+        server = make_server(
+            cfg, prepared, replace(backend, grid=watched, cohorts=cohorts), recorder, unlearning=unlearning
+        )
         plugins = [build() for build in learner_factories(cfg).values()]
         declared = (payload for owner in (server.strategy, *plugins) for payload in owner.payloads)
         diary.payloads = list(dict.fromkeys(declared))

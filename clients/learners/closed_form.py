@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 
+CLASS_SUMS: Form = {  # what `class_sums` returns
+    "features": TensorField(("columns", "features"), "float64"),
+    "counts": TensorField(("columns",), "float64", low=0.0, counts=True),
+}
 Train = Literal["first_task", "none", "all"]
 TRAIN: tuple[Train, ...] = ("first_task", "none", "all")
 

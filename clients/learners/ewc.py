@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from clients.learners.quadratic import payloads_of, penalty, summands, summed
+from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 from fedcl.client.scope import check_scope, in_scope
@@ -83,7 +83,8 @@ class EWC(Plugin):
         self.scope = scope
         self.aggregate = aggregate
         if aggregate:
-            self.queries = self.sums = (FISHER,)  # type: ignore[misc]
+            self.queries = (FISHER,)  # type: ignore[misc]
+            self.sums = {FISHER: SUMMANDS}  # type: ignore[misc]
             self.payloads = payloads_of(FISHER)  # type: ignore[misc]
         self._scope_P: Tensor | None = None
         self._fisher_AP: Tensor | None = None

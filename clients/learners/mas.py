@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from clients.learners.quadratic import payloads_of, penalty, summands, summed
+from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.models.flat import FlatModel
@@ -61,7 +61,8 @@ class MAS(Plugin):
         self.scope = scope
         self.aggregate = aggregate
         if aggregate:
-            self.queries = self.sums = (SENSITIVITY,)  # type: ignore[misc]
+            self.queries = (SENSITIVITY,)  # type: ignore[misc]
+            self.sums = {SENSITIVITY: SUMMANDS}  # type: ignore[misc]
             self.payloads = payloads_of(SENSITIVITY)  # type: ignore[misc]
         self._scope_P: Tensor | None = None
         self._importance_P: Tensor | None = None

@@ -7,14 +7,16 @@ et al., "A Simple Baseline that Questions the Use of Pretrained-Models in Contin
 # B = batch, C = logit columns, F = features
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clients.learners.closed_form import ClosedForm, Train, class_sums, write_heads
+from clients.learners.closed_form import CLASS_SUMS, ClosedForm, Train, class_sums, write_heads
 from fedcl.client.plugin import Context
+from fedcl.fields import Form
 from fedcl.models.flat import FlatModel
 
 Distance = Literal["cosine", "euclidean", "unit_euclidean"]
@@ -40,7 +42,7 @@ class NearestClassMean(ClosedForm):
     """
 
     queries: ClassVar[tuple[str, ...]] = ("class_sums",)
-    sums: ClassVar[tuple[str, ...]] = ("class_sums",)
+    sums: ClassVar[Mapping[str, Form]] = {"class_sums": CLASS_SUMS}
     key: ClassVar[str] = "nmc"
 
     def __init__(self, *, distance: Distance = "cosine", train: Train = "first_task") -> None:

@@ -8,14 +8,16 @@ phi of class c are N(mu_c, sigma^2 I) with prior mu_c ~ N(0, I / lambda); the cl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from clients.learners.closed_form import ClosedForm, Train, class_sums, write_heads
+from clients.learners.closed_form import CLASS_SUMS, ClosedForm, Train, class_sums, write_heads
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, Payload
+from fedcl.fields import Form
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 
@@ -61,7 +63,7 @@ class ProtoCL(ClosedForm):
 
     payloads: ClassVar[tuple[Payload, ...]] = (Payload(QUERY, "down"),)
     queries: ClassVar[tuple[str, ...]] = (QUERY,)
-    sums: ClassVar[tuple[str, ...]] = (QUERY,)
+    sums: ClassVar[Mapping[str, Form]] = {QUERY: CLASS_SUMS}
     key: ClassVar[str] = "protocl"
 
     def __init__(self, *, noise: float = 1.0, prior: float = 1.0, train: Train = "first_task") -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 
 # P = parameter elements, A = anchors
@@ -44,6 +45,14 @@ class _Penalty(torch.autograd.Function):
         pairs = zip(model.parameters, model.parameter_specs, strict=True)
         grads = [gradient_P[s.start : s.stop].view(s.shape) for p, s in pairs if p.requires_grad]
         return (None, None, None, None, *grads)
+
+
+# A client's share of the sums: all three, or none where it has no part in them.
+SUMMANDS: Form = {
+    "importance": TensorField(("parameters",), "float64", low=0.0, group="sums"),
+    "pull": TensorField(("parameters",), "float64", group="sums"),
+    "count": TensorField((), "float64", low=1.0, counts=True, group="sums"),
+}
 
 
 def payloads_of(query: str) -> tuple[Payload, ...]:

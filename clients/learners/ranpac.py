@@ -9,7 +9,7 @@ features themselves.
 # C = logit columns, F = features that the heads read
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -18,9 +18,15 @@ from torch.nn import functional as F
 
 from clients.learners.closed_form import ClosedForm, Train, features, write_heads
 from fedcl.client.plugin import Context
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 
 GRAM = "gram"  # the question whose answers the server adds up
+GRAM_SUMS: Form = {  # what `gram_sums` returns
+    "gram": TensorField(("features", "features"), "float64"),
+    "cross": TensorField(("features", "columns"), "float64"),
+    "counts": TensorField(("columns",), "float64", low=0.0, counts=True),
+}
 
 
 class RanPAC(ClosedForm):
@@ -40,7 +46,7 @@ class RanPAC(ClosedForm):
     """
 
     queries: ClassVar[tuple[str, ...]] = (GRAM,)
-    sums: ClassVar[tuple[str, ...]] = (GRAM,)
+    sums: ClassVar[Mapping[str, Form]] = {GRAM: GRAM_SUMS}
     key: ClassVar[str] = "ranpac"
 
     def __init__(self, *, ridge: float = 1e-3, train: Train = "first_task") -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clients.learners.quadratic import payloads_of, penalty, summands, summed
+from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
 from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.models.flat import FlatModel
@@ -56,7 +56,8 @@ class SI(Plugin):
         self.scope = scope
         self.aggregate = aggregate
         if aggregate:
-            self.queries = self.sums = (PATH,)  # type: ignore[misc]
+            self.queries = (PATH,)  # type: ignore[misc]
+            self.sums = {PATH: SUMMANDS}  # type: ignore[misc]
             self.payloads = payloads_of(PATH)  # type: ignore[misc]
         self._scope_P: Tensor | None = None
         self._gained_P: Tensor | None = None

@@ -10,14 +10,16 @@ and is exactly what the learner (`clients.learners.ranpac`) does when a task end
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from clients.learners.closed_form import features_of
-from clients.learners.ranpac import GRAM, gram_sums
+from clients.learners.ranpac import GRAM, GRAM_SUMS, gram_sums
 from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.fields import Form
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Way = Literal["subtract", "rebuild"]
 Sums = dict[str, Tensor]
+# of who holds none of what is asked for, none of them
+_ANSWER: Form = {name: replace(field, counts=False, group="sums") for name, field in GRAM_SUMS.items()}
 _HEADS = ("head.", "heads.")
 _PROMISES = {
     "unserved": "exact for the head, if the network below it has the weights that the run began with",
@@ -102,7 +106,7 @@ class ACU(Unlearner):
         tasks = view.statistics.absorbed(GRAM)
         owners = [client for client in view.owners if client in tasks]
         model = next(iter(models.values()))  # all have the same features
-        answers = view.ask(GRAM, dict.fromkeys(owners, model), tasks=tasks, part="forget") if owners else []
+        answers = view.ask(GRAM, dict.fromkeys(owners, model), _ANSWER, tasks=tasks, part="forget") if owners else []
         out_of_reach = set(tasks) - set(view.clients) - set(owners)
         if out_of_reach or len(answers) < len(owners):
             return None
@@ -114,7 +118,7 @@ class ACU(Unlearner):
         tasks = view.statistics.absorbed(GRAM)
         stay = [client for client in view.clients if client in tasks]
         asked = {client: view.model_of(client) for client in stay}
-        answers = view.ask(GRAM, asked, tasks=tasks, part="retain") if stay else []
+        answers = view.ask(GRAM, asked, _ANSWER, tasks=tasks, part="retain") if stay else []
         if len(answers) < len(stay):
             self._outcome = "partly"
         self._metrics["rebuilt"] = 1.0

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.steps import check
+from clients.unlearners.steps import answers_of, check
 from fedcl.client.unlearner import Unlearner, UnlearnView
+from fedcl.fields import Form
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest, Forgotten
 from fedcl.server.contracts import GLOBAL
@@ -69,6 +70,11 @@ class Averaged(Unlearner):
         self.rounds = rounds
         self._metrics: dict[str, float] = {}
 
+    @property
+    def answer(self) -> Form:
+        """What clients answer in a round: their change and how many steps they took, unless a subclass says more."""
+        return answers_of("steps")
+
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Return the clients that take part in the edit of ``target``."""
         raise TypeError(f"{type(self).__name__} does not say whom it asks")
@@ -91,7 +97,7 @@ class Averaged(Unlearner):
             model, clients = models[target], self.asked(target, models, view)
             for number in range(self.rounds):
                 enclosed = self.enclosed(models[target], view, number)
-                answers = view.ask("train", dict.fromkeys(clients, model), enclosed, round=number)
+                answers = view.ask("train", dict.fromkeys(clients, model), self.answer, enclosed, round=number)
                 model = self.added(model, answers)
                 self._count(answers)
             edited[target] = model

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.fields import TensorField
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.requests import ForgetRequest
 
@@ -56,11 +57,23 @@ class CDP(Unlearner):
         if not 0 < sparsity < 1:
             raise ValueError(f"unlearner.sparsity={sparsity}: must be in (0, 1)")
         self.sparsity = sparsity
+        self._answer: dict[str, TensorField] = {}
         self._metrics: dict[str, float] = {}
 
     def check(self, model: FlatModel) -> None:
         """Refuse a model without hidden channels, and one whose linear layers make no channels but attention."""
         prunable(model.module)
+
+    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+        """Find out which layers clients answer for, and how many channels each has."""
+        twin = model.twin()
+        twin.eval()
+        with torch.no_grad(), outputs(twin.module) as put_out:
+            twin(torch.zeros(1, *input_shape, device=twin.device))
+        for part in (_FORGET, _RETAIN):  # whoever holds nothing of one leaves it out
+            self._answer[f"{part}/"] = TensorField(("columns",), "float64", low=0.0, group=part)
+            for layer, out in put_out.items():
+                self._answer[f"{part}/{layer}"] = TensorField(("columns", out.shape[1]), "float64", low=0.0, group=part)
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Return, by layer, the sums of channels' mean activations by column, apart for what goes and what stays."""
@@ -81,7 +94,7 @@ class CDP(Unlearner):
         edited: dict[Target, Tensor] = {}
         pruned = channels = 0
         for target, model in models.items():
-            sums = added(view.ask(STEP, dict.fromkeys(view.clients, model)))
+            sums = added(view.ask(STEP, dict.fromkeys(view.clients, model), self._answer))
             if f"{_FORGET}/" not in sums:
                 continue
             edited[target] = model.clone()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fedcl.client.plugin import Batch
 from fedcl.client.unlearner import Local, Samples, UnlearnContext
+from fedcl.fields import MAX_EXAMPLES, Form, TensorField
 from fedcl.models.flat import FlatModel, TensorSpec
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ def answer(ctx: UnlearnContext, settings: Settings) -> Local:
     if len(forget):
         tensors["forget"] = gone.total
     return Local(len(forget) + len(retain), tensors)
+
+
+_NUMBERS = TensorField((2,), "float64", low=0.0, high=float(MAX_EXAMPLES))
+ANSWER: Form = {  # what `answer` gives: `forget` of those who hold some of the forget set
+    "whole": TensorField(("parameters",), "float64", low=0.0),
+    "terms": _NUMBERS,
+    "samples": _NUMBERS,
+    "forget": TensorField(("parameters",), "float64", low=0.0, group="forget"),
+}
 
 
 def masses(answers: Sequence[Answer]) -> Masses | None:

@@ -11,6 +11,7 @@ import torch
 from clients.unlearners.averaging import Averaged
 from clients.unlearners.steps import (
     answered,
+    answers_of,
     check,
     clip,
     cross_entropy,
@@ -21,6 +22,7 @@ from clients.unlearners.steps import (
     sgd,
 )
 from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
+from fedcl.fields import Form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +66,11 @@ class GradientAscent(Averaged):
         super().__init__(rounds=rounds)
         check(epochs=epochs, lr=lr, positive={"max_norm": max_norm, "stop_loss": stop_loss})
         self.epochs, self.lr, self.max_norm, self.stop_loss = epochs, lr, max_norm, stop_loss
+
+    @property
+    def answer(self) -> Form:
+        """The change, how many steps it took, and whether it was stopped."""
+        return answers_of("steps", "stopped")
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Climb, unless there is nothing to forget."""

@@ -12,10 +12,17 @@ from torch import Tensor
 from clients.unlearners.averaging import edited_targets, num_parameters, users_of
 from clients.unlearners.steps import BATCH, Adam, cross_entropy, gradients
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.fields import Form, TensorField
 from fedcl.requests import ForgetRequest
 
 if TYPE_CHECKING:
     from fedcl.server.contracts import Answer, Target
+
+ANSWER: Form = {
+    "retain": TensorField(("model",), "float64"),
+    "forget": TensorField(("model",), "float64"),
+    "counts": TensorField((2,), low=0.0, counts=True),
+}
 
 
 class IAU(Unlearner):
@@ -68,7 +75,7 @@ class IAU(Unlearner):
             adam = Adam([model[:head]], self.lr)
             clients = tuple(dict.fromkeys([*users_of(target, models, view), *view.owners]))
             for _ in range(self.steps):
-                gradient = combined(view.ask("gradients", dict.fromkeys(clients, model.clone())), model)
+                gradient = combined(view.ask("gradients", dict.fromkeys(clients, model.clone()), ANSWER), model)
                 adam([gradient[:head].float()])
                 self._norm = max(self._norm, float(gradient.norm()))
             self._moved = max(self._moved, float((model - models[target]).norm()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedcl import fields
 from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
 
@@ -89,7 +90,7 @@ def play_round(
     found: dict[str, Trained] = {}
     for lesson, clients in groups.items():
         args = {"task": lesson.task, "columns": list(lesson.columns), "epochs": epochs, "place": place}
-        answers = view.ask(step, dict.fromkeys(clients, start), None, **args)  # type: ignore[arg-type]
+        answers = view.ask(step, dict.fromkeys(clients, start), {MODEL: fields.MODEL}, **args)  # type: ignore[arg-type]
         for answer in answers:
             change = answer.tensors[MODEL].double() - start.double()
             found[answer.client] = Trained(answer.num_examples, change)

@@ -14,6 +14,7 @@ from clients.unlearners.steps import check, cross_entropy, epochs_of, gradients,
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Batch
 from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
+from fedcl.fields import MODEL, Form, TensorField
 
 if TYPE_CHECKING:
     from fedcl.server.contracts import Answer, Target
@@ -63,6 +64,13 @@ class NegGradPlus(Averaged):
             raise ValueError(f"unlearner.alpha={alpha}: must be in [0, 1]")
         self.epochs, self.lr, self.alpha = epochs, lr, alpha
         self.max_norm, self.stop_loss = max_norm, stop_loss
+
+    @property
+    def answer(self) -> Form:
+        """The way of each term, the numbers of samples behind them, and what is counted."""
+        number = TensorField((1,), low=0.0)
+        counts = TensorField((2,), low=0.0, counts=True)
+        return {"retain": MODEL, "forget": MODEL, "counts": counts, "steps": number, "left_out": number}
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Walk, and return the way of each term."""

@@ -13,8 +13,10 @@ from torch import Tensor
 from clients.unlearners.averaging import edited_targets, moved, num_parameters
 from clients.unlearners.steps import (
     BATCH,
+    CHANGE,
     accuracy,
     answered,
+    answers_of,
     check,
     clip,
     cross_entropy,
@@ -136,7 +138,7 @@ class PGD(Unlearner):
         edited: dict[Target, Tensor] = {}
         for target in edited_targets(requests, models):
             model = models[target]
-            trained = view.ask("train", dict.fromkeys(view.owners, model))
+            trained = view.ask("train", dict.fromkeys(view.owners, model), CHANGE)
             if not trained:
                 continue
             last = {answer.client: (model.double() + answer.tensors["change"].double()).float() for answer in trained}
@@ -144,7 +146,9 @@ class PGD(Unlearner):
             radius = self.radius or self._radius(start, view)
             answers = []
             for client, own in last.items():
-                answers += view.ask("ascend", {client: start}, {"last": own}, radius=radius)
+                answers += view.ask(
+                    "ascend", {client: start}, answers_of("steps", "stopped"), {"last": own}, radius=radius
+                )
             edited[target] = moved(start, answers)
             for name in ("steps", "stopped"):
                 self._metrics[name] += sum(float(answer.tensors[name]) for answer in answers)

@@ -35,9 +35,10 @@ from clients.unlearners.sparing import (
     total,
     whole,
 )
-from clients.unlearners.steps import BATCH, answered, settings, sgd
+from clients.unlearners.steps import BATCH, answered, answers_of, settings, sgd
 from fedcl.client.loop import LocalTraining
 from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 from fedcl.requests import ForgetRequest, Scope
 
@@ -104,7 +105,21 @@ class Reteach(Unlearner):
         self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
         self.max_steps, self.max_samples = max_steps, max_samples
+        self._inputs: Form = {}
         self._metrics: dict[str, float] = {}
+
+    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+        """Find out which layers clients answer for, and how much each reads."""
+        twin = model.twin()
+        nothing = torch.zeros(1, *input_shape, device=twin.device)
+        read = input_sums(twin, Samples(nothing, torch.zeros(1, dtype=torch.long, device=twin.device)))
+        self._inputs = {f"{GRAM}/{layer}": TensorField(tuple(sums.shape)) for layer, sums in read.items()}
+
+    @property
+    def _teaching(self) -> Form:
+        """What a client sends for the teacher."""
+        width = self.features + 1
+        return {GRAM: TensorField((width * (width + 1) // 2,)), "cross": TensorField((width, "columns"))}
 
     def check(self, model: FlatModel) -> None:
         """Refuse a model without linear layers and plain convolutions."""
@@ -172,16 +187,20 @@ class Reteach(Unlearner):
         for target in edited_targets(requests, models):
             model, stay = models[target], users_of(target, models, view)
             if teacher is None:  # once, of everybody, and of what the first model reads in the same message
-                sums = view.ask("both", dict.fromkeys(view.clients, model), seed=seed)
+                sums = view.ask(
+                    "both", dict.fromkeys(view.clients, model), {**self._teaching, **self._inputs}, seed=seed
+                )
                 teacher = self._solve(sums)
                 sums = [answer for answer in sums if answer.client in stay]
             else:
-                sums = view.ask("inputs", dict.fromkeys(stay, model))
+                sums = view.ask("inputs", dict.fromkeys(stay, model), self._inputs)
             if teacher is None:
                 return {}
             tensors = {f"{_MATRIX}/{name}": m for name, m in sparing_matrices(sums, self.epsilon).items()}
             for leaver in view.owners:
-                answers = view.ask("relearn", {leaver: model}, {_TEACHER: teacher, **tensors}, seed=seed)
+                answers = view.ask(
+                    "relearn", {leaver: model}, answers_of("steps"), {_TEACHER: teacher, **tensors}, seed=seed
+                )
                 for answer in answers:
                     model = (model.double() + answer.tensors["change"].double()).float()
                     self._metrics["steps"] += float(answer.tensors["steps"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import STEP, Kind, Loss, Masses, Order, Settings, answer, masses
+from clients.unlearners.fisher import ANSWER, STEP, Kind, Loss, Masses, Order, Settings, answer, masses
 from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.requests import ForgetRequest
 
@@ -95,7 +95,7 @@ class SSD(Unlearner):
         edited: dict[Target, Tensor] = {}
         shares = []
         for target, model in models.items():
-            found = masses(view.ask(STEP, dict.fromkeys(everybody, model)))
+            found = masses(view.ask(STEP, dict.fromkeys(everybody, model), ANSWER))
             if found is None:
                 continue
             selected = self.select(found)

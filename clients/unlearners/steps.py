@@ -12,6 +12,7 @@ from torch import Tensor
 from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
 from fedcl.client.plugin import Batch
 from fedcl.client.unlearner import Local, Samples, UnlearnContext
+from fedcl.fields import MODEL, Form, TensorField
 from fedcl.models.flat import FlatModel
 
 BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it
@@ -169,6 +170,14 @@ def project(model: FlatModel, centre: Tensor, radius: float) -> None:
     norm = float(apart.norm())
     if norm > radius:
         own.copy_(middle.double() + apart * (radius / norm))
+
+
+CHANGE: Form = {"change": MODEL}
+
+
+def answers_of(*numbers: str) -> Form:
+    """Return what :func:`answered` gives with ``numbers`` of these names, each at least 0."""
+    return {**CHANGE, **{name: TensorField((1,), low=0.0) for name in numbers}}
 
 
 def answered(ctx: UnlearnContext, num_examples: int, **numbers: float) -> Local:

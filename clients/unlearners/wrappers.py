@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import STEP, Masses, Settings, answer, masses
+from clients.unlearners.fisher import ANSWER, STEP, Masses, Settings, answer, masses
 from fedcl.client.scope import check_scope
 from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.fields import MAX_EXAMPLES, Form, TensorField
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.requests import ForgetRequest, Residual
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import LocalWork, ServerView, Target, Update
+    from fedcl.server.contracts import Answer, LocalWork, ServerView, Target, Update
+
+CORRECT: Form = {"correct": TensorField((1,), "float64", low=0.0, high=float(MAX_EXAMPLES))}
 
 
 class Wrapper(Unlearner):
@@ -52,6 +55,10 @@ class Wrapper(Unlearner):
         """Refuse what the base refuses."""
         self.base.check(model)
 
+    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+        """Tell the base the architecture."""
+        self.base.setup(model, input_shape)
+
     def bind(self, work: LocalWork) -> None:
         """Tell the base how clients train."""
         self.base.bind(work)
@@ -65,9 +72,9 @@ class Wrapper(Unlearner):
         """Do a step of the wrapper itself."""
         return super().local(ctx, step)
 
-    def ask(self, view: UnlearnView, step: str, models: Mapping[str, Tensor]) -> Any:
+    def ask(self, view: UnlearnView, step: str, models: Mapping[str, Tensor], answer: Form) -> list[Answer]:
         """Ask clients for a step of the wrapper itself."""
-        return view.ask(f"{self.prefix}/{step}", models)
+        return view.ask(f"{self.prefix}/{step}", models, answer)
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
         """Show the base a round."""
@@ -154,7 +161,7 @@ class Localised(Wrapper):
     def _chosen(self, model: Tensor, view: UnlearnView) -> list[str]:
         if self.tensors is not None:
             return self._named(view.spec)
-        found = masses(self.ask(view, STEP, dict.fromkeys(dict.fromkeys([*view.clients, *view.owners]), model)))
+        found = masses(self.ask(view, STEP, dict.fromkeys([*view.clients, *view.owners], model), ANSWER))
         return [] if found is None else heaviest(view.spec, found, self.k)
 
     def _named(self, spec: Spec) -> list[str]:
@@ -243,7 +250,7 @@ class Guarded(Wrapper):
 
     def _accuracy(self, model: Tensor, clients: Sequence[str], view: UnlearnView) -> float:
         """Return the accuracy of ``model`` (P,) on what ``clients`` retain; 0 where they have nothing left to lose."""
-        answers = self.ask(view, "retain_accuracy", dict.fromkeys(clients, model))
+        answers = self.ask(view, "retain_accuracy", dict.fromkeys(clients, model), CORRECT)
         total = sum(one.num_examples for one in answers)
         return sum(float(one.tensors["correct"]) for one in answers) / total if total else 0.0
 

@@ -7,7 +7,7 @@ phase in the order of the configuration; they never see each other and share onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedcl.data.dataset import Indices
+from fedcl.fields import Form, TensorField
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 from fedcl.randomness import torch_generator
@@ -39,18 +40,26 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Tensors a method exchanges besides the model.
+    """A tensor a method exchanges besides the model, with every train message or every reply to one.
 
-    ``when`` is ``every_train`` (rides in the train message) or ``query`` (travels when the server asks for ``name``).
+    ``tensor`` declares what an upload must be, exactly: the core rejects a reply with any other, before a part sees it.
     ``reduction`` says what the server may do with the uploads of many clients: ``sum`` allows folding, ``stack`` needs
-    each on its own. ``like_model`` promises a vector of the model's length (P,); the server holds uploads to it.
+    each on its own. What answers a question is declared with the question (:class:`~fedcl.server.contracts.Query`).
+
+    Raises
+    ------
+    ValueError
+        If an upload is not declared.
     """
 
     name: str
     direction: Literal["up", "down"]
-    when: Literal["every_train", "query"] = "every_train"
+    tensor: TensorField | None = None
     reduction: Literal["sum", "stack"] = "sum"
-    like_model: bool = False
+
+    def __post_init__(self) -> None:
+        if self.direction == "up" and self.tensor is None:
+            raise ValueError(f"payload {self.name!r}: an upload needs a TensorField, which declares what it must be")
 
 
 class Batch(NamedTuple):
@@ -183,15 +192,17 @@ class Plugin:
     State that must survive the visit goes through :meth:`state` and :meth:`load`: clients are rebuilt between messages.
 
     ``payloads``, ``queries`` and ``sums`` are read from the instance, so a constructor may make them depend on its
-    parameters. ``stackable`` says that what the plugin does within a step is tensor operations alone, the same whatever
-    the values (no branch on a number in a tensor, no ``item()``, no random draw, no loop over samples), so that an
-    engine may do it for many clients at once; hooks around the steps are always called client by client.
+    parameters. ``sums`` are those of the queries that the core itself asks and adds up (see :meth:`solve`), each with
+    a declaration of every tensor of an answer, which is held against it. ``stackable`` says that what the plugin does
+    within a step is tensor operations alone, the same whatever the values (no branch on a number in a tensor, no
+    ``item()``, no random draw, no loop over samples), so that an engine may do it for many clients at once; hooks
+    around the steps are always called client by client.
     """
 
     phase: ClassVar[Phase] = Phase.REGULARISER
     payloads: ClassVar[tuple[Payload, ...]] = ()
     queries: ClassVar[tuple[str, ...]] = ()
-    sums: ClassVar[tuple[str, ...]] = ()  # those of the queries that the core itself asks and adds up: see `solve`
+    sums: ClassVar[Mapping[str, Form]] = {}
     stackable: ClassVar[bool] = False
 
     def check(self, model: FlatModel) -> None:
@@ -260,8 +271,8 @@ class Plugin:
         task ended with; equally named tensors of the answers are added up in float64, over clients in canonical order
         and then over tasks, and ``sums`` holds them by tensor name. So a learner whose answers are plain sums over
         samples is solved exactly as if one client held all the data. A name that is also declared as a ``down``
-        payload of ``every_train`` rides along with every later train message, as float32, under
-        ``<query>/<tensor>`` in ``ctx.payload``.
+        payload rides along with every later train message, as float32, under ``<query>/<tensor>`` in
+        ``ctx.payload``.
         """
 
     def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:

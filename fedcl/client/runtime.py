@@ -18,6 +18,7 @@ from fedcl.client.probe import Probe, ProbeOf
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.client.unlearner import UnlearnContext, Unlearner
+from fedcl.interruption import client_fault
 from fedcl.messages import Reply, Request
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
@@ -110,16 +111,18 @@ class ClientRuntime:
                 yield from self._train_together(members, store)
             return
         for request in requests:
-            try:
-                visit = self._begin(request, store)
-                if isinstance(visit, Reply):
-                    yield visit
-                    continue
-                plugins = [*visit.learner.values(), *(() if visit.probe is None else (visit.probe,))]
-                visit.metrics.update(fit(visit.ctx, plugins, self.training, fused=self.engine != "loop"))
-                yield self._finish(visit, store)
-            except Exception as error:
-                yield error
+            yield self._train_alone(request, store)
+
+    def _train_alone(self, request: Request, store: ClientStateStore) -> Reply | Exception:
+        try:
+            visit = self._begin(request, store)
+            if isinstance(visit, Reply):
+                return visit
+            plugins = [*visit.learner.values(), *(() if visit.probe is None else (visit.probe,))]
+            visit.metrics.update(fit(visit.ctx, plugins, self.training, fused=self.engine != "loop"))
+            return self._finish(visit, store)
+        except BaseException as error:
+            return client_fault(error)
 
     def _stacked(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """Cut requests into stacks. Where a client's fellows show in its bits no stack has a part of a block."""
@@ -138,15 +141,16 @@ class ClientRuntime:
                 if isinstance(visit, _Visit):
                     visit.start = self.model.vector() if self._moves else visit.ctx.received
                 begun.append(visit)
-            except Exception as error:
-                begun.append(error)
+            except BaseException as error:
+                begun.append(client_fault(error))
         visits = [visit for visit in begun if isinstance(visit, _Visit)]
         starts = [visit.start for visit in visits if visit.start is not None]
         try:
             trained = iter(fit_stacked([visit.ctx for visit in visits], starts, self.training) if visits else [])
-        except Exception as error:
+        except BaseException as error:
+            fault = client_fault(error)
             if len(requests) == 1:
-                yield error
+                yield fault
             else:  # one client's fault must not be the others': each by itself shows whose it is
                 for request in requests:
                     yield from self._train_together([request], store)
@@ -162,8 +166,8 @@ class ClientRuntime:
             if self._ends or visit.test is not None:
                 self.model.load(vector)
             return self._finish(visit, store, vector)
-        except Exception as error:
-            return error
+        except BaseException as error:
+            return client_fault(error)
 
     def _begin(self, request: Request, store: ClientStateStore) -> _Visit | Reply:
         """Do all that comes before the first step; a client without samples of the task has answered by then."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Batch
+from fedcl.fields import Form
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.randomness import torch_generator
 from fedcl.requests import NAMES, ForgetRequest, Residual, Scope
@@ -172,12 +173,14 @@ class UnlearnView(Protocol):
         self,
         step: str,
         models: Mapping[str, Tensor],
+        answer: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
     ) -> list[Answer]:
         """Let the clients in ``models``, each with its vector (P,), do ``step`` of :meth:`Unlearner.local`.
 
+        ``answer`` declares every tensor of an answer: one that is anything else is rejected.
         Each sees its samples of ``tasks``, by client; None is all tasks it has met, as they were before the requests.
         Returns the answers of those whose ``num_examples`` is not zero, in the order of ``models``. A client that fails
         costs its own answer and an event.
@@ -214,6 +217,12 @@ class Unlearner:
         ------
         ValueError
             Naming the configuration key and what is allowed.
+        """
+
+    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+        """Learn the architecture, and of which shape one sample is; called once at the server, before :meth:`bind`.
+
+        The model's weights are anything, and it is not to be changed.
         """
 
     def bind(self, work: LocalWork) -> None:

@@ -8,22 +8,22 @@ A *cohort message* addresses several clients that train from one model.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedcl.fields import CLIENT_ID, CODE, clean, shown, whole
 from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
 ARRAYS, VISIT, METRICS, PAYLOAD, CONFIG = "arrays", "fedcl", "metrics", "payload", "config"
 NUM_EXAMPLES = "num-examples"
 NOTE, BLOCKS = "note", "blocks"
-CLIENT_ID = re.compile(r"[A-Za-z0-9._-]+")
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+_OF_REPLY = {ARRAYS: ArrayRecord, METRICS: MetricRecord, PAYLOAD: ArrayRecord, VISIT: ConfigRecord}
 Kind = Literal["train", "evaluate", "query", "task_end", "unlearn", "forget", "hello"]
 CHANGES_STATE: tuple[Kind, ...] = ("train", "task_end", "forget")  # a client has at most one of these under way
 MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate"} | dict.fromkeys(
@@ -59,10 +59,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class InBlock:
-    """What is left of a model that was folded where it was made: the L2 norm of its change, and the bytes it had."""
+    """What is left of a reply that was folded where it was made: L2 norms of its change and uploads, and its bytes."""
 
     norm: float
     num_bytes: int
+    payload: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -185,25 +186,23 @@ def read_reply(content: RecordDict) -> Reply:
     ValueError
         If a record is missing, has keys that were not asked for, or cannot be read, naming them.
     """
+    check_records(content, _OF_REPLY)
     metrics = named(content, METRICS, MetricRecord)
     if metrics is None or NUM_EXAMPLES not in metrics:
         raise ValueError(f"the reply has no '{METRICS}' record with '{NUM_EXAMPLES}'")
-    arrays = named(content, ARRAYS, ArrayRecord)
+    arrays, payload = named(content, ARRAYS, ArrayRecord), named(content, PAYLOAD, ArrayRecord)
     if arrays is not None and list(arrays) != [FLAT]:
-        raise ValueError(f"the reply's '{ARRAYS}' holds {sorted(arrays)}, sent was ['{FLAT}']")
-    unknown = set(content) - {ARRAYS, METRICS, PAYLOAD, VISIT}
-    if unknown:
-        raise ValueError(f"the reply holds the unknown records {sorted(unknown)}")
-    payload, visit = named(content, PAYLOAD, ArrayRecord), named(content, VISIT, ConfigRecord)
-    num_examples = metrics[NUM_EXAMPLES]
-    if isinstance(num_examples, list) or not float(num_examples).is_integer():
-        raise ValueError(f"'{NUM_EXAMPLES}' is {num_examples}: must be a whole number")
+        raise ValueError(f"the reply's '{ARRAYS}' holds {shown(list(arrays))}, sent was ['{FLAT}']")
+    visit = named(content, VISIT, ConfigRecord)
+    if visit is not None and set(visit) != {NOTE}:
+        raise ValueError(f"the reply's '{VISIT}' holds {shown(list(visit))}: only '{NOTE}' may come back")
+    values: dict[str, Any] = dict(metrics)
     return Reply(
-        num_examples=int(num_examples),
-        metrics={k: float(v) for k, v in metrics.items() if k != NUM_EXAMPLES and not isinstance(v, list)},
+        num_examples=values.pop(NUM_EXAMPLES),
+        metrics=values,
         model=_read(ARRAYS, arrays)[FLAT] if arrays is not None else None,
         payload=_read(PAYLOAD, payload) if payload is not None else {},
-        note=str(visit.get(NOTE, "")) if visit is not None else "",
+        note=cast(str, visit[NOTE]) if visit is not None else "",
     )
 
 
@@ -214,7 +213,7 @@ def _read(name: str, record: ArrayRecord) -> dict[str, Tensor]:
         try:
             tensors[key] = read_array(array)
         except Exception as error:  # numpy's reader raises whatever foreign bytes lead it to
-            raise ValueError(f"the reply's '{name}' holds an unreadable '{key}': {error}") from error
+            raise ValueError(f"the reply's '{name}' holds an unreadable {shown(key)}: {clean(str(error))}") from error
     return tensors
 
 
@@ -244,12 +243,30 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     Raises
     ------
     ValueError
-        If the reply is not one, or its client id has other characters than letters, digits, ``.``, ``_`` and ``-``.
+        If the reply is not one, or one of its fields is not as declared, naming it.
     """
+    check_records(content, {VISIT: ConfigRecord, METRICS: MetricRecord})
     visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
-    if visit is None or metrics is None:
+    if visit is None or set(visit) != {"client", "code"} or metrics is None or set(metrics) != {NUM_EXAMPLES}:
         raise ValueError("the reply is not an answer to fedcl's hello")
-    client = str(visit["client"])
-    if not CLIENT_ID.fullmatch(client):
-        raise ValueError(f"client id {client!r}: may hold letters, digits, '.', '_' and '-' only")
-    return client, int(cast(int, metrics[NUM_EXAMPLES])), str(visit["code"])
+    client, code = visit["client"], visit["code"]
+    if not isinstance(client, str) or not CLIENT_ID.fullmatch(client):
+        raise ValueError(f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+    if not isinstance(code, str) or not CODE.fullmatch(code):
+        raise ValueError(f"version {shown(code)}: is none of fedcl's")
+    return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code
+
+
+def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
+    """Refuse records that have no business in a message, or are of another type than ``allowed``.
+
+    Raises
+    ------
+    ValueError
+        Naming the first of them.
+    """
+    for name, record in content.items():
+        if name not in allowed:
+            raise ValueError(f"the reply holds the unknown record {shown(name)}")
+        if not isinstance(record, allowed[name]):
+            raise ValueError(f"the reply's '{name}' is {type(record).__name__}: must be {allowed[name].__name__}")

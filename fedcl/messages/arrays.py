@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fedcl.fields import shown
 
 FLAT = "flat"
 
@@ -77,9 +81,36 @@ def record_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def read_array(array: Array) -> Tensor:
-    """Return the tensor of an array. It may share read-only memory with it: copy before writing."""
-    ndarray = array.view() if isinstance(array, LiveArray) else array.numpy()
+    """Return the tensor of an array. It may share read-only memory with it: copy before writing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the array is not what it says of itself, or not of numbers.
+    """
+    ndarray = array.view() if isinstance(array, LiveArray) else _decoded(array)
     return torch.from_numpy(ndarray if ndarray.flags.writeable else np.asarray(_Unlocked(ndarray)))
+
+
+def _decoded(array: Array) -> NDArray[Any]:
+    """Return the array that bytes in numpy's own format hold: never a pickle, never more memory than there are bytes.
+
+    Numpy's reader takes the memory that a header asks for before it looks whether as many bytes follow.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"serialised as {shown(array.stype)}, must be 'numpy.ndarray'")
+    stream = BytesIO(array.data)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in headers:
+        raise ValueError(f"numpy format {version}, must be (1, 0) or (2, 0)")
+    shape, in_columns, dtype = headers[version](stream)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"dtype {dtype}, shape {shown(shape)}: no plain array")
+    if math.prod(shape) * dtype.itemsize != len(array.data) - stream.tell():
+        raise ValueError(f"{len(array.data) - stream.tell()} bytes, shape {shown(shape)} of {dtype} has others")
+    values = np.frombuffer(array.data, dtype, offset=stream.tell())
+    return values.reshape(shape, order="F" if in_columns else "C").copy()
 
 
 class _Unlocked:

@@ -43,7 +43,8 @@ def block_content(sums: BlockSum, replies: Mapping[str, Reply]) -> RecordDict:
         assert reply.folded is not None
         # a sound metric is finite: what is not a number marks a client that has none of the name
         values = [reply.metrics.get(name, math.nan) for name in names]
-        rows.append([reply.num_examples, reply.folded.num_bytes, reply.folded.norm, *values])
+        norms = [reply.folded.payload[name] for name in sums.payload]
+        rows.append([reply.num_examples, reply.folded.num_bytes, reply.folded.norm, *norms, *values])
     numbers_KN = torch.tensor(rows, dtype=torch.float64)
     content = RecordDict()
     content[ARRAYS] = tensors_record({TOTAL: sums.total, WEIGHTS: sums.weights, NUMBERS: numbers_KN}, live=True)
@@ -68,6 +69,8 @@ def read_block(content: RecordDict) -> tuple[BlockSum, dict[str, Reply]]:
     replies, names = {}, cast(list[str], visit[NAMES])
     for client, row in zip(cast(list[str], visit[MEMBERS]), tensors[NUMBERS].tolist(), strict=True):
         size, num_bytes, norm, *values = row
+        norms = dict(zip(uploads, values, strict=False))
+        values = values[len(norms) :]
         metrics = {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
-        replies[client] = Reply(int(size), metrics, folded=InBlock(norm, int(num_bytes)))
+        replies[client] = Reply(int(size), metrics, folded=InBlock(norm, int(num_bytes), norms))
     return sums, replies

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -21,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_HEAD = re.compile(r"(head|heads\.\d+)\.weight")
 _HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
 
 
@@ -64,15 +63,13 @@ def _named_state(module: nn.Module) -> list[tuple[str, Tensor, Literal["paramete
 class Spec:
     """The layout of a flat vector: an immutable sequence of :class:`TensorSpec` without gaps."""
 
-    __slots__ = ("_by_name", "_digest", "_starts", "_tensors", "size")
+    __slots__ = ("_by_name", "_starts", "_tensors", "size")
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
         self._tensors = tuple(tensors)
         self._by_name = {tensor.name: tensor for tensor in self._tensors}
         self._starts = [tensor.start for tensor in self._tensors]
         self.size = self._tensors[-1].stop if self._tensors else 0
-        described = json.dumps([[tensor.name, list(tensor.shape)] for tensor in self._tensors])
-        self._digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         end = 0
         for tensor in self._tensors:
             if tensor.start != end or tensor.size != prod(tensor.shape):
@@ -113,7 +110,7 @@ class Spec:
         return hash(self._tensors)
 
     def __repr__(self) -> str:
-        return f"Spec({len(self)} tensors, {self.size} elements, {self._digest})"
+        return f"Spec({len(self)} tensors, {self.size} elements)"
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return tensor ``name`` of a flat ``vector`` (P,), as a view in its own shape.
@@ -130,30 +127,23 @@ class Spec:
         tensor = self._by_name[name]
         return vector[tensor.start : tensor.stop].view(tensor.shape)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the lengths that declarations of tensors name (:class:`fedcl.fields.TensorField`).
+
+        ``columns`` and ``features`` are those of heads with weights (columns, features), where the model has such.
+        """
+        sizes = {"model": self.size, "bitmask": -(-self.size // 8)}
+        sizes["parameters"] = max((tensor.stop for tensor in self if tensor.kind == "parameter"), default=0)
+        heads = [tensor.shape for tensor in self if _HEAD.fullmatch(tensor.name) and len(tensor.shape) == 2]
+        if heads:
+            sizes |= {"columns": sum(columns for columns, _ in heads), "features": heads[0][1]}
+        return sizes
+
     def tensor_at(self, index: int) -> TensorSpec:
         """Return the tensor that flat position ``index`` belongs to; IndexError outside [0, P)."""
         if not 0 <= index < self.size:
             raise IndexError(f"position {index} is outside [0, {self.size})")
         return self._tensors[bisect_right(self._starts, index) - 1]
-
-    def digest(self) -> str:
-        """Return 16 hexadecimal digits that are equal for equal names and shapes, on every machine."""
-        return self._digest
-
-    def to_json(self) -> str:
-        """Return the layout as text."""
-        rows = [[t.name, list(t.shape), t.kind, t.task, t.norm] for t in self._tensors]
-        return json.dumps(rows, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Spec:
-        """Read what :meth:`to_json` wrote; rows of older versions, which lack ``norm``, are read as not of a norm."""
-        tensors, start = [], 0
-        for name, shape, kind, task, *norm in json.loads(text):
-            stop = start + prod(shape)
-            tensors.append(TensorSpec(name, tuple(shape), start, stop, kind, task, *norm))
-            start = stop
-        return cls(tensors)
 
 
 class FlatModel:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
+from fedcl.models.budget import Budget
 from fedcl.models.heads import RandomFeatures, UnitFeatures, make_heads, simplex_features
 from fedcl.models.pretrained import load_weights
 
@@ -295,9 +296,10 @@ class LeNet(Network):
 def build_model(factory: Callable[[], M], *, seed: int) -> M:
     """Return ``factory()`` with its initial weights drawn from ``seed``; torch's global random state is left as it was.
 
-    The factory must build on the CPU, which makes the weights the same whatever device the model moves to.
+    The factory must build on the CPU, which makes the weights the same whatever device the model moves to. TooLarge for
+    a network that would take more memory than there is.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Budget():
         # Not torch.manual_seed: that one also reseeds the accelerators, which the fork does not restore.
         torch.default_generator.manual_seed(seed)
         return factory()

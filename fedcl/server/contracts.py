@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedcl.client.loop import LocalTraining
 from fedcl.client.plugin import Payload
+from fedcl.fields import Form
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.scenario.task import Stream
@@ -157,11 +158,13 @@ class Event:
 class Query:
     """A question to clients: the model each should answer it with, and tensors to go along.
 
-    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies.
+    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies. ``answer`` declares
+    every tensor of an answer, by name: one that is anything else is rejected before the part that asks sees it.
     """
 
     name: str
     models: dict[str, Tensor]
+    answer: Form
     request: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -210,9 +213,7 @@ class LocalWork:
 
 
 class Part:
-    """What all four kinds share: state that survives, growth of the model, forgetting, and compatibility."""
-
-    refuses: ClassVar[tuple[str, ...]] = ()  # dotted class names this part cannot work with, checked before a run
+    """What all four kinds share: state that survives, and forgetting."""
 
     def setup(self, spec: Spec) -> None:
         """Learn the layout of model vectors; called once, before anything else.
@@ -232,9 +233,6 @@ class Part:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-
-    def resize(self, old_spec: Spec, new_spec: Spec) -> None:
-        """Follow a model that has grown."""
 
     def forget(self, request: ForgetRequest) -> Residual:
         """Drop what this part remembers of the forget set and say what became of it."""

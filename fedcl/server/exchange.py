@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedcl.client.plugin import Payload
 from fedcl.client.state import NEVER
+from fedcl.fields import NOTHING, clean
 from fedcl.messages import CHANGES_STATE, CONFIG, MESSAGE_TYPE, Kind, Reply, Request, instruction, read_reply
 from fedcl.messages.arrays import tensors_record, vector_record
 from fedcl.messages.blocks import is_block, read_block
@@ -26,7 +27,7 @@ from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query
 from fedcl.server.fold import BLOCK, RunningFold
 from fedcl.server.strategy import Outgoing
-from fedcl.server.validation import rejection, uploads
+from fedcl.server.validation import Expected, outliers, payload_norms, rejection, uploads
 
 COHORT = 64  # clients that one message addresses at most: the more of them, the less each of them costs
 CommitState = Callable[[str, int], None]
@@ -42,17 +43,23 @@ def _no_note(client: str) -> str:
 class EventLog(Protocol):
     """Takes note of what went wrong."""
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record one event."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a client's reply cannot be used: ``client_failed`` when there is none, else ``reply_rejected``."""
+    """Why a client's reply cannot be used: ``client_failed`` when there is none, else ``reply_rejected``.
+
+    The ``reason`` may be a client's own words: it is cleaned and cut here, before it goes anywhere.
+    """
 
     event: Literal["client_failed", "reply_rejected"]
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", clean(self.reason))
 
 
 @dataclass
@@ -63,8 +70,11 @@ class Exchange:
     accepted visit. ``cohorts`` says that the grid understands messages to several clients; ``commit_state`` tells a
     state store on this side that a visit counts, ``erase`` makes it and every worker drop all they keep of clients,
     ``release`` only what is under way, and the workers' copies.
-    ``max_update_norm`` is the largest L2 norm of a change that is let through; None for any. ``running`` adds up the
-    blocks that come back folded.
+    ``payloads`` declares what comes with every reply to a train message. ``num_tasks`` is that of
+    :class:`~fedcl.server.validation.Expected`. ``max_update_norm`` is the largest L2 norm of a change that is let
+    through; None for any. ``running`` adds up the blocks that come back folded. ``when``
+    tells the present round and virtual time, for events; the server sets it. ``reasons`` says by client why its last
+    reply could not be used, since it was cleared.
     """
 
     grid: Grid
@@ -78,12 +88,15 @@ class Exchange:
     release: Callable[[Sequence[str]], None] | None = None
     timeout: float | None = None
     max_update_norm: float | None = None
+    num_tasks: int = 0
     running: RunningFold | None = None
     visits: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    when: Callable[[], dict[str, Any]] = dict
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def traffic(self) -> int:
@@ -92,6 +105,14 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self._clients = {node: client for client, node in self.nodes.items()}
+        self._plain: dict[Kind, Expected] = {}
+
+    def expected(self, kind: Kind) -> Expected:
+        """Return what a reply to a message of ``kind`` that asks no question must be."""
+        if kind not in self._plain:
+            form = uploads(self.payloads) if kind == "train" else NOTHING
+            self._plain[kind] = Expected.of(kind, self.spec, form, self.num_tasks)
+        return self._plain[kind]
 
     def request(
         self,
@@ -131,8 +152,7 @@ class Exchange:
         if isinstance(reply, Reply) and reply.folded is not None:
             self.bytes_up += reply.num_bytes
             return reply  # judged where it was folded
-        expected = uploads(self.payloads, self.spec)
-        return self._accept(request, reply, expected, model=True, max_norm=self.max_update_norm)
+        return self._accept(request, reply, self.expected("train"), self.max_update_norm)
 
     def commit(self, request: Request) -> None:
         """Let what the client staged at this visit become its state."""
@@ -155,15 +175,27 @@ class Exchange:
         recipients = [
             (out, self._question(kind, out, task_of, server_round, version, query.name, note_of)) for out in outgoing
         ]
-        replies = self._send(recipients)
+        replies, expected = self._send(recipients), Expected.of(kind, self.spec, query.answer)
         answers = []
         for out, request in recipients:
-            reply = replies.get(out.client)
-            names = dict.fromkeys(reply.payload) if isinstance(reply, Reply) else {}
-            sound = self._accept(request, reply, names, model=False)
+            sound = self._accept(request, replies.get(out.client), expected)
             if sound is not None and sound.num_examples:
                 answers.append(Answer(out.client, sound.num_examples, sound.payload))
+        self._note_outliers(query.name, answers, server_round)
         return answers
+
+    def _note_outliers(self, name: str, answers: Sequence[Answer], server_round: int) -> None:
+        """Name the clients whose answer is far larger than the others', by itself and for their number of samples."""
+        norms = {answer.client: payload_norms(answer.tensors) for answer in answers}
+        sizes = {answer.client: answer.num_examples for answer in answers}
+        for tensor in {tensor: None for own in norms.values() for tensor in own}:
+            whole = {client: own[tensor] for client, own in norms.items() if tensor in own}
+            median, far = outliers(whole)
+            far_each = outliers({client: norm / sizes[client] for client, norm in whole.items()})[1]
+            for client in far if median else ():
+                if client in far_each:
+                    fields = {"payload": f"{name}/{tensor}", "norm": whole[client], "median": median}
+                    self._note("payload_outlier", round=server_round, client=client, **fields)
 
     def _question(
         self, kind: Kind, out: Outgoing, task_of: TaskOf, server_round: int, version: int, name: str, note_of: NoteOf
@@ -184,7 +216,7 @@ class Exchange:
         replies = self._send(recipients)
         sound = {}
         for out, request in recipients:
-            reply = self._accept(request, replies.get(out.client), {}, model=False)
+            reply = self._accept(request, replies.get(out.client), self.expected(kind))
             if reply is not None:
                 sound[out.client] = reply
                 if kind in CHANGES_STATE:
@@ -192,24 +224,22 @@ class Exchange:
         return sound
 
     def _accept(
-        self,
-        request: Request,
-        reply: Reply | Fault | None,
-        payloads: Mapping[str, tuple[int, ...] | None],
-        *,
-        model: bool,
-        max_norm: float | None = None,
+        self, request: Request, reply: Reply | Fault | None, expected: Expected, max_norm: float | None = None
     ) -> Reply | None:
         fault = Fault("client_failed", "no reply in time") if reply is None else reply
         if isinstance(fault, Reply):
             self.bytes_up += fault.num_bytes
-            reason = rejection(fault, self.spec, payloads, model=model, base=request.model, max_norm=max_norm)
+            reason = rejection(fault, expected, base=request.model, max_norm=max_norm)
             if reason is None:
                 return fault
             fault = Fault("reply_rejected", reason)
         where = {"round": request.server_round, "client": request.client, "visit": request.visit}
-        self.log.event(fault.event, **where, message=request.kind, reason=fault.reason)
+        self.reasons[request.client] = fault.reason
+        self._note(fault.event, **where, message=request.kind, reason=fault.reason)
         return None
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        self.log.event(kind, **{**self.when(), **fields})
 
     def _send(self, recipients: Recipients) -> dict[str, Reply | Fault]:
         """Exchange messages and wait for all replies; return them by client."""
@@ -222,11 +252,11 @@ class Exchange:
         for message in messages:
             client = self._clients.get(message.metadata.src_node_id, "")
             if not client:
-                self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
+                self._note("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
             elif asked is not None and message.metadata.reply_to_message_id not in asked:
-                self.log.event("reply_rejected", client=client, reason="answers another message than those in flight")
+                self._note("reply_rejected", client=client, reason="answers another message than those in flight")
             elif client in replies:
-                self.log.event("reply_rejected", client=client, reason="a second reply to one message")
+                self._note("reply_rejected", client=client, reason="a second reply to one message")
             elif not message.has_error() and self.cohorts and is_block(message.content):
                 replies.update(self._block(message.content))
             elif message.has_error():

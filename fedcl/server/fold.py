@@ -27,7 +27,8 @@ Weight = Callable[[Update], float]
 class Folded:
     """A client's update that is in the sum of its block already: what is left to know of it.
 
-    ``norm`` is the L2 norm of its change. It is never late: an update that ages comes back by itself.
+    ``norm`` is the L2 norm of its change, ``payload_norms`` those of its uploads. It is never late: an update that ages
+    comes back by itself.
     """
 
     client: str
@@ -35,6 +36,7 @@ class Folded:
     task: int
     metrics: dict[str, float]
     norm: float
+    payload_norms: dict[str, float] = field(default_factory=dict)
     age: int = field(default=0, init=False)
 
 

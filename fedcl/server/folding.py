@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import GLOBAL, Target, Update
 from fedcl.server.fold import Term, Weight, fold_block
-from fedcl.server.validation import change_norm, rejection
+from fedcl.server.validation import Expected, change_norm, payload_norms, rejection
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Folding:
     """What a strategy's sum is made of: all that it takes to form a block's, and nothing that a round changes.
 
     ``term`` and ``weight`` are those of :func:`~fedcl.server.fold.fold`, ``sums`` the uploads to add up, ``expected``
-    all uploads with their shapes, ``max_norm`` the largest change that counts.
+    what every reply must be, ``max_norm`` the largest change that counts.
     """
 
     spec: Spec
     term: Term
     weight: Weight | None
     sums: tuple[str, ...]
-    expected: Mapping[str, tuple[int, ...] | None]
+    expected: Expected
     max_norm: float | None = None
 
     def block(
@@ -43,11 +43,11 @@ class Folding:
             base = request.model
             if isinstance(reply, Exception) or base is None or request.task is None or not reply.num_examples:
                 continue
-            reply = _at_server(reply)
-            if rejection(reply, self.spec, self.expected, model=True, base=base, max_norm=self.max_norm) is None:
+            if rejection(reply, self.expected, base=base, max_norm=self.max_norm) is None:
+                reply = _at_server(reply)
                 update = update_of(request, reply, request.task, base)
                 updates.append(update)
-                folded = InBlock(change_norm(update.model, base), reply.num_bytes)
+                folded = InBlock(change_norm(update.model, base), reply.num_bytes, payload_norms(reply.payload))
                 left[request.client] = Reply(reply.num_examples, reply.metrics, folded=folded)
         if not updates:
             return None

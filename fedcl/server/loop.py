@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
-from fedcl.requests import Forgotten, Residual
+from fedcl.requests import Forgotten
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
@@ -19,31 +18,14 @@ from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.server.exchange import Exchange
 from fedcl.server.fold import Contribution
 from fedcl.server.measurement import Known, Measurement, Record
-from fedcl.server.rounds import Arrived, RoundOptions, Rounds, updates
-from fedcl.server.serving import UNTOLD
-from fedcl.server.state import Compute, ServerState, at_once
+from fedcl.server.rounds import Arrived, Rounds, updates
+from fedcl.server.state import BetweenRounds, Compute, LoopOptions, ServerData
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
-from fedcl.server.unlearning import Unlearning
-from fedcl.server.view import View
 
 
-@dataclass(frozen=True, slots=True)
-class LoopOptions:
-    """Settings of the loop: the keys of the configuration that carry the same names.
-
-    ``boundary_visits`` says that some plugin concludes tasks, so that clients must be told of their end.
-    """
-
-    rounds: RoundOptions
-    evaluate_every: int = 1
-    personal_evaluation: bool = False
-    boundary_visits: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-class Server(View):
-    """Plays the rounds of a schedule. It is also the :class:`~fedcl.server.contracts.ServerView` that parts see."""
+class Server(ServerData):
+    """Plays the rounds of a schedule, and lets ``unlearning`` do its part between them."""
 
     def __init__(
         self,
@@ -62,20 +44,25 @@ class Server(View):
         statistics: Statistics | None = None,
         known: Known | None = None,
         compute: Compute | None = None,
-        unlearning: Unlearning | None = None,
+        unlearning: BetweenRounds | None = None,
     ) -> None:
-        self.strategy, self.exchange, self.arrivals = strategy, exchange, arrivals
-        self.schedule, self.stream, self.record, self.options = schedule, stream, record, options
-        self.unlearning = unlearning
-        self.curriculum = Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten)
-        self.statistics = statistics or Statistics()
+        super().__init__(
+            strategy=strategy,
+            exchange=exchange,
+            arrivals=arrivals,
+            curriculum=Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten),
+            spec=spec,
+            initial=initial,
+            clients=clients,
+            record=record,
+            options=options,
+            statistics=statistics,
+            compute=compute,
+            unlearning=unlearning,
+        )
+        self.schedule, self.stream = schedule, stream
         self.measurement = Measurement(record, stream, evaluator, known)
         self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum, self._folds)
-        self.compute_in = compute or at_once
-        self.initial = initial.detach().cpu().clone()
-        self.state = ServerState({GLOBAL: self.initial.clone()})
-        self._spec = spec
-        self.everybody = self._clients = tuple(clients)
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 
@@ -91,23 +78,29 @@ class Server(View):
         """
         if self.state.next_round == 0:
             self.state.models.update(self.strategy.initial(self))
-            self.measurement.initial(self.global_model)
+            self.measurement.initial(self.global_model, self.now)
         while self.state.next_round < (self.schedule.num_rounds if until is None else until):
             server_round = self.state.next_round
             started = time.perf_counter()
-            self._serve(server_round)
+            self.process_requests(server_round)
             arrived = self.rounds.play(server_round, self, self.state.model_epoch)
             self._aggregate(server_round, arrived)
             self._conclude(server_round, updates(arrived))
             self.state.next_round += 1
             if self.state.next_round == self.schedule.num_rounds:
-                self._serve(self.state.next_round, ends=True)
+                self.process_requests(self.state.next_round, ends=True)
             self.record.timing(server_round, "round", time.perf_counter() - started)
             after_round(server_round)
 
-    def _serve(self, server_round: int, *, ends: bool = False) -> None:
-        if self.unlearning is not None:
-            self.unlearning.begin(self, server_round, ends=ends)
+    def process_requests(self, server_round: int, *, ends: bool = False) -> bool:
+        """Process the unlearning requests that are due before ``server_round``; return whether any was.
+
+        ``ends`` says that no round comes any more, so that nothing can wait.
+        """
+        done = self.unlearning is not None and self.unlearning.begin(self, server_round, self.recover, ends=ends)
+        if done:
+            self.measurement.edited()
+        return done
 
     def _aggregate(self, server_round: int, arrived: Sequence[Arrived]) -> None:
         self._settle([one.flight.client for one in arrived], server_round)
@@ -134,9 +127,9 @@ class Server(View):
 
     def _folds(self) -> bool:
         """Whether nobody must see the updates of the round to come."""
-        if self.unlearning is not None and self.unlearning.unlearner.observes:
+        if self.unlearning is not None and self.unlearning.observes:
             return False
-        return self.strategy.folding(self._spec, self.exchange.max_update_norm) is not None
+        return self.strategy.folding(self.exchange.expected("train"), self.exchange.max_update_norm) is not None
 
     def _conclude(self, server_round: int, counted: Sequence[Contribution]) -> None:
         """Do what follows a round: conclude tasks that end, ask questions, measure."""
@@ -242,49 +235,7 @@ class Server(View):
         self.state.models.update(models)
         self.state.version += GLOBAL in models
 
-    # -- edits and survival -----------------------------------------------------------------------------------------
-
-    def edit(self, models: dict[Target, Tensor]) -> None:
-        """Replace models past optimizer and projection, as unlearning does, and open a new model epoch.
-
-        Raises
-        ------
-        ValueError
-            If a model does not have the run's layout or is not finite.
-        """
-        for target, model in models.items():
-            if tuple(model.shape) != (self._spec.size,) or not bool(torch.isfinite(model).all()):
-                raise ValueError(f"edit of {target!r}: must be a finite vector of shape {(self._spec.size,)}")
-        self.state.models.update({target: model.detach().float().cpu().clone() for target, model in models.items()})
-        self.state.version += GLOBAL in models
-        self.state.model_epoch += 1
-
-    def expel(self, leavers: Sequence[str]) -> list[Residual]:
-        """Drop everything that server and backend keep of clients that have left."""
-        if not leavers:
-            return []
-        state, cancelled = self.state, 0
-        for client in leavers:
-            cancelled += self.arrivals.flights.pop(client, None) is not None
-            for kept in (state.models, state.owed, self.exchange.committed):
-                kept.pop(client, None)
-        state.visited.difference_update(leavers)
-        state.late.difference_update(leavers)
-        if self.exchange.erase is None:
-            return [Residual("devices", "remains", "the client's own device keeps its state: it was not told")]
-        away = self.exchange.erase(leavers)
-        state.untold.difference_update(leavers)
-        if away:
-            state.untold.update(away)
-            return [Residual("devices", "remains", f"client(s) {', '.join(away)} {UNTOLD}")]
-        return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
-
-    def cancel(self, clients: Sequence[str]) -> None:
-        """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
-        for client in clients:
-            self.arrivals.flights.pop(client, None)
-        if self.exchange.release is not None:
-            self.exchange.release(clients)
+    # -- rounds besides the schedule --------------------------------------------------------------------------------
 
     def recover(self, rounds: int) -> int:
         """Play ``rounds`` rounds of the task that was trained last, besides the schedule's; return how many counted."""
@@ -298,10 +249,6 @@ class Server(View):
                 counted += 1
         self.state.visited = visited
         return counted
-
-    def met(self, server_round: int) -> list[int]:
-        """Return the ids of the tasks that were trained before ``server_round``."""
-        return self.curriculum.met(self._clients, server_round - 1) if server_round else []
 
 
 def _whole(counted: Sequence[Contribution]) -> list[Update]:

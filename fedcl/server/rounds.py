@@ -9,12 +9,14 @@ a buffer of one FedAsync's (Xie et al., 2019).
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedcl.messages import Reply
+from fedcl.rules import RunFailed
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Task
 from fedcl.server.arrivals import Arrivals, Flight
@@ -24,12 +26,10 @@ from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
 from fedcl.server.folding import update_of
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Outgoing, exact_sum
-from fedcl.server.validation import change_norm
-
-OUTLIER = 10.0  # times the median norm of a round's updates, from which an update is worth a note
+from fedcl.server.validation import change_norm, outliers, payload_norms
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(RunFailed):
     """Too few sound replies, again and again: the run stops, its last checkpoint stays."""
 
 
@@ -92,6 +92,7 @@ class Rounds:
             if sound >= self.options.min_replies:
                 self._commit(arrived)
                 self._note_outliers(arrived, server_round)
+                self._note_empty(arrived, server_round)
                 return arrived
             if all(one.reply is not None for one in arrived):
                 # nobody failed: the deadline came first, and what did come is too little to count
@@ -99,7 +100,7 @@ class Rounds:
             self._note("round_retried", server_round, replies=sound, attempt=attempt)
         raise RoundFailed(
             f"round {server_round}: {sound} sound replies in each of {self.options.retries + 1} attempts, "
-            f"min_replies={self.options.min_replies}; events.jsonl names the clients and reasons"
+            f"min_replies={self.options.min_replies}: {shared_reason(self.exchange.reasons, len(arrived))}"
         )
 
     def _commit(self, arrived: Sequence[Arrived]) -> None:
@@ -109,6 +110,7 @@ class Rounds:
                 self.exchange.commit(one.flight.request)
 
     def _attempt(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
+        self.exchange.reasons.clear()
         self._top_up(server_round, view, model_epoch)
         clock, options = self.arrivals.clock, self.options
         deadline = math.inf if options.deadline is None else clock.now + options.deadline
@@ -164,8 +166,8 @@ class Rounds:
             return Arrived(flight, reply, None)
         task = flight.request.task
         if reply.folded is not None:
-            norm = reply.folded.norm
-            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, norm))
+            left = (reply.folded.norm, reply.folded.payload)
+            return Arrived(flight, reply, Folded(flight.client, reply.num_examples, task.id, reply.metrics, *left))
         update = _update(flight, reply, task, view.version)
         refused = self._refusal(flight, update, server_round, model_epoch)
         if refused is None:
@@ -187,15 +189,30 @@ class Rounds:
         return None
 
     def _note_outliers(self, arrived: Sequence[Arrived], server_round: int) -> None:
-        """Name updates far larger than the others; they count all the same (``max_update_norm`` rejects)."""
+        """Name updates, and uploads with them, far larger than the others; they count all the same.
+
+        ``max_update_norm`` rejects updates.
+        """
         counted = updates(arrived)
-        if len(counted) < 3:
-            return  # of two, neither is the odd one out
-        norms = [u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted]
-        median = statistics.median(norms)
-        for update, norm in zip(counted, norms, strict=True):
-            if norm > OUTLIER * median:
-                self._note("update_outlier", server_round, client=update.client, norm=norm, median=median)
+        found = {u.client: u.norm if isinstance(u, Folded) else change_norm(u.model, u.base) for u in counted}
+        median, far = outliers(found)
+        for client in far:
+            self._note("update_outlier", server_round, client=client, norm=found[client], median=median)
+        if not self.exchange.payloads:
+            return
+        each = {u.client: u.payload_norms if isinstance(u, Folded) else payload_norms(u.payload) for u in counted}
+        for name in {name: None for own in each.values() for name in own}:
+            found = {client: own[name] for client, own in each.items() if name in own}
+            median, far = outliers(found)
+            for client in far if median else ():
+                fields = {"payload": name, "norm": found[client], "median": median}
+                self._note("payload_outlier", server_round, client=client, **fields)
+
+    def _note_empty(self, arrived: Sequence[Arrived], server_round: int) -> None:
+        """Say that most of the clients hold nothing of their task: the round is one of the few others alone."""
+        empty = sum(one.reply is not None and one.reply.num_examples == 0 for one in arrived)
+        if 2 * empty > len(arrived):
+            self._note("round_mostly_empty", server_round, clients=len(arrived), empty=empty)
 
     def _note(self, kind: str, server_round: int, **fields: Any) -> None:
         self.log.event(kind, round=server_round, virtual_time=self.arrivals.clock.now, **fields)
@@ -207,6 +224,33 @@ def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
         base, model = exact_sum(base, flight.moved), exact_sum(model, flight.moved)
     age = version - flight.request.version
     return update_of(flight.request, reply, task, base, model=model, target=flight.out.target, age=age)
+
+
+_DIVERGED = re.compile(r"(?:metric (loss) is|(?:tensor \S+|model) holds) (-?inf|nan|\S*)")
+
+
+def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
+    """Return what most replies of a round failed for, and for how many of its ``clients``; ``reasons`` are by client.
+
+    Loss and weights that are no sound numbers are one reason, whichever shows it first: training has diverged.
+    """
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for reason in reasons.values():
+        # others are alike where only their numbers differ
+        kinds["" if _DIVERGED.match(reason) else re.sub(r"[-+.\d]+", "#", reason)].append(reason)
+    if not kinds:
+        return f"none of {clients} clients failed"
+    kind, alike = max(kinds.items(), key=lambda item: len(item[1]))
+    others = "" if len(kinds) == 1 else f", and {len(kinds) - 1} other reason(s)"
+    if kind:
+        return f"{len(alike)} of {clients} clients: {alike[0]}{others}"
+    found = [match for match in map(_DIVERGED.match, alike) if match is not None]
+    parts = {"loss" if match[1] else "weights" for match in found}
+    values = {match[2] for match in found}
+    value = "nan" if "nan" in values else "infinite" if values & {"inf", "-inf"} else "too large"
+    verb = "is" if parts == {"loss"} else "are"
+    what = " or ".join(sorted(parts))
+    return f"the {what} of {len(alike)} of {clients} clients {verb} {value}; lower client.optimizer.lr{others}"
 
 
 def updates(arrived: Sequence[Arrived]) -> list[Contribution]:

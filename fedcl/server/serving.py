@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedcl.client.unlearner import Value
+from fedcl.fields import Form
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query, Target
+from fedcl.server.state import OUT_OF_REACH, ServerData
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing
 
-if TYPE_CHECKING:
-    from fedcl.server.loop import Server
-
-# what a certificate says of devices that were away; the event comes in events.jsonl
-UNTOLD = "were not in reach: their devices are told when they are back, which is an event `client_told`"
 Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, and clients' states by visit
 
 
@@ -38,7 +35,7 @@ class Replay(Protocol):
         """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
         ...
 
-    def adopt(self, server: Server, saved: Saved) -> None:
+    def adopt(self, server: ServerData, saved: Saved) -> None:
         """Let ``server`` and its clients go on from ``saved``."""
         ...
 
@@ -47,7 +44,7 @@ class Replay(Protocol):
 class ServingView:
     """What an unlearner may know and do while it serves ``requests`` (:class:`~fedcl.client.unlearner.UnlearnView`)."""
 
-    server: Server
+    server: ServerData
     requests: Sequence[ForgetRequest]
     server_round: int
     forgotten: Forgotten
@@ -108,6 +105,7 @@ class ServingView:
         self,
         step: str,
         models: Mapping[str, Tensor],
+        answer: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
@@ -115,7 +113,7 @@ class ServingView:
         """Let clients do a step of the unlearner."""
         self.asked |= models.keys()
         self.steps += 1
-        query = Query(step, dict(models), dict(tensors or {}))
+        query = Query(step, dict(models), answer, dict(tensors or {}))
         return self.server.exchange.ask(
             query,
             lambda _: None,
@@ -180,7 +178,7 @@ class ServingView:
             exchange.erase(silent)
             return [Residual("client states", "reset", f"client(s) {names} gave no answer, and begin anew")]
         self.server.state.untold.update(silent)
-        return [Residual("devices", "remains", f"client(s) {names} {UNTOLD}; they begin anew")]
+        return [Residual("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin anew")]
 
     def _last_task(self, client: str, server_round: int) -> Task | None:
         """Return the task a client is in or, if it takes no part just now, the last that it met."""

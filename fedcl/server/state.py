@@ -1,17 +1,44 @@
-"""What a run is at the end of a round, and where its server computes."""
+"""A server's data: what a run is at the end of a round, what its parts may know of it, and how it is edited."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from fedcl.server.contracts import Target
+from fedcl.models.flat import Spec
+from fedcl.randomness import torch_generator
+from fedcl.requests import Forgotten, Residual
+from fedcl.scenario.curriculum import Curriculum
+from fedcl.server.arrivals import Arrivals
+from fedcl.server.contracts import GLOBAL, Target, Update
+from fedcl.server.exchange import Exchange
+from fedcl.server.measurement import Record
+from fedcl.server.rounds import RoundOptions
+from fedcl.server.statistics import Statistics
+from fedcl.server.strategy import Strategy
 
 Compute = Callable[..., Future[Any]]
+# what a certificate says of devices that were away; the event comes in events.jsonl
+OUT_OF_REACH = "were not in reach: their devices are told when they are back, which is an event `client_told`"
+
+
+@dataclass(frozen=True, slots=True)
+class LoopOptions:
+    """Settings of the loop: the keys of the configuration that carry the same names.
+
+    ``boundary_visits`` says that some plugin concludes tasks, so that clients must be told of their end.
+    """
+
+    rounds: RoundOptions
+    evaluate_every: int = 1
+    personal_evaluation: bool = False
+    boundary_visits: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass
@@ -32,6 +59,231 @@ class ServerState:
     owed: dict[str, int] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     untold: set[str] = field(default_factory=set)
+
+
+class BetweenRounds(Protocol):
+    """What a run does between two rounds besides its schedule; :class:`~fedcl.server.unlearning.Unlearning` is one."""
+
+    @property
+    def forgotten(self) -> Forgotten:
+        """The requests admitted so far: what no round may use any more."""
+        ...
+
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` must see every update of a round by itself."""
+        ...
+
+    def begin(
+        self, server: ServerData, server_round: int, recover: Callable[[int], int], *, ends: bool = False
+    ) -> bool:
+        """Do what is due before ``server_round``; return whether anything was.
+
+        ``recover(n)`` plays n rounds besides the schedule and returns how many counted. ``ends`` says that no round
+        comes any more, so that nothing can wait.
+        """
+        ...
+
+    def observe(self, updates: Sequence[Update], before: Tensor, server: ServerData) -> None:
+        """See a round's updates that counted, and the global model ``before`` (P,) they were applied."""
+        ...
+
+    def follow(self, server: ServerData, server_round: int, met: Sequence[int]) -> None:
+        """See the global model that was just tested; ``met`` are the ids of the tasks trained by then."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        ...
+
+
+class ServerData:
+    """A server without its timeline.
+
+    Parts see it as a :class:`~fedcl.server.contracts.ServerView`, unlearning edits it, a checkpoint holds it.
+    ``everybody`` are the clients the run began with, ``initial`` the weights (P,).
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: Strategy,
+        exchange: Exchange,
+        arrivals: Arrivals,
+        curriculum: Curriculum,
+        spec: Spec,
+        initial: Tensor,
+        clients: Sequence[str],
+        record: Record,
+        options: LoopOptions,
+        statistics: Statistics | None = None,
+        compute: Compute | None = None,
+        unlearning: BetweenRounds | None = None,
+    ) -> None:
+        self.strategy, self.exchange, self.arrivals, self.curriculum = strategy, exchange, arrivals, curriculum
+        self.record, self.options, self.unlearning = record, options, unlearning
+        self.statistics = statistics or Statistics()
+        self.compute_in = compute or at_once
+        self.initial = initial.detach().cpu().clone()
+        self.state = ServerState({GLOBAL: self.initial.clone()})
+        self._spec = spec
+        self.everybody = self._clients = tuple(clients)
+        exchange.when = self.when
+
+    def when(self) -> dict[str, Any]:
+        """Return the round that is being played, or comes next, and the time on the run's clock: what an event has."""
+        return {"round": self.state.next_round, "virtual_time": self.now}
+
+    # -- what parts see -----------------------------------------------------------------------------------------------
+
+    @property
+    def global_model(self) -> Tensor:
+        """Global weights, float32 (P,)."""
+        return self.state.models[GLOBAL]
+
+    @property
+    def version(self) -> int:
+        """Number of changes the global model has seen."""
+        return self.state.version
+
+    @property
+    def now(self) -> float:
+        """Time on the run's clock, in seconds."""
+        return self.arrivals.clock.now
+
+    @property
+    def spec(self) -> Spec:
+        """Layout of a model vector."""
+        return self._spec
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Every client that has not left, in canonical order."""
+        return self._clients
+
+    @property
+    def device(self) -> torch.device:
+        """Device for heavy server mathematics."""
+        return self.options.device
+
+    def model_of(self, client: str) -> Tensor:
+        """Return the weights that would be sent to ``client`` now."""
+        return self.model_at(self.strategy.target_of(client, self))
+
+    def model_at(self, target: Target) -> Tensor:
+        """Return the weights of ``target``, the global ones where it has none of its own yet."""
+        return self.state.models.get(target, self.global_model)
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Return a generator keyed by (seed, version, purpose)."""
+        return torch_generator(self.options.rounds.seed, "server", self.state.version, purpose)
+
+    def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Run ``fn`` where the backend computes: here, or in a worker; its exception, if any, waits in the future."""
+        return self.compute_in(fn, *args)
+
+    def met(self, server_round: int) -> list[int]:
+        """Return the ids of the tasks that were trained before ``server_round``."""
+        return self.curriculum.met(self._clients, server_round - 1) if server_round else []
+
+    # -- edits --------------------------------------------------------------------------------------------------------
+
+    def edit(self, models: dict[Target, Tensor]) -> None:
+        """Replace models past optimizer and projection, as unlearning does, and open a new model epoch.
+
+        Raises
+        ------
+        ValueError
+            If a model does not have the run's layout or is not finite.
+        """
+        for target, model in models.items():
+            if tuple(model.shape) != (self._spec.size,) or not bool(torch.isfinite(model).all()):
+                raise ValueError(f"edit of {target!r}: must be a finite vector of shape {(self._spec.size,)}")
+        self.state.models.update({target: model.detach().float().cpu().clone() for target, model in models.items()})
+        self.state.version += GLOBAL in models
+        self.state.model_epoch += 1
+
+    def expel(self, leavers: Sequence[str]) -> list[Residual]:
+        """Drop everything that server and backend keep of clients that have left."""
+        if not leavers:
+            return []
+        state, cancelled = self.state, 0
+        for client in leavers:
+            cancelled += self.arrivals.flights.pop(client, None) is not None
+            for kept in (state.models, state.owed, self.exchange.committed):
+                kept.pop(client, None)
+        state.visited.difference_update(leavers)
+        state.late.difference_update(leavers)
+        if self.exchange.erase is None:
+            return [Residual("devices", "remains", "the client's own device keeps its state: it was not told")]
+        away = self.exchange.erase(leavers)
+        state.untold.difference_update(leavers)
+        if away:
+            state.untold.update(away)
+            return [Residual("devices", "remains", f"client(s) {', '.join(away)} {OUT_OF_REACH}")]
+        return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
+
+    def cancel(self, clients: Sequence[str]) -> None:
+        """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
+        for client in clients:
+            self.arrivals.flights.pop(client, None)
+        if self.exchange.release is not None:
+            self.exchange.release(clients)
+
+    def leave(self, gone: Collection[str]) -> None:
+        """Send nothing more to the clients in ``gone``, and take no part of theirs into account."""
+        self._clients = tuple(client for client in self.everybody if client not in gone)
+
+    # -- survival -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything of the server that must survive."""
+        state = self.state
+        return {
+            "models": dict(state.models),
+            "version": state.version,
+            "model_epoch": state.model_epoch,
+            "next_round": state.next_round,
+            "visited": sorted(state.visited),
+            "owed": dict(state.owed),
+            "late": sorted(state.late),
+            "untold": sorted(state.untold),
+            "visits": dict(self.exchange.visits),
+            "turns": dict(self.exchange.turns),
+            "committed": dict(self.exchange.committed),
+            "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
+            "strategy": self.strategy.state_dict(),
+            "statistics": self.statistics.state_dict(),
+            "arrivals": self.arrivals.state_dict(),
+            **({} if self.unlearning is None else {"unlearning": self.unlearning.state_dict()}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
+        self.state = ServerState(
+            models=dict(state["models"]),
+            version=state["version"],
+            model_epoch=state["model_epoch"],
+            next_round=state["next_round"],
+            visited=set(state["visited"]),
+            owed=dict(state["owed"]),
+            late=set(state["late"]),
+            untold=set(state.get("untold", ())),
+        )
+        self.strategy.load_state_dict(state["strategy"])
+        self.statistics.load_state_dict(state["statistics"])
+        self.exchange.visits = dict(state["visits"])
+        self.exchange.turns = dict(state["turns"])
+        self.exchange.committed = dict(state["committed"])
+        if self.unlearning is not None and "unlearning" in state:
+            self.unlearning.load_state_dict(state["unlearning"])
+            self.leave(self.unlearning.forgotten.clients)
+        self.arrivals.load_state_dict(state["arrivals"])
+        self.exchange.bytes_up, self.exchange.bytes_down = state["bytes"]
 
 
 def at_once(fn: Callable[..., Any], *args: Any) -> Future[Any]:

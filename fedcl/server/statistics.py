@@ -38,12 +38,12 @@ class Statistics:
             payload
             for plugin in plugins
             for payload in plugin.payloads
-            if payload.name in plugin.sums and payload.direction == "down" and payload.when == "every_train"
+            if payload.name in plugin.sums and payload.direction == "down"
         )
 
     def queries(self, models: Mapping[str, Tensor]) -> list[Query]:
         """Return what to ask the clients whose task has ended, given the model (P,) each ended it with."""
-        return [Query(name, dict(models)) for name in self._owners] if models else []
+        return [Query(name, dict(models), plugin.sums[name]) for name, plugin in self._owners.items()] if models else []
 
     def absorb(self, query: Query, answers: Sequence[Answer], tasks: Mapping[str, Task] | None = None) -> None:
         """Add the answers, in canonical client order; ``tasks`` are those whose samples they are sums over."""

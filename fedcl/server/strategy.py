@@ -30,7 +30,7 @@ from fedcl.server.contracts import (
 )
 from fedcl.server.fold import Contribution, RunningFold, Weight, fold
 from fedcl.server.folding import Folding
-from fedcl.server.validation import uploads
+from fedcl.server.validation import Expected, uploads
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,11 @@ class Strategy(Protocol):
         """Return what to send to each selected client."""
         ...
 
-    def folding(self, spec: Spec, max_norm: float | None) -> Folding | None:
-        """Return how updates that are not late become a sum, where no more is needed of them; None where it is."""
+    def folding(self, expected: Expected, max_norm: float | None) -> Folding | None:
+        """Return how updates that are not late become a sum, where no more is needed of them; None where it is.
+
+        ``expected`` is what a reply must be.
+        """
         ...
 
     def aggregate(
@@ -132,11 +135,11 @@ def check_payloads(expected: Sequence[Payload], plugins: Sequence[Plugin]) -> No
     ValueError
         Naming the payload.
     """
-    known = {payload.name: payload for payload in expected if payload.when == "every_train"}
+    known = {payload.name: payload for payload in expected}
     owners: dict[str, str] = {}
     for plugin in plugins:
         name = type(plugin).__name__
-        for payload in (p for p in plugin.payloads if p.when == "every_train"):
+        for payload in plugin.payloads:
             if known.get(payload.name) != payload:
                 raise ValueError(
                     f"{name} exchanges {payload.name!r} ({payload.direction}) with every train message, "
@@ -165,13 +168,10 @@ class Pipeline:
         self.collaboration = collaboration
         self.optimizer = optimizer or ServerOptimizer()
         self.projection = projection or Projection()
-        self._refuse_conflicts()
         self.payloads: tuple[Payload, ...] = collaboration.payloads + self.projection.payloads
         self.personal = collaboration.personal
         self.keeps_updates = self.projection.keeps_updates
-        self._sums = tuple(
-            p.name for p in self.payloads if p.direction == "up" and p.when == "every_train" and p.reduction == "sum"
-        )
+        self._sums = tuple(p.name for p in self.payloads if p.direction == "up" and p.reduction == "sum")
         self._private: Tensor | None = None
 
     @property
@@ -183,15 +183,6 @@ class Pipeline:
             "optimizer": self.optimizer,
             "projection": self.projection,
         }
-
-    def _refuse_conflicts(self) -> None:
-        names = {f"{type(p).__module__}.{type(p).__name__}": role for role, p in self.parts.items()}
-        for role, part in self.parts.items():
-            for refused in part.refuses:
-                if refused in names:
-                    raise ValueError(
-                        f"strategy.{role}: {type(part).__name__} cannot work with strategy.{names[refused]} {refused}"
-                    )
 
     def setup(self, spec: Spec) -> None:
         """Tell every part the layout of model vectors."""
@@ -226,14 +217,13 @@ class Pipeline:
         """Return whose model ``client`` trains from."""
         return self.collaboration.message_for(client, view)[0]
 
-    def folding(self, spec: Spec, max_norm: float | None) -> Folding | None:
+    def folding(self, expected: Expected, max_norm: float | None) -> Folding | None:
         """Return the collaboration's sum, unless a part must see each update."""
         part, late = self.collaboration, type(self.staleness)
         looks = late.admit is not Staleness.admit or late.observe is not Staleness.observe or self.keeps_updates
-        expected = uploads(self.payloads, spec)
-        if looks or part.needs != "sum" or set(expected) != set(self._sums):
+        if looks or part.needs != "sum" or set(uploads(self.payloads)) != set(self._sums):
             return None
-        return Folding(spec, part.term, self._weight, self._sums, expected, max_norm)
+        return Folding(expected.spec, part.term, self._weight, self._sums, expected, max_norm)
 
     def aggregate(
         self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,10 +15,8 @@ from fedcl.server.contracts import Target, Update
 from fedcl.server.queue import RequestQueue
 from fedcl.server.receipt import Panel, Receipt, model_digest
 from fedcl.server.serving import Replay, Saved, ServingView
+from fedcl.server.state import ServerData
 from fedcl.tree import num_bytes
-
-if TYPE_CHECKING:
-    from fedcl.server.loop import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +55,18 @@ class Unlearning:
 
     # -- before a round -----------------------------------------------------------------------------------------------
 
-    def begin(self, server: Server, server_round: int, *, ends: bool = False) -> bool:
-        """Admit the requests that came before ``server_round``, serve those that are due; say whether any was.
+    @property
+    def observes(self) -> bool:
+        """Whether the unlearner sees every round's updates."""
+        return self.unlearner.observes
 
-        ``ends`` says that no round comes any more, so that nothing can wait.
+    def begin(
+        self, server: ServerData, server_round: int, recover: Callable[[int], int], *, ends: bool = False
+    ) -> bool:
+        """Admit the requests that came before ``server_round``, serve those that are due; return whether any was.
+
+        ``recover(n)`` plays n rounds besides the schedule and returns how many counted. ``ends`` says that no round
+        comes any more, so that nothing can wait.
         """
         self._remind(server, server_round)
         taken = self.queue.take(server_round, self.forgotten)
@@ -72,10 +78,10 @@ class Unlearning:
             server.leave(self.forgotten.clients)
         due = self.queue.due(server_round, now=ends)
         if due:
-            self._serve(server, due, server_round)
+            self._serve(server, due, server_round, recover)
         return bool(due)
 
-    def _remind(self, server: Server, server_round: int) -> None:
+    def _remind(self, server: ServerData, server_round: int) -> None:
         """Tell clients that were out of reach when they were to forget, and now are back."""
         for client in sorted(server.state.untold):
             mine = [one for one in self.forgotten.requests if one.concerns(client)]
@@ -87,13 +93,19 @@ class Unlearning:
                 server.state.untold.discard(client)
                 self._note(server, "client_told", server_round, client=client, requests=[one.id for one in mine])
 
-    def _serve(self, server: Server, requests: list[ForgetRequest], server_round: int) -> None:
+    def _serve(
+        self,
+        server: ServerData,
+        requests: list[ForgetRequest],
+        server_round: int,
+        recover: Callable[[int], int],
+    ) -> None:
         started, cpu, traffic = time.perf_counter(), time.process_time(), server.exchange.traffic
         before, stored = dict(server.state.models), float(num_bytes(self.unlearner.state_dict()))
         view = ServingView(server, requests, server_round, self.forgotten, self.replay)
         measurements, residuals = self._edit(server, requests, before, view)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        recovered = server.recover(self.options.recovery_rounds)
+        recovered = recover(self.options.recovery_rounds)
         self.queue.served(requests)
         self._served += requests
         cost = {
@@ -125,7 +137,7 @@ class Unlearning:
             self.certify(receipt)
 
     def _edit(
-        self, server: Server, requests: list[ForgetRequest], before: Mapping[Target, Tensor], view: ServingView
+        self, server: ServerData, requests: list[ForgetRequest], before: Mapping[Target, Tensor], view: ServingView
     ) -> tuple[dict[str, float], list[Residual]]:
         """Let the unlearner make new models, put them in place, and let everything else forget."""
         found = self.unlearner.unlearn(requests, dict(before), view)
@@ -143,7 +155,7 @@ class Unlearning:
 
     def _record(
         self,
-        server: Server,
+        server: ServerData,
         requests: Sequence[ForgetRequest],
         server_round: int,
         measurements: Mapping[str, float],
@@ -156,11 +168,11 @@ class Unlearning:
         self._note(server, "request_served", server_round, requests=[request.id for request in requests])
         server.record.timing(server_round, "unlearn", seconds)
 
-    def _adopt(self, server: Server, saved: Saved) -> None:
+    def _adopt(self, server: ServerData, saved: Saved) -> None:
         assert self.replay is not None  # it is where `saved` comes from
         self.replay.adopt(server, saved)
 
-    def _forget(self, server: Server, requests: Sequence[ForgetRequest], view: ServingView) -> list[Residual]:
+    def _forget(self, server: ServerData, requests: Sequence[ForgetRequest], view: ServingView) -> list[Residual]:
         """Let every part, store and client drop the forget set."""
         leavers = tuple(client for request in requests if request.scope == "client" for client in request.clients)
         residuals = server.expel(leavers)
@@ -173,7 +185,7 @@ class Unlearning:
 
     def _rebase(
         self,
-        server: Server,
+        server: ServerData,
         requests: Sequence[ForgetRequest],
         before: Mapping[Target, Tensor],
         edited: Mapping[Target, Tensor],
@@ -190,7 +202,7 @@ class Unlearning:
                 flight.rebase(new.double() - old.double(), server.state.model_epoch + 1)
 
     def _measure(
-        self, server: Server, requests: Sequence[ForgetRequest], before: Mapping[Target, Tensor], server_round: int
+        self, server: ServerData, requests: Sequence[ForgetRequest], before: Mapping[Target, Tensor], server_round: int
     ) -> dict[str, float]:
         if self._panel is None:
             return {}
@@ -205,12 +217,12 @@ class Unlearning:
 
     # -- while rounds are played --------------------------------------------------------------------------------------
 
-    def observe(self, updates: Sequence[Update], before: Tensor, server: Server) -> None:
+    def observe(self, updates: Sequence[Update], before: Tensor, server: ServerData) -> None:
         """Show the unlearner a round, if it wants to see them."""
         if self.unlearner.observes and updates:
             self.unlearner.observe(updates, before, server)
 
-    def follow(self, server: Server, server_round: int, met: Sequence[int]) -> None:
+    def follow(self, server: ServerData, server_round: int, met: Sequence[int]) -> None:
         """Record what the global model knows by now of what has been forgotten."""
         if self._panel is None or not self._served:
             return
@@ -219,7 +231,7 @@ class Unlearning:
                 round=server_round, phase="unlearning", name=f"revival/{name}", value=value, virtual_time=server.now
             )
 
-    def _note(self, server: Server, kind: str, server_round: int, **fields: Any) -> None:
+    def _note(self, server: ServerData, kind: str, server_round: int, **fields: Any) -> None:
         server.record.event(kind, round=server_round, virtual_time=server.now, **fields)
 
     # -- survival -----------------------------------------------------------------------------------------------------

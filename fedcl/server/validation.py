@@ -1,94 +1,224 @@
-"""Is a reply fit to enter an aggregate? Pure, so that it can run wherever the reply is."""
+"""Is a reply as declared? Pure, so that it can run wherever the reply is."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
-from fedcl.messages import Reply
+from fedcl.fields import (
+    ITERATION,
+    LARGEST,
+    MAX_EXAMPLES,
+    MAX_METRICS,
+    MAX_NOTE,
+    MODEL,
+    NOTHING,
+    REPLIES,
+    DType,
+    Form,
+    ReplyFields,
+    TensorField,
+    clean,
+    shown,
+)
+from fedcl.messages import Kind, Reply
 from fedcl.models.flat import Spec
+from fedcl.requests import residuals_from
 
-MAX_EXAMPLES = 1_000_000_000
+_DTYPES = {name: getattr(torch, name) for name in get_args(DType)}
+OUTLIER = 10.0  # times the median norm, from which an update or a payload is worth a note
 
 
-def uploads(payloads: Iterable[Payload], spec: Spec) -> dict[str, tuple[int, ...] | None]:
-    """Return what the reply to every train message carries of ``payloads``: by name its shape, None for any."""
-    return {
-        p.name: (spec.size,) if p.like_model else None
-        for p in payloads
-        if p.direction == "up" and p.when == "every_train"
-    }
+def uploads(payloads: Iterable[Payload]) -> Form:
+    """Return the tensors of ``payloads`` that the reply to every train message carries, by name."""
+    return {p.name: p.tensor for p in payloads if p.direction == "up" and p.tensor is not None}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reply to one kind of message must be, with every length a number; :meth:`of` works it out.
+
+    ``tensors`` are those of its payload; ``always`` the names that must come, each of ``groups`` names that come
+    together or not at all; ``owed`` the metrics that a client with samples owes. ``num_tasks`` is how many tasks the
+    run has where clients test themselves while they train, 0 where they do not.
+    """
+
+    kind: Kind
+    spec: Spec
+    fields: ReplyFields
+    model: TensorField
+    tensors: Form
+    always: frozenset[str]
+    groups: tuple[frozenset[str], ...]
+    owed: frozenset[str]
+    num_tasks: int = 0
+
+    @classmethod
+    def of(cls, kind: Kind, spec: Spec, form: Form = NOTHING, num_tasks: int = 0) -> Expected:
+        """Return what is expected of a reply whose payload has ``form``."""
+        sizes, fields = spec.sizes(), REPLIES[kind]
+        groups: dict[str, set[str]] = {"": set()}
+        for name, tensor in form.items():
+            groups.setdefault(tensor.group, set()).add(name)
+        always, *others = (frozenset(names) for names in groups.values())
+        owed = frozenset(name for name, number in fields.metrics.items() if number.owed)
+        tensors = {name: tensor.resolved(sizes) for name, tensor in form.items()}
+        return cls(kind, spec, fields, MODEL.resolved(sizes), tensors, always, tuple(others), owed, num_tasks)
 
 
 def rejection(
-    reply: Reply,
-    spec: Spec,
-    payloads: Mapping[str, tuple[int, ...] | None],
-    *,
-    model: bool,
-    base: Tensor | None = None,
-    max_norm: float | None = None,
+    reply: Reply, expected: Expected, *, base: Tensor | None = None, max_norm: float | None = None
 ) -> str | None:
-    """Return why ``reply`` must not be used, naming the tensor at fault, or None when it is sound.
+    """Return why ``reply`` must not be used, naming the field at fault, or None when it is sound.
+
+    Whatever a client made of the reply's fields is data: nothing here raises.
 
     Parameters
     ----------
-    payloads
-        Uploads the reply must carry, with their shapes where known.
-    model
-        Whether a model vector is expected.
     base, max_norm
         The weights that were sent, float32 (P,), and the largest L2 norm that a change of them may have; None for any.
     """
-    if not 0 <= reply.num_examples <= MAX_EXAMPLES:
-        return f"num_examples={reply.num_examples}: must be in [0, {MAX_EXAMPLES}]"
-    for name, value in reply.metrics.items():
-        if not math.isfinite(value):
-            return f"metric {name} is {value}"
-    if model:
-        reason = _vector(reply.model, spec)
+    count = cast(Any, reply.num_examples)
+    if type(count) is not int or not 0 <= count <= MAX_EXAMPLES:
+        return f"num_examples={shown(count)}: must be a whole number (int) in [0, {MAX_EXAMPLES}]"
+    reason = _metrics(reply, expected)
+    if reason is None and (expected.fields.model or reply.model is not None):
+        reason = _model(reply.model, expected)
+    if reason is None and (reply.payload or (expected.tensors and count)):
+        reason = _payload(reply, expected)
+    if reason is None and (reply.note or expected.fields.note):
+        reason = _note(reply.note, expected.fields.note)
+    if reason is None and max_norm is not None and reply.model is not None and base is not None:
+        norm = change_norm(reply.model, base)
+        if norm > max_norm:
+            reason = f"the change has norm {norm:.6g}, beyond max_update_norm={max_norm:g}"
+    return reason
+
+
+def _metrics(reply: Reply, expected: Expected) -> str | None:
+    metrics, known = reply.metrics, expected.fields.metrics
+    if len(metrics) > MAX_METRICS:
+        return f"{len(metrics)} metrics: at most {MAX_METRICS} may come"
+    owed = 0
+    for name, value in metrics.items():
+        number = known.get(name) or _iteration(name, expected)
+        if number is None:
+            return f"metric {shown(name)} is none of those that a reply to {expected.kind!r} may hold"
+        owed += number.owed
+        if type(value) is float and number.low <= value <= number.high and not number.whole:
+            continue  # as most are
+        refused = number.refusal(value)
+        if refused is not None:
+            return f"metric {name} is {shown(value)}: {refused}"
+    if reply.num_examples and owed < len(expected.owed):
+        return f"metric {min(expected.owed - metrics.keys())} is missing"
+    return None
+
+
+def _iteration(name: Any, expected: Expected) -> Any:
+    """Return what a metric of a test within training must be, if ``name`` is such a one and the run has them."""
+    match = ITERATION.fullmatch(name) if expected.num_tasks and isinstance(name, str) else None
+    if match is None or not expected.fields.iterations or int(match[1]) >= expected.num_tasks:
+        return None
+    return expected.fields.metrics["accuracy_received"]
+
+
+def _model(vector: Any, expected: Expected) -> str | None:
+    if not expected.fields.model:
+        return f"a model came back to {expected.kind!r}, which asks for none"
+    if vector is None:
+        return "no model in the reply"
+    reason = _tensor("model", vector, expected.model)
+    if reason is None:
+        return None
+    if not isinstance(vector, Tensor) or vector.dtype != torch.float32 or vector.shape != expected.model.shape:
+        return reason
+    bad = int(torch.nonzero(~(vector.abs() <= LARGEST))[0])
+    tensor = expected.spec.tensor_at(bad)
+    return f"tensor {tensor.name} holds {float(vector[bad]):.6g} at position {bad - tensor.start}{_BEYOND}"
+
+
+_BEYOND = f": must be a number in [{-LARGEST:g}, {LARGEST:g}]"
+
+
+def _payload(reply: Reply, expected: Expected) -> str | None:
+    came, tensors = reply.payload.keys(), expected.tensors
+    unknown = next((name for name in came if name not in tensors), None)
+    if unknown is not None:
+        return f"payload holds {shown(unknown)}, which was not asked for"
+    for names in (expected.always, *(group for group in expected.groups if came & group)):
+        if not names <= came:
+            return f"payload {min(names - came)} is missing"
+    for name, tensor in reply.payload.items():
+        reason = _tensor(f"payload {name}", tensor, tensors[name])
+        if reason is None and tensors[name].counts and float(tensor.double().sum()) != reply.num_examples:
+            reason = f"payload {name} adds up to {float(tensor.double().sum()):g}: must be num_examples"
         if reason is not None:
             return reason
-        if max_norm is not None and reply.model is not None and base is not None:
-            norm = change_norm(reply.model, base)
-            if norm > max_norm:
-                return f"the change has norm {norm:.6g}, beyond max_update_norm={max_norm:g}"
-    if reply.num_examples == 0:
+    return None
+
+
+def _tensor(name: str, tensor: Any, declared: TensorField) -> str | None:
+    """Return what is wrong with a tensor: its kind and shape first, so that no look at it can take long."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return f"{name} is {shown(type(tensor).__name__)}: must be a dense tensor"
+    if tensor.dtype is not _DTYPES[declared.dtype]:
+        return f"{name} is {tensor.dtype}: must be torch.{declared.dtype}"
+    if tensor.shape != declared.shape:  # torch.Size is a tuple
+        return f"{name} has shape {shown(tuple(tensor.shape))}: must be {declared.shape}"
+    if not tensor.numel():
         return None
-    if set(reply.payload) != set(payloads):
-        return f"payload holds {sorted(reply.payload)}, expected {sorted(payloads)}"
-    for name, shape in payloads.items():
-        tensor = reply.payload[name]
-        if shape is not None and tuple(tensor.shape) != shape:
-            return f"payload {name} has shape {tuple(tensor.shape)}, expected {shape}"
-        if tensor.is_complex():
-            return f"payload {name} is {tensor.dtype}: must be real"
-        if not bool(torch.isfinite(tensor).all()):
-            return f"payload {name} is not finite"
+    # one pass over memory; what is not a number is both the least and the largest
+    least_of, largest_of = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
+    least, largest, low, high = float(least_of), float(largest_of), declared.low, declared.high
+    if low <= least and largest <= high:
+        return None
+    worst = least if not low <= least else largest
+    return f"{name} holds {worst:.6g}: must be numbers in [{low:g}, {high:g}]"
+
+
+def _note(note: Any, wanted: bool) -> str | None:
+    if not wanted:
+        return "a note came, which was not asked for"
+    if not isinstance(note, str) or len(note) > MAX_NOTE:
+        return f"note is {shown(note)}: must be a text of at most {MAX_NOTE} characters"
+    try:
+        residuals_from(note)
+    except ValueError as error:
+        return clean(str(error))
     return None
 
 
 def change_norm(model: Tensor, base: Tensor) -> float:
     """Return the L2 norm of ``model - base``, both float32 (P,)."""
+    base = base.to(model.device)
     norm = float(torch.dist(model, base))
     # a square may overflow where the norm does not
     return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(model.double() - base.double()))
 
 
-def _vector(vector: Tensor | None, spec: Spec) -> str | None:
-    if vector is None:
-        return "no model in the reply"
-    if vector.dtype != torch.float32:
-        return f"model is {vector.dtype}, sent was torch.float32"
-    if tuple(vector.shape) != (spec.size,):
-        return f"model has shape {tuple(vector.shape)}, sent was {(spec.size,)}"
-    # one pass over memory, and what is not a number is neither the least nor the largest: it is both
-    if math.isfinite(sum(float(bound) for bound in torch.aminmax(vector))):
-        return None
-    bad = int(torch.nonzero(~torch.isfinite(vector))[0])
-    tensor = spec.tensor_at(bad)
-    return f"tensor {tensor.name} holds {float(vector[bad])} at position {bad - tensor.start}"
+def payload_norms(payload: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the L2 norms, by name, of the tensors that hold quantities and not choices or bits."""
+    return {
+        name: float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        for name, tensor in payload.items()
+        if tensor.is_floating_point()
+    }
+
+
+def outliers(norms: Mapping[str, float]) -> tuple[float, list[str]]:
+    """Return the median of ``norms`` by client, and the clients far beyond it: nobody among fewer than three.
+
+    Of two, neither is the odd one out.
+    """
+    if len(norms) < 3:
+        return 0.0, []
+    median = statistics.median(norms.values())
+    return median, [client for client, norm in norms.items() if norm > OUTLIER * median]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Partition
+from fedcl.nodes import owners, refusals
 from fedcl.rules import ConfigError
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
@@ -36,7 +38,8 @@ class Backend:
 
     ``states`` is None where clients keep their own, as devices do. ``compute`` runs the server's heavy functions,
     ``erase`` drops everything that is kept of clients and returns those whose devices it did not reach, ``release``
-    their messages and what workers have copies of; None where their devices must do so.
+    their messages and what workers have copies of; None where their devices must do so. ``listen`` is given the
+    function that takes down events of the grid's own: nodes that do not say who they are.
     """
 
     grid: Grid
@@ -46,6 +49,7 @@ class Backend:
     compute: Compute = at_once
     erase: Callable[[Sequence[str]], Sequence[str] | None] | None = None
     release: Callable[[Sequence[str]], None] | None = None
+    listen: Callable[[Callable[..., None]], None] | None = None
 
 
 @contextmanager
@@ -76,7 +80,7 @@ def open_backend(
     config = dict(cfg)
     if grid is not None:
         fleet = _fleet(config, dataset, grid, resuming=resuming, left=left)
-        yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase)
+        yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase, listen=fleet.listen)
         return
     if config["backend"]["name"] == "flower":
         raise ConfigError("backend=flower: Flower starts such a run; use: fedcl deploy run DIR")
@@ -101,7 +105,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model)), run_id=RUN_ID)
+        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model, dataset)), run_id=RUN_ID)
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]
@@ -131,6 +135,9 @@ def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool,
         code=__version__,
         timeout=backend["client_timeout"],
         max_bytes=backend["max_message_mb"] << 20,
+        owner=owners(),
+        say=lambda line: print(f"fleet: {line}", file=sys.stderr, flush=True),
+        refusals=refusals,
     )
     wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
     fleet.join(at_least=wanted, seconds=backend["join_seconds"], left=left)

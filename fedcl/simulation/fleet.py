@@ -6,14 +6,15 @@ Every client has one number for the whole run, its *seat*; which of Flower's nod
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello
-from fedcl.requests import ForgetNote, ForgetRequest
+from fedcl.fields import clean, shown
+from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
+from fedcl.requests import ForgetNote, ForgetRequest, residuals_from
 from fedcl.rules import ConfigError
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
@@ -24,6 +25,8 @@ JOIN_SECONDS = 300.0
 ERASE_SECONDS = 120.0
 POLL_SECONDS = 0.5
 PROBE_SECONDS = 120.0
+LOOK_SECONDS = 5.0
+STALL_SECONDS = 180.0
 
 
 class FleetGrid(Grid):
@@ -43,6 +46,13 @@ class FleetGrid(Grid):
         Seconds after which a message counts as lost, however alive its device; None: Flower's time to live, 12 hours.
     max_bytes
         A reply with more bytes is refused.
+    say
+        Takes the lines that tell whoever waits how far the devices are.
+    refusals
+        Returns why the server refused devices' requests lately, by client.
+    owner
+        Returns the client whose key a node has, or None; whoever says that it is another one is turned away. None:
+        nodes are believed.
     """
 
     def __init__(
@@ -54,9 +64,12 @@ class FleetGrid(Grid):
         code: str = "",
         timeout: float | None = None,
         max_bytes: int = 1 << 29,
+        owner: Callable[[int], str | None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        refusals: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._grid, self._note, self._code = grid, note, code
-        self._timeout, self._max_bytes = timeout, max_bytes
+        self._timeout, self._max_bytes, self._owner = timeout, max_bytes, owner
         ordered = sorted(clients, key=client_order)
         self.nodes: Mapping[str, int] = {client: FIRST_SEAT + place for place, client in enumerate(ordered)}
         self.samples: dict[str, int] = {}
@@ -69,6 +82,25 @@ class FleetGrid(Grid):
         self._probes: dict[str, str] = {}  # hellos sent behind a message -> that message
         self._failed: dict[str, tuple[int, Error]] = {}
         self._metadata: dict[str, Metadata] = {}
+        self._say, self._refusals = say, refusals
+        self._told: set[str] = set()  # what is said once
+        self._refused: dict[str, str] = {}
+        self._look_at = self._stalls_at = 0.0  # when to look at refusals; when it has been silent for too long
+        self._unheard: list[tuple[str, dict[str, Any]]] = []  # events from before anybody listened
+        self._listener: Callable[..., None] | None = None
+
+    def listen(self, listener: Callable[..., None]) -> None:
+        """Let ``listener(kind, **fields)`` know of every event, also of those that have been."""
+        self._listener = listener
+        for kind, fields in self._unheard:
+            listener(kind, **fields)
+        self._unheard.clear()
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self._listener is None:
+            self._unheard.append((kind, fields))
+        else:
+            self._listener(kind, **fields)
 
     # -- who is there -------------------------------------------------------------------------------------------------
 
@@ -114,23 +146,36 @@ class FleetGrid(Grid):
     def _seat(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
         why, client = None, ""
         if reply.has_error():
-            why = f"node {node} does not answer: {reply.error.reason}"
+            why = f"node {node} does not answer: {clean(reply.error.reason or '')}"
         else:
-            client, samples, code = read_hello(reply.content)
+            try:
+                client, samples, code = read_hello(reply.content)
+            except ValueError as error:  # a node that does not say who it is, in words of fedcl's, is nobody to us
+                self._event("hello_rejected", node=str(node), reason=clean(str(error)))
+                return
+            if not self._is_of(node, client):
+                whose = self._owner(node) if self._owner is not None else None
+                key = "a key that is nobody's" if whose is None else f"the key of client {whose}"
+                self._event("hello_rejected", node=str(node), reason=f"calls itself client {client}, and has {key}")
+                return
             seat = self.nodes.get(client)
             if seat is None:
                 self._others.add(client)
             elif code != self._code:
                 why = f"client {client} has fedcl {code}, the server {self._code}"
-            elif self._node_at.get(seat, node) != node and self._node_at[seat] in alive:
+            elif (taken := self._node_at.get(seat, node)) != node and taken in alive and self._is_of(taken, client):
                 why = f"two nodes call themselves client {client!r}"
             else:
                 self._node_at[seat] = node
                 self.samples[client] = samples
+                self._say(f"{len(self._node_at)}/{len(self.nodes)} devices joined")
         if why is not None and strict and node in alive:
             raise ConfigError(why)
         if why is not None:
             self._greeted.discard(node)  # asked again when something is sent next
+
+    def _is_of(self, node: int, client: str) -> bool:
+        return self._owner is None or self._owner(node) == client
 
     # -- Flower's Grid ------------------------------------------------------------------------------------------------
 
@@ -172,6 +217,8 @@ class FleetGrid(Grid):
                 message_id = str(pushed[0])
                 self._sent[message_id] = seat
                 self._probe_at[message_id] = (time.monotonic() + PROBE_SECONDS, PROBE_SECONDS)
+                self._say_once("first message sent")
+                self._stalls_at = time.monotonic() + STALL_SECONDS
             else:
                 message_id = f"unsent-{seat}-{time.monotonic_ns()}"
                 why = "the device is not connected" if node is None else "Flower could not take the message"
@@ -186,12 +233,40 @@ class FleetGrid(Grid):
         replies = [self._failure(id_, *self._failed.pop(id_)) for id_ in asked if id_ in self._failed]
         waiting = [id_ for id_ in asked if id_ in self._sent]
         if waiting:
+            self._watch(waiting)
             passed = self._passed(waiting)
-            replies += [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+            came = [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+            if came:
+                self._say_once("first reply")
+                self._stalls_at = time.monotonic() + STALL_SECONDS
+            replies += came
             for id_ in passed & self._sent.keys():
                 gone = Error(NODE_UNAVAILABLE, "the device was started anew, and has lost the message")
                 replies.append(self._failure(id_, self._sent.pop(id_), gone))
         return replies
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self._say(line)
+
+    def _watch(self, waiting: Sequence[str]) -> None:
+        """Tell of replies that are refused, and of a long silence."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        refused = dict(self._refusals())
+        for client, why in refused.items():
+            if self._refused.get(client) != why:
+                self._event("reply_refused", client=client, reason=clean(why))
+                self._say(f"error: what client {client} sends is refused: {clean(why)}")
+        self._refused = refused
+        if now > self._stalls_at:
+            self._stalls_at = now + STALL_SECONDS
+            clients = {seat: client for client, seat in self.nodes.items()}
+            silent = sorted({clients[self._sent[id_]] for id_ in waiting}, key=client_order)
+            self._say(f"no reply for {STALL_SECONDS:.0f} s; waiting for clients {', '.join(silent)}; see their logs")
 
     def _passed(self, waiting: Sequence[str]) -> set[str]:
         """Return the messages behind which a later one has been answered: a node works on one after the other.
@@ -267,12 +342,21 @@ class FleetGrid(Grid):
             note = ForgetNote((ForgetRequest("leave", "client", (client,)),), ())
             request = Request("forget", client, LEAVING, -1, -1, 0, None, note=note.to_json())
             messages.append(Message(instruction([request], None, None), self.nodes[client], kind))
-        told = {
-            reply.metadata.src_node_id
-            for reply in self.send_and_receive(messages, timeout=ERASE_SECONDS)
-            if not reply.has_error()
-        }
+        replies = self.send_and_receive(messages, timeout=ERASE_SECONDS)
+        told = {reply.metadata.src_node_id for reply in replies if not reply.has_error() and self._erased(reply)}
         return [client for client in clients if self.nodes[client] not in told]
+
+    def _erased(self, reply: Message) -> bool:
+        """Whether a device says that it has erased its client's state."""
+        try:
+            found = [residual.outcome for residual in residuals_from(read_reply(reply.content).note)]
+            why = "" if found == ["erased"] else f"note: outcomes {shown(found)} must be ['erased']"
+        except ValueError as error:
+            why = str(error)
+        if why:
+            client = next((c for c, seat in self.nodes.items() if seat == reply.metadata.src_node_id), "")
+            self._event("reply_rejected", client=client, message="forget", reason=clean(why))
+        return not why
 
 
 LEAVING = 1 << 40  # a visit that no other one follows

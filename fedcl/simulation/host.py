@@ -10,6 +10,8 @@ from flwr.app import RecordDict
 
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
+from fedcl.fields import clean
+from fedcl.interruption import client_fault, described
 from fedcl.messages import CHANGES_STATE, Reply, Request, reply_content, requests
 from fedcl.messages.blocks import block_content
 from fedcl.server.folding import Folding
@@ -63,13 +65,20 @@ class ClientHost:
 
     def _visits(self, asked: Sequence[Request]) -> Iterator[Reply | Exception]:
         for request in asked:
-            try:
-                yield self.runtime.visit(request, self.store)
-            except Exception as error:
-                yield error
+            yield self._visit(request)
+
+    def _visit(self, request: Request) -> Reply | Exception:
+        try:
+            return self.runtime.visit(request, self.store)
+        except BaseException as error:
+            return client_fault(error)
 
 
 def _content(reply: Reply | Exception) -> RecordDict | Failure:
-    if isinstance(reply, Exception):
-        return Failure(CLIENT_RAISED, f"{type(reply).__name__}: {reply}")
-    return reply_content(reply, live=True)
+    """Return a reply's content, or why there is none: what a client's code returns need not fit into a message."""
+    if not isinstance(reply, Exception):
+        try:
+            return reply_content(reply, live=True)
+        except Exception as error:
+            reply = error
+    return Failure(CLIENT_RAISED, clean(described(reply)))

@@ -48,7 +48,7 @@ class Worker:
         runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
         self._data = runtime.data
         self._store = _NotingStore()
-        self._host = ClientHost(runtime, self._store, make_folding(config, runtime.model))
+        self._host = ClientHost(runtime, self._store, make_folding(config, runtime.model, dataset))
         self._records: OrderedDict[str, Any] = OrderedDict()
 
     def ready(self) -> str:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
 
-from fedcl.config import list_choices, quoted
+from fedcl.config import list_choices
+from fedcl.overrides import parse
 from fedcl.rules import ConfigError
 
 _MAX_NAME = 120  # bytes that a folder's name may have, with room for what is put after it
@@ -42,16 +41,11 @@ def expand(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[J
     ConfigError
         If an override is none, its values have no end, a key comes twice, or two jobs would be the same.
     """
-    parser = OverridesParser.create()
     options: list[list[str]] = []
     varying: list[bool] = []
     keys: set[str] = set()
-    for given in overrides:
-        text = quoted(given)
-        try:
-            override = parser.parse_override(text)
-        except (HydraException, ValueError) as error:
-            raise ConfigError(f"{text}: not an override; write key=value, or key=value,value for a sweep") from error
+    for text in overrides:
+        override = parse(text)
         if override.key_or_group in keys:
             raise ConfigError(f"{text}: {override.key_or_group} is there twice; list its values: key=value,value")
         keys.add(override.key_or_group)

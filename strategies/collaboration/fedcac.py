@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
+from fedcl.fields import TensorField
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
 from fedcl.requests import ForgetRequest, Residual
@@ -20,7 +21,7 @@ from fedcl.server.contracts import GLOBAL, Collaboration, LocalWork, ServerView,
 
 __all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
 
-CRITICAL = Payload("critical", "up", reduction="stack")
+CRITICAL = Payload("critical", "up", TensorField(("bitmask",), "uint8"), reduction="stack")
 _SHOWN = 32  # clients up to which every pair's overlap is recorded: K (K - 1) numbers a round
 _CHUNK = 1 << 16  # columns merged at a time: the float64 copies of all clients' models stay small
 
@@ -117,7 +118,6 @@ class FedCAC(Collaboration):
         self._packed: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
         self._metrics: dict[str, float] = {}
-        self._notes: list[dict[str, Any]] = []
 
     def bind(self, work: LocalWork) -> None:
         """Turn a ``beta`` that is a share of the rounds into aggregations, at least one."""
@@ -153,17 +153,13 @@ class FedCAC(Collaboration):
         self._seen[update.client] = self._aggregations
 
     def _mask_of(self, update: Update, spec: Spec) -> Tensor:
-        """Return the update's mask, bool (P,): as sent, or computed where none is sent or what is sent is no mask."""
+        """Return the update's mask, bool (P,): as sent, or computed where none is sent."""
         if self.masks == "client":
-            sent = update.payload[CRITICAL.name]
-            if sent.dtype == torch.uint8 and sent.shape == (-(-spec.size // 8),):
-                mask = unpack_bits(sent, spec.size)
-                for tensor in spec:
-                    if tensor.kind == "buffer":
-                        mask[tensor.start : tensor.stop] = False
-                return mask
-            what = f"{sent.dtype} {tuple(sent.shape)}, expected torch.uint8 {(-(-spec.size // 8),)}"
-            self._notes.append({"kind": "mask_recomputed", "client": update.client, "why": f"mask is {what}"})
+            mask = unpack_bits(update.payload[CRITICAL.name], spec.size)
+            for tensor in spec:
+                if tensor.kind == "buffer":
+                    mask[tensor.start : tensor.stop] = False
+            return mask
         return critical_mask(update.base, update.model, trained_parameters(spec, update.head), self.tau)
 
     def _global_model(self, updates: list[Update], view: ServerView) -> Tensor:
@@ -250,11 +246,6 @@ class FedCAC(Collaboration):
     def metrics(self) -> dict[str, float]:
         """Return eps_t, mean number of collaborators, critical share, age of the oldest model, ``overlap/<i>/<j>``."""
         return dict(self._metrics)
-
-    def notes(self) -> list[dict[str, Any]]:
-        """Return which masks were sent in a form that is none, and were computed here."""
-        notes, self._notes = self._notes, []
-        return notes
 
 
 def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
+from fedcl.fields import TensorField
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.server.contracts import GLOBAL, LocalWork, ServerView, Target, Update
@@ -69,10 +70,6 @@ class IFCA(FedAvg):
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
-    payloads: ClassVar[tuple[Payload, ...]] = (
-        Payload("clusters", "down"),
-        Payload("choice", "up", reduction="stack"),
-    )
 
     def __init__(
         self,
@@ -87,6 +84,8 @@ class IFCA(FedAvg):
             raise ValueError(f"strategy.collaboration.server.spread={spread}: must be in (0, 1]")
         super().__init__(weighting=weighting)
         self.clusters = clusters
+        choice = TensorField((1,), "int64", low=0, high=clusters - 1)
+        self.payloads = (Payload("clusters", "down"), Payload("choice", "up", choice, reduction="stack"))  # type: ignore[misc]
         self.spread = spread
         self._fixed: tuple[str, ...] = ()
         self._choices: dict[str, int] = {}
@@ -131,7 +130,7 @@ class IFCA(FedAvg):
         members: dict[int, list[Update]] = {}
         switched = 0
         for update in updates:
-            choice = int(update.payload["choice"]) % self.clusters
+            choice = int(update.payload["choice"])
             index = (int(update.target.removeprefix(_PREFIX)) + choice) % self.clusters
             members.setdefault(index, []).append(update)
             self._choices[update.client] = index

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
+from fedcl.fields import TensorField
 from fedcl.server.contracts import Collaboration, Update
 
 _LEAST = 1e-10  # a loss of zero must not divide
@@ -30,7 +31,9 @@ class QFedAvg(Collaboration):
         If ``q`` is negative or ``lipschitz`` not positive.
     """
 
-    payloads: ClassVar[tuple[Payload, ...]] = (Payload("loss_received", "up", reduction="stack"),)
+    payloads: ClassVar[tuple[Payload, ...]] = (
+        Payload("loss_received", "up", TensorField((1,), low=0.0), reduction="stack"),
+    )
 
     def __init__(self, *, q: float = 0.1, lipschitz: float = 3.3) -> None:
         if not q >= 0:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload
+from fedcl.fields import MODEL
 from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.server.contracts import GLOBAL, Collaboration, Fold, ServerView, Target, Update
@@ -31,9 +32,9 @@ class Scaffold(Collaboration):
     """
 
     payloads: ClassVar[tuple[Payload, ...]] = (
-        Payload("control", "down", like_model=True),
+        Payload("control", "down"),
         Payload("control_epoch", "down"),
-        Payload("control_delta", "up", like_model=True),
+        Payload("control_delta", "up", MODEL),
     )
 
     def __init__(self, *, server_lr: float = 1.0) -> None:

@@ -17,7 +17,7 @@ from fedcl.linalg import project_out
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.server.contracts import Answer, Event, LocalWork, Query, ServerView, Target
 from strategies.projection.basis_memory import UnlearnBasis
-from strategies.projection.growth import SUBSPACE, GrowingBases, Method, Variant
+from strategies.projection.growth import GrowingBases, Method, Variant
 from strategies.projection.subspace import KEY, frozen, inputs, protected, readable, unprotected
 
 Fate = Literal["average", "freeze"]
@@ -130,13 +130,6 @@ class FOT(GrowingBases):
         if self.extend_at == "task" and work.stream.num_tasks == 1:
             self._notes.append({"kind": "subspace_never_extended", "change": f"{KEY}.extend_at=ROUNDS"})
 
-    def resize(self, old_spec: Spec, new_spec: Spec) -> None:
-        """Find the weights again; a basis belongs to a layer's inputs, so it may gain outputs only."""
-        self.setup(new_spec)
-        for layer, basis_DK in self._bases.items():
-            if layer not in self._weights or inputs(self._weights[layer]) != basis_DK.shape[0]:
-                raise ValueError(f"strategy.projection: the inputs of {layer} have changed; FOT has a basis for them")
-
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
         """Return the change (P,) without what each layer's basis spans: dW - (dW U) U^T (FedProject, eq. 5)."""
         allowed = change.clone()
@@ -161,15 +154,13 @@ class FOT(GrowingBases):
             asked = {"all": view.clients, "ended": event.clients, "updated": updated}[self.asks]
             models = {client: view.model_of(client) for client in asked}
         self._asked_in = event.server_round
-        return [Query(SUBSPACE, models, self._request(view))] if models else []
+        return [self._query(models, view)] if models else []
 
     def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
         """Extend each layer's basis by the principal directions of what it does not hold yet (GPSE)."""
-        sound = [answer for answer in answers if self._fits(answer)]
-        self._ignored += len(answers) - len(sound)
-        if sound:
-            added = self._extend(sound, query, view.device)
-            self._remember(self._asked_in, sound, added)
+        if answers:
+            added = self._extend(answers, query, view.device)
+            self._remember(self._asked_in, answers, added)
 
     def notes(self) -> list[dict[str, Any]]:
         """Return since the last call: layers that are more than 90 % frozen now, sketches too narrow for epsilon."""
@@ -178,7 +169,8 @@ class FOT(GrowingBases):
 
     def metrics(self) -> dict[str, float]:
         """Return ``rank/<layer>``, ``frozen_share/<layer>`` (rank over inputs), epsilon, and how often it all grew."""
-        numbers = {"epsilon": self.epsilon, "answers_ignored": float(self._ignored)}
+        # a row of old: answers that do not fit are rejected before they come here, and named in the events
+        numbers = {"epsilon": self.epsilon, "answers_ignored": 0.0}
         numbers["extensions"] = float(self._extensions)
         if self.unlearn_basis == "keep_grams":
             numbers["gram_bytes"] = float(self._memory.num_bytes())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedcl.fields import NOTHING, Form, TensorField
 from fedcl.linalg import extend_basis
 from fedcl.models.flat import TensorSpec
 from fedcl.requests import ForgetRequest, Residual
@@ -44,7 +45,7 @@ class GrowingBases(Projection):
         self.unlearn_basis, self._first_epsilon = unlearn_basis, epsilon
         self._weights: dict[str, TensorSpec] = {}
         self._bases: dict[str, Tensor] = {}
-        self._extensions = self._ignored = 0
+        self._extensions = 0
         self._memory = BasisMemory()
         self._stale = False  # whether the bases are to be asked for again
         self._notes: list[dict[str, Any]] = []
@@ -77,17 +78,21 @@ class GrowingBases(Projection):
             return self.sketch_width or count
         return min(count, self.sketch_width or -(-count // 4))
 
-    def _fits(self, answer: Answer) -> bool:
-        """Whether an answer has just the tensors, of just the shapes, that were asked for."""
-        expected: dict[str, tuple[int, ...]] = {}
+    def _answer(self) -> Form:
+        """Return what an answer must be: the tensors that the client half's summaries give."""
+        answer: dict[str, TensorField] = {}
+        energy = TensorField((1,), "float64", low=0.0)
         for layer, weight in self._weights.items():
             count = inputs(weight)
             if self.sketches or self.method == "range_finder":
-                expected[f"{layer}/{'sketch' if self.sketches else 'range'}"] = (count, self._width(layer))
-                expected |= {f"{layer}/energy": (1,), f"{layer}/residual": (1,)}
+                answer[f"{layer}/{'sketch' if self.sketches else 'range'}"] = TensorField((count, self._width(layer)))
+                answer |= {f"{layer}/energy": energy, f"{layer}/residual": energy}
             else:
-                expected[f"{layer}/gram"] = (count, count)
-        return {name: tuple(tensor.shape) for name, tensor in answer.tensors.items()} == expected
+                answer[f"{layer}/gram"] = TensorField((count, count))
+        return answer
+
+    def _query(self, models: dict[str, Tensor], view: ServerView | PastView) -> Query:
+        return Query(SUBSPACE, models, self._answer(), self._request(view))
 
     def _extend(self, answers: Sequence[Answer], query: Query, device: torch.device) -> dict[str, int]:
         """Extend the bases and return how many directions each layer has gained."""
@@ -154,7 +159,7 @@ class GrowingBases(Projection):
             for client in concerned:
                 extension = extension.without(client)
             if extension.answers:
-                query = Query(SUBSPACE, {})
+                query = Query(SUBSPACE, {}, NOTHING)
                 added = self._extend(extension.answers, query, torch.device("cpu"))
                 self._remember(extension.server_round, extension.answers, added)
         return Residual(type(self).__name__, "recomputed", WHY["keep_grams"])
@@ -176,18 +181,17 @@ class GrowingBases(Projection):
         self._stale = False
         for extension in self._start_over():
             models = {client: view.model_of(client) for client in extension.clients if client in view.clients}
-            query = Query(SUBSPACE, models, self._request(view))
-            sound = [a for a in view.ask_past(query, extension.server_round) if self._fits(a)] if models else []
-            if sound:
-                added = self._extend(sound, query, view.device)
-                self._remember(extension.server_round, sound, added)
+            query = self._query(models, view)
+            answers = view.ask_past(query, extension.server_round) if models else []
+            if answers:
+                added = self._extend(answers, query, view.device)
+                self._remember(extension.server_round, answers, added)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return bases by layer, epsilon, and the counts of extensions and of ignored answers."""
+        """Return bases by layer, epsilon, and the count of extensions."""
         return {
             "bases": dict(self._bases),
             "epsilon": self.epsilon,
-            "answers_ignored": self._ignored,
             "extensions": self._extensions,
             "memory": self._memory.state(),
             "stale": self._stale,
@@ -196,6 +200,6 @@ class GrowingBases(Projection):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._bases = dict(state["bases"])
-        self.epsilon, self._ignored = float(state["epsilon"]), int(state["answers_ignored"])
+        self.epsilon = float(state["epsilon"])
         self._extensions = int(state["extensions"])
         self._memory, self._stale = BasisMemory.of(state.get("memory", {})), bool(state.get("stale", False))

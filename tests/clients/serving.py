@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fedcl.client.loop import LocalTraining
 from fedcl.client.unlearner import Samples, UnlearnContext, Unlearner, Value
+from fedcl.fields import Form
+from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Target
 from fedcl.server.statistics import Statistics
+from fedcl.server.validation import Expected, rejection
 
 NOTHING = Samples(torch.empty(0), torch.empty(0, dtype=torch.long))
 ASKED = ForgetRequest("a", "class", classes=(0,))
@@ -37,6 +40,9 @@ class Serving:
     def __post_init__(self) -> None:
         self.initial = self.model.vector()
         self.num_columns = self.model.spec["head.weight"].shape[0]
+        samples = next((s for pair in self.held.values() for s in pair if len(s)), None)
+        if samples is not None:
+            self.unlearner.setup(self.model, tuple(samples.x.shape[1:]))
 
     @property
     def spec(self) -> Spec:
@@ -60,14 +66,16 @@ class Serving:
         self,
         step: str,
         models: Mapping[str, Tensor],
+        answer: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
     ) -> list[Answer]:
-        answers = []
+        answers, expected = [], Expected.of("unlearn", self.spec, answer)
         for client, vector in models.items():
             self.asked.append((step, client))
             done = self.unlearner.local(self.context(client, vector, dict(tensors or {}), dict(args)), step)
+            assert rejection(Reply(done.num_examples, payload=done.tensors), expected) is None
             if done.num_examples:
                 answers.append(Answer(client, done.num_examples, done.tensors))
         return answers

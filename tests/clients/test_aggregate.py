@@ -14,12 +14,14 @@ from clients.learners.mas import MAS
 from clients.learners.quadratic import summands, summed
 from clients.learners.si import SI
 from fedcl.client.plugin import Batch, Context, Plugin, TaskData
+from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
 from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
 from fedcl.server.contracts import Answer, Query
 from fedcl.server.statistics import Statistics
+from fedcl.server.validation import Expected, rejection
 
 NOTHING: tuple[Batch, Output] = (None, None)  # type: ignore[assignment]
 
@@ -51,6 +53,8 @@ def message(learner: type[Plugin], tasks: Sequence[Sequence[Context]]) -> dict[s
             plugin = build(learner)
             plugin.setup(ctx)
             answers.append(Answer(str(i), len(ctx.data), plugin.answer(ctx, query.name, {})))
+            came = Reply(len(ctx.data), payload=answers[-1].tensors)
+            assert rejection(came, Expected.of("query", ctx.model.spec, query.answer)) is None
         statistics.absorb(query, answers)
     return statistics.message()
 
@@ -120,11 +124,11 @@ def test_the_sums_worked_by_hand() -> None:
 
 def test_it_is_declared_only_where_it_is_asked_for() -> None:
     for plugin in (EWC(), MAS(), SI()):
-        assert (plugin.queries, plugin.sums, plugin.payloads) == ((), (), ())
+        assert (plugin.queries, plugin.sums, plugin.payloads) == ((), {}, ())
     for plugin in (EWC(mode="separate", aggregate=True), MAS(aggregate=True), SI(aggregate=True)):
         (name,) = plugin.sums
         assert plugin.queries == (name,)
-        assert [(p.name, p.direction, p.when) for p in plugin.payloads] == [(name, "down", "every_train")]
+        assert [(p.name, p.direction) for p in plugin.payloads] == [(name, "down")]
 
 
 def test_what_sums_cannot_do_is_refused() -> None:
@@ -162,7 +166,7 @@ def test_the_paths_of_clients_are_weighed_by_their_samples(device: torch.device)
         later.load(asked.state())
         answers.append(Answer(str(i), len(ctx.data), later.answer(context(device, rows), "path_importance", {})))
         assert later.answer(context(device, rows, task=1), "path_importance", {}) == {}  # no part in that task
-    statistics.absorb(Query("path_importance", {}), answers)
+    statistics.absorb(Query("path_importance", {}, {}), answers)
     moved = context(device)
     with torch.no_grad():
         moved.model.flat[0] += 2.0

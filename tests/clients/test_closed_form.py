@@ -14,10 +14,11 @@ from clients.learners.closed_form import write_heads
 from clients.learners.nmc import NearestClassMean
 from clients.learners.protocl import ProtoCL, log_joint
 from clients.learners.ranpac import RanPAC
-from fedcl.client.plugin import Context, TaskData
+from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
-from fedcl.models.networks import MLP
+from fedcl.models.networks import MLP, Output
 from fedcl.scenario.task import Task
+from tests.sampling import sampled
 from tests.toy import configure, play, write_files
 
 
@@ -52,6 +53,18 @@ def test_means_by_hand(distance: Any, weight: list[list[float]], bias: list[floa
     nmc.solve(model, sums)
     assert model.spec.view(model.flat, "head.weight").tolist() == weight
     assert model.spec.view(model.flat, "head.bias").tolist() == bias
+
+
+# lengths 5 and 1: of unit features the mean is (0.8, 0.4), as they came (2, 2)
+@pytest.mark.parametrize(("distance", "sums"), [("cosine", [1.6, 0.8]), ("euclidean", [4.0, 4.0])])
+def test_cosine_means_are_of_features_of_length_one(distance: Any, sums: list[float]) -> None:
+    model, nmc = linear(), NearestClassMean(distance=distance)
+    answer = nmc.answer(context(model, torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0, 0])), "class_sums", {})
+    assert answer["features"][0].tolist() == pytest.approx(sums)
+    nmc.solve(model, answer)
+    row = model.spec.view(model.flat, "head.weight")[0]
+    expected = [2 / math.sqrt(5), 1 / math.sqrt(5)] if distance == "cosine" else [2.0, 2.0]
+    assert row.tolist() == pytest.approx(expected)
 
 
 def test_the_rule_of_janson_by_hand() -> None:
@@ -133,6 +146,37 @@ def test_the_linear_head_is_the_posterior_where_counts_are_equal() -> None:
     )
 
 
+# noise and prior 1: precisions 4 and 2, means (1, 0) and (0, 1), variances 1 + (1/4 + 1/2) / 2
+def test_the_linear_head_knows_which_class_has_more_samples() -> None:
+    model, protocl = linear(), ProtoCL(noise=1.0, prior=1.0)
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    protocl.solve(model, protocl.answer(context(model, x, torch.tensor([0, 0, 0, 1])), "prototypes", {}))
+    variance = 1.375
+    torch.testing.assert_close(model.spec.view(model.flat, "head.weight"), torch.eye(2) / variance)
+    biases = [-0.5 / variance + math.log(4 / 4), -0.5 / variance + math.log(2 / 4)]
+    assert model.spec.view(model.flat, "head.bias").tolist() == pytest.approx(biases)
+
+
+def shared(sums: list[list[float]], counts: list[float]) -> dict[str, Tensor]:
+    return {"prototypes/features": torch.tensor(sums), "prototypes/counts": torch.tensor(counts)}
+
+
+def test_classes_of_the_present_task_have_the_clients_own_sums_and_others_everybodys() -> None:
+    ctx, protocl = context(linear(4), X, Y), ProtoCL(noise=2.0, prior=3.0)
+    ctx.payload = shared([[90.0, 90.0], [90.0, 90.0], [5.0, 7.0], [0.0, 0.0]], [9.0, 9.0, 2.0, 0.0])
+    protocl.before_round(ctx)
+    z = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    sums = torch.tensor([[4.0, 0.0], [0.0, 2.0], [5.0, 7.0], [0.0, 0.0]])
+    joint = log_joint(z, sums, torch.tensor([2.0, 1.0, 2.0, 0.0]), noise=2.0, prior=3.0)
+    target = torch.tensor([0, 1])
+
+    # the last class has no samples anywhere; a mask of the batch hides the third as well
+    for mask, columns in ((None, [0, 1, 2]), (torch.tensor([True, True, False, True]), [0, 1])):
+        expected = torch.nn.functional.cross_entropy(joint[:, columns], target)
+        found = protocl.objective(ctx, Batch(z, target, mask), Output(torch.zeros(2, 4), z))
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("train", "epochs"), [("none", [0, 0]), ("first_task", [3, 0]), ("all", [3, 3])])
 def test_the_network_is_trained_as_long_as_asked(train: Any, epochs: list[int]) -> None:
     plugin, order = NearestClassMean(train=train), torch.arange(3)
@@ -140,23 +184,20 @@ def test_the_network_is_trained_as_long_as_asked(train: Any, epochs: list[int]) 
 
 
 JANSON = ["learner.nmc.distance=unit_euclidean", "model.head=unit"]
+LEARNERS = [("nmc", []), ("nmc", JANSON), ("ranpac", []), ("protocl", [])]
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
-@pytest.mark.parametrize(
-    ("learner", "options"),
-    [("nmc", []), ("nmc", JANSON), ("ranpac", []), ("protocl", [])],
-    ids=["nmc", "janson", "ranpac", "protocl"],
-)
+@pytest.mark.parametrize(("learner", "partition"), sampled(LEARNERS, ["dirichlet", "shards", "iid"], every=3))
 def test_any_clients_are_as_good_as_one(
-    learner: str, options: list[str], partition: str, tmp_path: Path, device: torch.device
+    learner: tuple[str, list[str]], partition: str, tmp_path: Path, device: torch.device
 ) -> None:
     """The same samples at one client, or at four of which two a round are chosen: the same head after every task."""
     files = write_files(tmp_path)
     models = []
     for split in (["num_clients=1"], ["num_clients=4", "clients_per_round=2"]):
-        choices = {"learner": learner, "data/partition": partition, "scenario": "class_incremental"}
-        diary = play(configure(choices, files, device, f"learner.{learner}.train=none", *options, *split))
+        name, options = learner
+        choices = {"learner": name, "data/partition": partition, "scenario": "class_incremental"}
+        diary = play(configure(choices, files, device, f"learner.{name}.train=none", *options, *split))
         assert not diary.faults
         models.append([state["server"]["models"]["*"] for state in diary.saved])
     for together, apart in zip(*models, strict=True):

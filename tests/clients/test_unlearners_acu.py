@@ -50,7 +50,7 @@ def test_fifty_requests_leave_the_sums_of_what_stays() -> None:
     statistics = Statistics([RanPAC()], model)
     task = Task(0, tuple(range(10)), tuple(range(10)))
     first = gram_sums([(x.double(), y)], 10)
-    statistics.absorb(Query(GRAM, {}), [Answer("0", 3000, first)], {"0": task})
+    statistics.absorb(Query(GRAM, {}, {}), [Answer("0", 3000, first)], {"0": task})
     acu, order = ACU(), torch.randperm(3000, generator=generator)
     worst = 0.0
     for k, rows in enumerate(order[:2000].split(40)):
@@ -178,7 +178,7 @@ def trained(shift: float = 0.0) -> tuple[Serving, Statistics]:
     answers = [
         Answer(str(k), 9, gram_sums([(model(s.x).features.detach().double(), s.y)], 3)) for k, s in enumerate(samples)
     ]
-    statistics.absorb(Query(GRAM, {}), answers, {"0": task, "1": task})
+    statistics.absorb(Query(GRAM, {}, {}), answers, {"0": task, "1": task})
     model.spec.view(model.flat, "hidden.0.weight").add_(shift)
     return serving, statistics
 

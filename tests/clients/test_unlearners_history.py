@@ -18,12 +18,15 @@ from clients.unlearners.sensitivity import Round, budget
 from clients.unlearners.sifu import SIFU, is_linear, noisy
 from fedcl.client.loop import LocalTraining
 from fedcl.client.unlearner import Samples, UnlearnContext
+from fedcl.fields import Form
+from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.server.contracts import GLOBAL, Answer, LocalWork, Update
+from fedcl.server.validation import Expected, rejection
 from fedcl.tree import equal, pack, unpack
 from tests.clients.backdoors import served
 
@@ -60,12 +63,13 @@ class Clients:
     def rng(self, purpose: str) -> torch.Generator:
         return torch_generator("server", purpose)
 
-    def ask(self, step: str, models: Mapping[str, Tensor], tensors: Any = None, **args: Any) -> list[Answer]:
+    def ask(self, step: str, models: Mapping[str, Tensor], answer: Form, **args: Any) -> list[Answer]:
         self.asked.append(tuple(models))
         self.sent.append(next(iter(models.values())).clone())
-        answers = []
+        answers, expected = [], Expected.of("unlearn", self.spec, answer)
         for client, model in models.items():
             done = self.train(client, model, step, args)
+            assert rejection(Reply(done.num_examples, payload=done.tensors), expected) is None
             if done.num_examples and client not in self.silent:
                 answers.append(Answer(client, done.num_examples, done.tensors))
         return answers

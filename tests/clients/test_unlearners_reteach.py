@@ -138,7 +138,9 @@ def test_spared_gradients_are_those_of_autograd_times_the_matrix(count: int) -> 
 def test_the_teacher_is_ridge_regression_on_everybodys_features() -> None:
     unlearner = Reteach(features=8)
     view = serving(unlearner, drawn("leaver"))
-    solved = unlearner._solve(view.ask("teacher", dict.fromkeys(view.clients, view.initial), seed=5))
+    solved = unlearner._solve(
+        view.ask("teacher", dict.fromkeys(view.clients, view.initial), unlearner._teaching, seed=5)
+    )
     pooled = Samples.join([drawn("a"), drawn("b", 7)])
     phi = random_features(pooled.x, 8, 5).double()
     gram, cross = phi.T @ phi, phi.T @ torch.nn.functional.one_hot(pooled.y, CLASSES).double()
@@ -189,9 +191,11 @@ def test_those_who_stay_notice_less_where_their_directions_are_spared() -> None:
 
 @pytest.mark.parametrize(("bound", "counts"), [(5, [5, 5]), (10, [10, 7]), (None, [12, 7])])
 def test_no_more_samples_of_a_client_are_summed_than_asked_for(bound: int | None, counts: list[int]) -> None:
-    view = serving(Reteach(features=8, max_samples=bound), drawn("leaver"))
-    for step in ("both", "teacher", "inputs"):
-        answers = view.ask(step, dict.fromkeys(view.clients, view.initial), seed=5)
+    unlearner = Reteach(features=8, max_samples=bound)
+    view = serving(unlearner, drawn("leaver"))
+    forms = {"teacher": unlearner._teaching, "inputs": unlearner._inputs}
+    for step, form in ({"both": {**forms["teacher"], **forms["inputs"]}} | forms).items():
+        answers = view.ask(step, dict.fromkeys(view.clients, view.initial), form, seed=5)
         assert [answer.num_examples for answer in answers] == counts
         for answer, count in zip(answers, counts, strict=True):
             constants = [whole(t)[-1, -1] for name, t in answer.tensors.items() if name != "cross"]

@@ -21,8 +21,9 @@ from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.server.arrivals import Arrivals, VirtualClock
 from fedcl.server.exchange import Exchange
-from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.loop import Server
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
 from fedcl.server.strategy import Pipeline, Strategy
 from fedcl.simulation.compat import identity
 from fedcl.simulation.devices import DeviceProfile

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from fedcl.client.plugin import Context, Payload, Plugin, State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, ClientStateStore
+from fedcl.fields import MODEL, TensorField
+from fedcl.interruption import Interrupted, Terminated, interruptible
 from fedcl.messages import Reply, Request
 from fedcl.server.contracts import Collaboration, Query
 from fedcl.server.strategy import Outgoing, Pipeline
@@ -71,6 +74,81 @@ def forging(change: Callable[[RecordDict], None]) -> type[ClientHost]:
     return Forging
 
 
+class Leaving(Counter):
+    """Ends the process, or would, at one client and one hook."""
+
+    def __init__(self, hook: str, error: type[BaseException]) -> None:
+        super().__init__()
+        self.hook, self.error = hook, error
+
+    def _at(self, hook: str, ctx: Context) -> None:
+        if (ctx.client, self.hook) == (BAD, hook):
+            raise self.error("leaving")
+
+    def setup(self, ctx: Context) -> None:
+        self._at("setup", ctx)
+
+    def before_round(self, ctx: Context) -> None:
+        self._at("before_round", ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        self._at("after_step", ctx)
+
+    def after_round(self, ctx: Context) -> dict[str, torch.Tensor]:
+        self._at("after_round", ctx)
+        return super().after_round(ctx)
+
+
+class Mute(BaseException):
+    def __str__(self) -> str:
+        raise SystemExit("not even this")
+
+
+@pytest.mark.parametrize("cohorts", [True, False])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, KeyboardInterrupt, CancelledError, Mute])
+@pytest.mark.parametrize("hook", ["setup", "before_round", "after_step", "after_round"])
+def test_a_client_that_leaves_costs_its_own_reply(
+    build: Any, hook: str, error: type[BaseException], cohorts: bool
+) -> None:
+    with interruptible():  # as in every run: Ctrl-C does not come as a bare KeyboardInterrupt then
+        system = build(plugins={"counter": lambda: Leaving(hook, error)}, cohorts=cohorts).play()
+    assert_only_bad_is_missing(system, "client_failed", error.__name__)
+
+
+@pytest.mark.parametrize("error", [Interrupted(), Terminated(143)])
+def test_a_person_who_insists_is_no_fault_of_a_client(build: Any, error: BaseException) -> None:
+    def leave(text: str) -> BaseException:
+        return error
+
+    with pytest.raises(type(error)):
+        build(plugins={"counter": lambda: Leaving("after_step", leave)}).play()  # type: ignore[arg-type]
+
+
+def test_an_exceptions_text_is_cleaned_and_cut(build: Any) -> None:
+    class Odd(Counter):
+        def before_round(self, ctx: Context) -> None:
+            if ctx.client == BAD:
+                raise ValueError("\ud800\x1b[2J\u202e" + "x" * 10**6)
+
+    system = build(plugins={"counter": Odd}).play()
+    assert_only_bad_is_missing(system, "client_failed", r"ValueError: \ud800\x1b[2J\u202exxx")
+    assert {len(event["reason"]) for event in system.events("client_failed")} == {500}
+
+
+class Nonsense(Counter):
+    """Returns at one client what no message can hold."""
+
+    def after_round(self, ctx: Context) -> Any:
+        super().after_round(ctx)
+        return {"x": object(), 3: None} if ctx.client == BAD else {}
+
+
+@pytest.mark.parametrize("cohorts", [True, False])
+def test_what_fits_in_no_message_costs_its_own_reply(build: Any, cohorts: bool) -> None:
+    system = build(plugins={"counter": Nonsense}, cohorts=cohorts).play()
+    assert_only_bad_is_missing(system, "client_failed", "Error")
+
+
 def spoil(position: int, value: float) -> Callable[[Reply], Reply]:
     def change(reply: Reply) -> Reply:
         assert reply.model is not None
@@ -115,11 +193,14 @@ def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> 
         (lambda reply: replace(reply, model=None), "no model"),
         (lambda reply: replace(reply, num_examples=-3), "num_examples=-3"),
         (lambda reply: replace(reply, num_examples=10**12), "num_examples=1000000000000"),
-        (lambda reply: replace(reply, num_examples=float("nan")), "'num-examples' is nan"),
-        (lambda reply: replace(reply, num_examples=float("inf")), "'num-examples' is inf"),
-        (lambda reply: replace(reply, num_examples=2.5), "'num-examples' is 2.5"),
+        (lambda reply: replace(reply, num_examples=float("nan")), "num_examples=nan"),
+        (lambda reply: replace(reply, num_examples=float("inf")), "num_examples=inf"),
+        (lambda reply: replace(reply, num_examples=2.5), "num_examples=2.5"),
         (lambda reply: replace(reply, metrics={"loss": float("nan")}), "metric loss"),
+        (lambda reply: replace(reply, metrics={}), "metric loss is missing"),
+        (lambda reply: replace(reply, metrics=reply.metrics | {"surprise": 1.0}), "surprise"),
         (lambda reply: replace(reply, payload={"gift": torch.ones(2)}), "gift"),
+        (lambda reply: replace(reply, note="[]"), "a note came"),
     ],
 )
 def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change: Any, names: str) -> None:
@@ -170,10 +251,10 @@ GOOD = Array(np.zeros(31, np.float32)).data
     [
         (extra_key, "['flat', 'more']"),
         (other_key, "['weights']"),
-        (extra_record, "['secrets']"),
+        (extra_record, "unknown record 'secrets'"),
         (no_metrics, "no 'metrics' record"),
         (no_weight, "'num-examples'"),
-        (list_weight, "'num-examples'"),
+        (list_weight, "num_examples=[1, 2]"),
         (raw(b""), "unreadable 'flat'"),
         (raw(b"garbage"), "unreadable 'flat'"),
         (raw(GOOD[:-9]), "unreadable 'flat'"),
@@ -235,7 +316,7 @@ def test_a_client_without_samples_of_the_task_takes_no_part_and_keeps_its_state(
 
 
 class Sums(Collaboration):
-    payloads = (Payload("tally", "up", like_model=True),)
+    payloads = (Payload("tally", "up", MODEL),)
 
 
 def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
@@ -251,12 +332,54 @@ def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
     return Tally
 
 
-@pytest.mark.parametrize(("shape", "names"), [(None, "payload holds []"), ((1,), "(1,)"), ((31, 1), "(31, 1)")])
+@pytest.mark.parametrize(("shape", "names"), [(None, "payload tally is missing"), ((1,), "(1,)"), ((31, 1), "(31, 1)")])
 def test_a_declared_payload_must_come_and_fit(build: Any, shape: tuple[int, ...] | None, names: str) -> None:
     strategy = Pipeline(collaboration=Sums())
     strategy.setup(build().server.spec)
     system = build(strategy=strategy, plugins={"counter": tallying(shape)}).play()
     assert_only_bad_is_missing(system, "reply_rejected", names)
+
+
+def enlarged(factor: float) -> type[Plugin]:
+    """Return a plugin that tallies, BAD ``factor`` times as much as the others."""
+
+    class Enlarged(Counter):
+        payloads = Sums.payloads
+        queries = ("mean",)
+
+        def after_round(self, ctx: Context) -> dict[str, torch.Tensor]:
+            super().after_round(ctx)
+            return {"tally": torch.full(ctx.model.flat.shape, factor if ctx.client == BAD else 1.0)}
+
+        def answer(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"mean": torch.full((2,), factor if ctx.client == BAD else 1.0)}
+
+    return Enlarged
+
+
+@pytest.mark.parametrize("cohorts", [True, False])
+def test_a_payload_far_larger_than_the_others_names_its_client(build: Any, cohorts: bool) -> None:
+    strategy = Pipeline(collaboration=Sums())
+    strategy.setup(build().server.spec)
+    plain = build(strategy=strategy, plugins={"tally": enlarged(9.0)}, cohorts=cohorts).play()
+    assert plain.notes.events == []
+    system = build(strategy=strategy, plugins={"tally": enlarged(11.0)}, cohorts=cohorts).play()
+    assert [(e["client"], e["round"], e["payload"]) for e in system.notes.events] == [
+        (BAD, r, "tally") for r in range(4)
+    ]
+    assert all(e["kind"] == "payload_outlier" for e in system.notes.events)
+    assert all(e["norm"] == pytest.approx(11 * e["median"]) for e in system.notes.events)
+
+
+def test_an_answer_far_larger_than_the_others_names_its_client(build: Any) -> None:
+    for factor, named in ((9.0, []), (40.0, [(BAD, "mean/mean")])):
+        system = build(plugins={"answers": enlarged(factor)})
+        models = dict.fromkeys(("0", "1", "2", "3"), system.server.global_model)
+        query = Query("mean", models, {"mean": TensorField((2,))})
+        task = system.server.stream.train_task(0)
+        answers = system.exchange.ask(query, lambda client, task=task: task, 0, 0)
+        assert len(answers) == 4
+        assert [(e["client"], e["payload"]) for e in system.events("payload_outlier")] == named
 
 
 def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None:
@@ -270,7 +393,9 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
 
     system = build(plugins={"answers": Answers})
     model = system.server.global_model
-    query = Query("mean", dict.fromkeys(("3", "2", "0", "1"), model), {"factor": torch.tensor(0.0)})
+    query = Query(
+        "mean", dict.fromkeys(("3", "2", "0", "1"), model), {"mean": TensorField(())}, {"factor": torch.tensor(0.0)}
+    )
     answers = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
     assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in answers] == [("0", 4, 0), ("1", 6, 0)]
     assert [e["client"] for e in system.events("client_failed")] == ["2"]

@@ -15,6 +15,7 @@ import torch
 from flwr.app import ConfigRecord
 
 from fedcl.config import compose
+from fedcl.fields import TensorField
 from fedcl.messages import VISIT, Reply, Request, visit_record
 from fedcl.messages.blocks import BlockSum, block_content, is_block, read_block
 from fedcl.models.flat import Spec, TensorSpec
@@ -25,21 +26,27 @@ from fedcl.server.exchange import COHORT
 from fedcl.server.fold import BLOCK, Folded, RunningFold, fold, fold_block
 from fedcl.server.folding import Folding
 from fedcl.server.loop import Server
+from fedcl.server.validation import Expected
 from fedcl.simulation.jobs import Job, without
 from fedcl.wiring import load_dataset, make_folding, make_model, make_stream
 
 SPEC = Spec([TensorSpec("body", (3,), 0, 3, "parameter", None), TensorSpec("head", (1,), 3, 4, "parameter", 1)])
 TASK = Task(id=1, classes=(0, 1), columns=(0, 1), head=1)
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
-FOLDING = Folding(SPEC, lambda u: (u.delta, u.weight), lambda u: u.weight, ("s",), {"s": (4,)}, max_norm=100.0)
+EXPECTED = Expected.of("train", SPEC, {"s": TensorField((4,))})
+FOLDING = Folding(SPEC, lambda u: (u.delta, u.weight), lambda u: u.weight, ("s",), EXPECTED, max_norm=100.0)
 
 
 def request(client: str, block: int = 0) -> Request:
     return Request("train", client, 0, -1, 5, 5, TASK, model=BASE, block=block)
 
 
+def metrics(loss: float) -> dict[str, float]:
+    return {"loss": loss, "loss_first": 0.5, "steps": 1.0, "samples_trained": 4.0}
+
+
 def reply(change: float, num_examples: int, upload: float = 0.0) -> Reply:
-    return Reply(num_examples, {"loss": change}, BASE + change, {"s": torch.full((4,), upload)})
+    return Reply(num_examples, metrics(change), BASE + change, {"s": torch.full((4,), upload)})
 
 
 def test_a_block_by_hand() -> None:
@@ -61,7 +68,8 @@ def test_a_block_by_hand() -> None:
     assert sums.payload["s"].tolist() == [30.0] * 4
     assert left["a"].folded is not None
     assert left["a"].folded.norm == 2.0
-    assert (left["a"].num_examples, left["a"].metrics, left["a"].model) == (2, {"loss": 1.0}, None)
+    assert left["a"].folded.payload == {"s": 20.0}
+    assert (left["a"].num_examples, left["a"].metrics, left["a"].model) == (2, metrics(1.0), None)
     assert left["a"].num_bytes == 32  # of the model and the upload that it stands for
 
 
@@ -152,7 +160,7 @@ def test_a_block_of_which_a_part_is_left_is_none() -> None:
     assert blocks_of(left) == [0, 0, -1]
 
 
-DROPS = ["num_clients=150", "rounds_per_task=1", "devices=homogeneous", "devices.dropout=0.2", "scenario.num_tasks=2"]
+DROPS = ["num_clients=150", "rounds_per_task=1", "devices=homogeneous", "devices.dropout=0.2"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,7 @@ def test_a_run_has_the_same_bits(
         add(self, block)
 
     monkeypatch.setattr(RunningFold, "add", noting)
-    settings = ["rounds_per_task=2", *overrides]
+    settings = ["rounds_per_task=2", "scenario.num_tasks=2", *overrides]
     where_made = metrics_hash(run_experiment("where-made", *settings))
     assert taken
     if overrides is DROPS:
@@ -218,4 +226,4 @@ def _foldable(collaboration: str) -> bool:
     cfg = compose([f"strategy/collaboration={collaboration}", "strategy/projection=none"])
     dataset = load_dataset(cfg)
     model = make_model(cfg, dataset, make_stream(cfg, dataset), torch.device("cpu"))
-    return make_folding(cfg, model) is not None
+    return make_folding(cfg, model, dataset) is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.plugin import Payload, Plugin
+from fedcl.fields import MODEL, TensorField
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.randomness import torch_generator
 from fedcl.requests import ForgetRequest, Residual
@@ -166,16 +167,6 @@ def test_a_tensor_that_is_not_shared_is_never_changed() -> None:
     assert pipeline.aggregate([update("0", view.global_model, [1.0, 2.0, 3.0])], view)[GLOBAL].tolist() == [2, 4, 0]
 
 
-class Picky(Projection):
-    refuses = (f"{__name__}.Doubles",)
-
-
-def test_parts_that_refuse_each_other_are_named() -> None:
-    with pytest.raises(ValueError, match=r"strategy\.projection: Picky cannot work with strategy\.optimizer .*Doubles"):
-        Pipeline(collaboration=FedAvg(), optimizer=Doubles(), projection=Picky())
-    Pipeline(collaboration=FedAvg(), projection=Picky())
-
-
 class Tally(Projection):
     def __init__(self) -> None:
         self.count = 0
@@ -207,7 +198,7 @@ def test_state_metrics_and_forgetting_reach_every_part() -> None:
     assert [r.outcome for r in residuals] == ["none", "none", "none", "remains"]
 
 
-UP = Payload("sum", "up")
+UP = Payload("sum", "up", MODEL)
 DOWN = Payload("control", "down")
 
 
@@ -219,7 +210,7 @@ def sends(*declared: Payload) -> Plugin:
 
 
 def test_payloads_of_both_sides_must_agree() -> None:
-    check_payloads([], [sends(), sends(Payload("basis", "up", "query"))])
+    check_payloads([], [sends()])
     check_payloads([UP, DOWN], [sends(UP, DOWN)])
     check_payloads([UP, DOWN], [sends(UP)])  # a client may leave what it is sent unread
     with pytest.raises(ValueError, match="nobody uploads 'sum'"):
@@ -227,6 +218,12 @@ def test_payloads_of_both_sides_must_agree() -> None:
     with pytest.raises(ValueError, match="Sends exchanges 'sum'"):
         check_payloads([DOWN], [sends(UP, DOWN)])
     with pytest.raises(ValueError, match="Sends exchanges 'sum'"):
-        check_payloads([Payload("sum", "up", reduction="stack")], [sends(UP)])
+        check_payloads([Payload("sum", "up", MODEL, reduction="stack")], [sends(UP)])
     with pytest.raises(ValueError, match="both upload 'sum'"):
         check_payloads([UP], [sends(UP), sends(UP)])
+    with pytest.raises(ValueError, match="Sends exchanges 'sum'"):
+        check_payloads([Payload("sum", "up", TensorField(("model",), "float64"))], [sends(UP)])
+    # who knows bounds may say so
+    check_payloads([Payload("sum", "up", TensorField(("model",), low=0.0))], [sends(UP)])
+    with pytest.raises(ValueError, match="an upload needs a TensorField"):
+        Payload("sum", "up")

@@ -46,6 +46,10 @@ class Faulty(Plugin):
             mark.touch()
         if fault == "raise":
             raise ValueError("client says no")
+        if fault == "leave":
+            raise SystemExit(3)
+        if fault == "interrupt":
+            raise KeyboardInterrupt
         if fault == "memory":
             raise MemoryError("cannot allocate a tebibyte")
         if fault == "exit":

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +47,8 @@ def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: Play, 
     assert metrics_hash(_ray(tmp_path / "two", 2, *overrides)) == inline
 
 
-@pytest.mark.parametrize("name", ["fedcac", pytest.param("scaffold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedcac", "scaffold"])
 def test_personal_models_and_payloads_cross_processes(
     name: str, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
 ) -> None:
@@ -97,13 +97,15 @@ def test_only_the_client_that_always_kills_its_worker_is_lost(
 def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
     tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
-    overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory'"]
+    overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory 4:leave 5:interrupt'"]
     inline = run_experiment("inline", *overrides, config_dirs=[faulty_dir])
     folder = _ray(tmp_path / "ray", 2, *overrides, config_dirs=(faulty_dir,))
     reasons = {client: reason for server_round, client, reason in _failed(folder) if server_round == 1}
-    assert reasons.keys() == {"2", "3"}
+    assert reasons.keys() == {"2", "3", "4", "5"}
     assert reasons["2"] == "ValueError: client says no"
     assert reasons["3"] == "MemoryError: cannot allocate a tebibyte"
+    assert reasons["4"] == "ClientEnded: SystemExit: 3"
+    assert reasons["5"].startswith("ClientEnded: KeyboardInterrupt")
     events = load(folder).events
     [(_, rejected)] = events[events["kind"] == "reply_rejected"].iterrows()
     assert (rejected["client"], rejected["round"]) == ("1", 1)
@@ -119,11 +121,10 @@ def test_a_client_that_hangs_costs_its_own_reply_and_bounded_time(
     raising = run_experiment(
         "inline", *overrides, "learner.faulty.visit=0", "learner.faulty.faults='1:raise'", config_dirs=[faulty_dir]
     )
-    hang = ["learner.faulty.visit=0", "learner.faulty.faults='1:hang'", "backend.client_timeout=1.5"]
-    started = time.monotonic()
+    # a hundred times what a client takes that does not hang; that one sleeps longer than this test may last
+    hang = ["learner.faulty.visit=0", "learner.faulty.faults='1:hang'", "backend.client_timeout=6"]
     folder = _ray(tmp_path / "hangs", 1, *overrides, *hang, config_dirs=(faulty_dir,))
-    assert time.monotonic() - started < 90  # 3 x 1.5 s, 1.5 s, and three workers' start-up
-    assert _failed(folder) == [(0, "1", "no answer within backend.client_timeout=1.5 s")]
+    assert _failed(folder) == [(0, "1", "no answer within backend.client_timeout=6 s")]
     assert metrics_hash(folder) == metrics_hash(raising)
 
 
@@ -176,9 +177,9 @@ def test_an_address_where_nobody_listens_is_refused_at_once(address: str) -> Non
     ("override", "message"),
     [
         ("backend.client_timeout=0", "backend.client_timeout=0: must be number > 0 or null"),
-        ("backend.worker_classes=4", "backend.worker_classes=4: must be null or a list"),
-        ("backend.worker_classes=[{num_cpus:1}]", r"backend.worker_classes\[0\]=.*must have count"),
-        ("backend.worker_classes=[{count:1,cores:2}]", r"backend.worker_classes\[0\]=.*cores.*no more"),
+        ("backend.worker_classes=4", "backend.worker_classes=4: must be list"),
+        ("backend.worker_classes=[{num_cpus:1}]", r"backend.worker_classes\[0\]=.*count is missing"),
+        ("backend.worker_classes=[{count:1,cores:2}]", r"backend.worker_classes\[0\]=.*cores is not known here"),
         ("backend.worker_classes=[{count:0}]", r"backend.worker_classes\[0\].count=0: must be int >= 1"),
         ("backend.worker_classes=[{count:1,num_gpus:1.5}]", r"\[0\].num_gpus=1.5: must be a whole number above 1"),
         ("backend.worker_classes=[{count:1,resources:{tpu:0}}]", r"\[0\].resources.tpu=0: must be number > 0"),

@@ -187,7 +187,7 @@ def test_asked_again_the_bases_are_those_of_today() -> None:
     expected = FOT(epsilon=0.6, epsilon_increment=0.05)
     expected.setup(model().spec)
     for place in (0, 1, 3):
-        query = Query("subspace", {})
+        query = Query("subspace", {}, {})
         expected.absorb(query, [a for a in today[2 * place] if a.client in WHO[place] and a.client != "c"], view)
     assert_same(part, expected)
     part.relearn(view)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, build_model
@@ -104,6 +104,22 @@ def test_an_old_update_changes_the_result(build: Callable[[], Staleness]) -> Non
 def test_what_comes_in_as_it_is(build: Callable[[], Staleness]) -> None:
     update = make(10)
     assert ready(build()).admit([update], View()) == [update]
+
+
+STATISTICS = Spec.of(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))  # four parameters, then mean and variance
+
+
+def test_statistics_are_no_weights_to_compensate_or_to_foretell() -> None:
+    compensating, foretelling = DCASGD(strength=3.0, lr=0.5), WeightPrediction(horizon=2.0)
+    for part in (compensating, foretelling):
+        part.setup(STATISTICS)
+    (update,) = compensating.admit([make(1)], View(spec=STATISTICS))
+    assert torch.equal(update.delta[4:], CHANGE.double()[4:])
+    assert not torch.equal(update.delta[:4], CHANGE.double()[:4])
+    foretelling.outgoing(OLD, "a", View(OLD, version=1))
+    sent = foretelling.outgoing(NOW, "a", View(NOW, version=2))
+    torch.testing.assert_close(sent[:4], (NOW + 2 * (NOW - OLD))[:4])
+    assert torch.equal(sent[4:], NOW[4:])
 
 
 def test_factors_by_hand() -> None:

@@ -25,8 +25,9 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.arrivals import Arrivals, VirtualClock
 from fedcl.server.exchange import Exchange
-from fedcl.server.loop import LoopOptions, Server
+from fedcl.server.loop import Server
 from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
 from fedcl.server.stock import Stock
 from fedcl.simulation.backend import open_backend
 from fedcl.simulation.compat import identity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.dataset import Indices, Partition
+from fedcl.data.dataset import Indices, Meta, Partition
 
 
 def as_published(
@@ -15,6 +15,8 @@ def as_published(
     num_clients: int,
     num_classes: int,
     rng: np.random.Generator,
+    train_meta: Meta,
+    test_meta: Meta,
     alpha: float,
     train_size: int,
     test_size: int,
@@ -23,7 +25,7 @@ def as_published(
     """Draw both halves from the legacy generator started from ``seed``, each anew, which makes the mixtures the same.
 
     Class c of a client gets int(size q_c + 1/2) samples, the last one what is left, drawn without replacement where
-    there are enough. Clients do not know of each other and may share samples. ``rng`` is not used.
+    there are enough. Clients do not know of each other and may share samples. ``rng`` and meta columns are not used.
     """
     halves = [
         _half(y, size, np.random.RandomState(seed), num_clients, num_classes, alpha)

@@ -84,7 +84,7 @@ def accuracy_by_task(runs: Runs, *, over: Literal["round", "virtual_time"] = "ro
         axes.plot(x, means["mean"], color=style.INK, linewidth=3.0, zorder=1.9, label="mean of tasks\nreached")
     _mark_boundaries(axes, tables[0], place)
     style.percent_axis(axes)
-    end = max(place.values())
+    end = max(place.values()) or 1.0  # nothing but the untrained model has been tested
     axes.set(xlim=(-0.02 * end, 1.02 * end), ylim=(-0.02, 1.02))
     axes.grid(visible=False, axis="x")
     if over == "round":
@@ -131,7 +131,7 @@ def forgetting_bars(runs: Runs) -> Figure:
     style.title(axes, f"Forgetting of each task{seeds_note(len(found))}")
     style.legend_outside(axes)
     name, table = next(iter(series.items()))
-    told = ", ".join(f"task {task} {100 * value:.1f}" for task, value in table["mean"].items())
+    told = ", ".join(f"task {task} {100 * value:.1f}" for task, value in table["mean"].dropna().items())
     figure.set_label(f"Bars in percentage points. {' '.join(name.split())}: {told}.")
     return figure
 

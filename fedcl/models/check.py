@@ -1,0 +1,86 @@
+"""Whether a network of a user's own keeps the promises that every other one keeps."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fedcl.models.flat import FlatModel
+from fedcl.models.networks import Output, RandomLayer
+
+
+def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) -> None:
+    """Run a copy of a model once in training mode, on two samples of zeros, and look at what that leaves behind.
+
+    Parameters
+    ----------
+    model
+        The network; neither it nor a global random state changes.
+    input_shape
+        Shape of one sample.
+    columns
+        Logit columns of all heads together.
+
+    Raises
+    ------
+    ValueError
+        The forward pass draws from a global random state, changes what the flat vector does not hold, or does not
+        return logits of so many columns and their features.
+    """
+    name = type(model.module).__name__
+    module = copy.deepcopy(model.module).to("cpu").train()
+    for layer in module.modules():
+        if isinstance(layer, RandomLayer):
+            layer.set_generator(torch.Generator())
+    outside = _outside_the_vector(module)
+    before = {place: tensor.clone() for place, tensor in outside.items()}
+    drawn, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.no_grad():
+            out = module(torch.zeros((2, *input_shape)))
+        moved = (
+            not torch.equal(drawn, torch.get_rng_state())
+            or repr(numpy_state) != repr(np.random.get_state())  # noqa: NPY002
+            or python_state != random.getstate()
+        )
+    finally:
+        torch.set_rng_state(drawn)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+    if moved:
+        raise ValueError(
+            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; use "
+            "fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+        )
+    for place, tensor in _outside_the_vector(module).items():
+        if place not in before or not torch.equal(tensor, before[place]):
+            raise ValueError(
+                f"model: {name} changes its buffer {place} ({tensor.dtype}) while it trains, which is neither sent nor "
+                "saved; make it a persistent float32 buffer, or do without"
+            )
+    if not isinstance(out, Output):
+        raise ValueError(
+            f"model: {name}.forward returns a {type(out).__name__}; it must derive from fedcl.models.networks.Network "
+            "and end with return self.classify(features)"
+        )
+    if out.logits.shape != (2, columns):
+        raise ValueError(f"model: {name} has logits of shape {tuple(out.logits.shape)}, must be (samples, {columns})")
+
+
+def _outside_the_vector(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the flat vector lacks, but for batch norm's counter, which its statistics do not use."""
+    persistent = module.state_dict().keys()
+    found = {}
+    for place, tensor in module.named_buffers():
+        owner, _, leaf = place.rpartition(".")
+        layer = module.get_submodule(owner)
+        counter = isinstance(layer, _NormBase) and leaf == "num_batches_tracked" and layer.momentum is not None
+        if not counter and not (place in persistent and tensor.is_floating_point()):
+            found[place] = tensor
+    return found
