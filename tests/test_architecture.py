@@ -24,6 +24,7 @@ CONFIG = (
     "fedcl.server_app",
     "fedcl.client_app",
 )
+SUPERLINK = ("fedcl.deploy.superlink", "fedcl.deploy.gate", "fedcl.deploy.bundle")
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
@@ -101,7 +102,7 @@ def forbidden(module: str, imported: str, top: bool) -> str | None:
     library = imported.split(".")[0]
     rules = {
         "ray": ("fedcl.simulation",),
-        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS, "fedcl.bench.flower_app"),
+        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS, "fedcl.bench.flower_app", *SUPERLINK),
         "hydra": CONFIG,
         "omegaconf": CONFIG,
         "matplotlib": ("fedcl.results",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> None:
     from fedcl.deploy.submit import submit
 
     fleet = _load(args.folder)
-    with _resumable("fedcl deploy resume {fleet}"):
+    with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
         run_dir = submit(fleet, args.overrides, quiet=args.quiet, config_dirs=args.config_dir)
     _conclude(run_dir, args.quiet)
 
@@ -138,7 +138,7 @@ def _resume(args: argparse.Namespace) -> None:
     from fedcl.deploy.submit import resume
 
     fleet = _load(args.folder)
-    with _resumable("fedcl deploy resume {fleet}"):
+    with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
         run_dir = resume(fleet, args.run_dir, quiet=args.quiet, config_dirs=args.config_dir)
     _conclude(run_dir, args.quiet)
 
@@ -149,9 +149,17 @@ def _local(args: argparse.Namespace) -> None:
     if args.insecure:
         print(_LOUD, file=sys.stderr)
     how = {"folder": args.folder, "insecure": args.insecure, "quiet": args.quiet, "config_dirs": args.config_dir}
-    with _resumable(f"fedcl deploy local -n {args.devices} --resume --dir {{fleet}}"):
+    with _resumable(f"fedcl deploy local -n {args.devices} --resume {_named(args.config_dir)}--dir {{fleet}}"):
         run_dir = local(args.devices, args.overrides, going_on=args.resume, **how)
     _conclude(run_dir, args.quiet)
+
+
+def _named(config_dirs: Sequence[Path]) -> str:
+    return (
+        "".join(f"--config-dir {shlex.quote(str(folder))} " for folder in config_dirs)
+        .replace("{", "{{")
+        .replace("}", "}}")
+    )
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _run(fleet: Fleet, overrides: Sequence[str], config_dirs: Sequence[Path], *,
                 processes.start_device(name)
             say(f"{len(fleet.devices)} devices started; what they say: {fleet.folder / 'logs'}")
             if going_on:
-                return resume(fleet, None, quiet=quiet)
+                return resume(fleet, None, quiet=quiet, config_dirs=config_dirs)
             return submit(fleet, overrides, quiet=quiet, config_dirs=config_dirs)
     except Stopped as stop:
         settle(stop.run_dir, seconds=0)

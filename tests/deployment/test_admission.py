@@ -17,19 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import ErrorCode
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
+from safetensors.torch import save_file
 
+from fedcl.config import compose
 from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate
 from fedcl.deploy.check import check
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes, environment, unreachable
 from fedcl.deploy.submit import CONNECTION, flwr, submit
+from fedcl.prepared import Prepared
 from fedcl.results import load
 from fedcl.rules import ConfigError
+from fedcl.wiring import make_model
 from tests.deployment.fleets import ended, new_fleet
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(600)]
@@ -250,12 +255,16 @@ TRICKS = [
 ]
 
 
+def opened(fleet: Fleet) -> ssl.SSLSocket:
+    trusted = ssl.create_default_context(cafile=str(fleet.server / "ca.crt"))
+    plain = socket.create_connection(("127.0.0.1", fleet.port), timeout=300)
+    return trusted.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
 def asked(fleet: Fleet, head: list[str], body: bytes = b"") -> list[int]:
     """Return the statuses with which the door answers what is sent as it stands, until it closes."""
-    trusted = ssl.create_default_context(cafile=str(fleet.server / "ca.crt"))
-    plain = socket.create_connection(("127.0.0.1", fleet.port), timeout=60)
     answer = b""
-    with plain, trusted.wrap_socket(plain, server_hostname="127.0.0.1") as line:
+    with opened(fleet) as line:
         with suppress(OSError):  # it may close before everything has been sent
             line.sendall("\r\n".join([*head, "", ""]).encode() + body)
         with suppress(OSError):
@@ -266,6 +275,8 @@ def asked(fleet: Fleet, head: list[str], body: bytes = b"") -> list[int]:
 
 def test_the_door_opens_for_no_other_spelling(standing: tuple[Fleet, Processes]) -> None:
     fleet, _ = standing
+    slow = opened(fleet)
+    slow.sendall(b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: ")
     answers = {line: asked(fleet, [line, *PLAIN]) for line, _ in ROUTES}
     assert answers == {line: [status] for line, status in ROUTES}
     for headers, route, status in TRICKS:
@@ -278,13 +289,15 @@ def test_the_door_opens_for_no_other_spelling(standing: tuple[Fleet, Processes])
     assert signed(fleet, fleet.device("1") / "key", "pull-messages", pull) == 503  # on nobody's list
     assert signed(fleet, own, "pull-messages", PullMessagesRequest(node=Node(node_id=1 + node.node_id))) == 401
     assert signed(fleet, own, "pull-messages", pull, host="x/v1/runtime/pull-object?") == 200  # no host misleads it
+    with slow:
+        assert slow.recv(1) == b""  # whoever does not finish what it says is not waited for
     rows = [line.split() for file in ("tcp", "tcp6") for line in Path(f"/proc/net/{file}").read_text().splitlines()[1:]]
     listening = [row[1] for row in rows if row[3] == "0A" and row[1].endswith(f":{fleet.control_port:04X}")]
     assert listening == [f"0100007F:{fleet.control_port:04X}"]  # what answers everything does so on loopback alone
 
 
 def test_who_is_on_the_servers_machine_runs_nothing_on_a_device(
-    standing: tuple[Fleet, Processes], foreign: tuple[Path, Path]
+    standing: tuple[Fleet, Processes], foreign: tuple[Path, Path], tmp_path: Path
 ) -> None:
     fleet, processes = standing
     app, marks = foreign
@@ -296,9 +309,19 @@ def test_who_is_on_the_servers_machine_runs_nothing_on_a_device(
     assert "could not be verified" in processes.log("device-0").read_text(errors="replace")
     assert not [path for path in (fleet.device("0") / "flwr").rglob("*") if "foreign" in path.name]
     folder = fleet.folder / "runs" / "own"  # the same device, through the same door, for its own server
-    few = ["num_clients=1", "scenario.num_tasks=1", "rounds_per_task=1"]
-    submit(fleet, [*few, "learner=er", "strategy/projection=none", "figures=false", f"run_dir={folder}"], quiet=True)
+    few = ["num_clients=1", "scenario.num_tasks=1", "rounds_per_task=1", "learner=er", "strategy/projection=none"]
+    weights = tmp_path / "weights.safetensors"  # a file of the server's, which no device hears of
+    cfg = compose([*few, "backend=flower"])
+    prepared = Prepared.of(cfg)
+    network = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu")).module
+    save_file({name: 0.5 * tensor for name, tensor in network.state_dict().items()}, weights)
+    submit(fleet, [*few, f"model.pretrained={weights}", "figures=false", f"run_dir={folder}"], quiet=True)
     assert load(folder).status == "done"
+    assert f"pretrained: {weights}" in (folder / "config.yaml").read_text()
+    notes = [file.read_text() for file in (fleet.device("0") / "state").rglob("*.notes/config.json")]
+    assert [json.loads(text)["config"]["model"]["pretrained"] for text in notes] == [None]
+    assert str(weights) not in "".join([*notes, (fleet.server / "run.toml").read_text()])
+    assert str(folder) not in "".join([*notes, (fleet.server / "run.toml").read_text()])
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from fedcl.client.device_state import DeviceStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
 from fedcl.messages import hello_reply
-from fedcl.nodes import SERVER_FOLDER, bind_node, open_nodes, write_order
+from fedcl.nodes import SERVER_FOLDER, bind_node, forget_refusals, note_refusal, open_nodes, refusals, write_order
 from fedcl.results import load
 from fedcl.rules import ConfigError
 from fedcl.simulation.compat import identity
@@ -333,6 +333,23 @@ def test_a_servers_process_does_what_was_written_down_there_and_nothing_else(
     run_app(grid, grid.run_config)
     assert load(tmp_path / "ours").status == "done"
     assert not (tmp_path / "theirs").exists()
+
+
+def test_why_a_reply_is_refused_is_an_event_and_a_line(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SERVER_FOLDER, str(tmp_path))
+    note_refusal(tmp_path, "1", "401 at push-messages: is its clock right?")
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=finetune", "strategy/projection=none"]
+    run = load(on_devices(grid_of(devices, overrides), overrides))
+    refused = run.events[run.events["kind"] == "reply_refused"]
+    assert refused[["client", "reason"]].values.tolist() == [["1", "401 at push-messages: is its clock right?"]]
+    said = [line.removeprefix("fleet: ") for line in capsys.readouterr().err.splitlines() if line.startswith("fleet: ")]
+    joined = [f"{count}/3 devices joined" for count in (1, 2, 3)]
+    error = "error: what client 1 sends is refused: 401 at push-messages: is its clock right?"
+    assert said == [*joined, "first message sent", error, "first reply"]
+    forget_refusals(tmp_path)
+    assert refusals() == {}
 
 
 def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:

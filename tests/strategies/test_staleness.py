@@ -187,14 +187,15 @@ def test_delay_compensation_is_exact_to_first_order_on_a_known_curvature() -> No
     assert torch.allclose(update.delta, torch.full((6,), -0.1 * float(h * (w + d)), dtype=torch.float64), atol=1e-6)
 
 
-def test_the_adaptive_strength_by_hand() -> None:
-    part = ready(DCASGD(strength=2.0, adaptive=True, momentum=0.75))
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_the_adaptive_strength_by_hand(lr: float) -> None:
+    part = ready(DCASGD(strength=2.0, lr=lr, adaptive=True, momentum=0.75))
     part.admit([make(0)], View())
     (update,) = part.admit([make(1)], View())
     square = CHANGE.double() ** 2
-    mean = 0.75 * (0.25 * square) + 0.25 * square
+    mean = (0.75 * (0.25 * square) + 0.25 * square) / lr**2  # of gradients, which are changes over lr
     strength = 2.0 / (mean + 1e-7).sqrt()
-    assert torch.allclose(update.delta, CHANGE.double() - strength * square * (NOW - OLD).double(), atol=1e-6)
+    assert torch.allclose(update.delta, CHANGE.double() - strength / lr * square * (NOW - OLD).double(), atol=1e-6)
 
 
 def test_prediction_follows_the_model_by_its_mean_step() -> None:
