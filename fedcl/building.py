@@ -141,7 +141,10 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
     for top in {target.split(".")[0] for target in targets} - TRUSTED:
         if not top.isidentifier():
             continue
-        spec = importlib.util.find_spec(top)
+        try:
+            spec = importlib.util.find_spec(top)
+        except ValueError:  # a module that was not imported from anywhere, as __main__
+            continue
         spec = spec or importlib.machinery.PathFinder.find_spec(top, [str(home) for home in homes])
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             continue
@@ -151,17 +154,21 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
     return sorted(found)
 
 
-def plugin_directories(config_dirs: Iterable[Path | str] = ()) -> list[Path]:
-    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it."""
-    folders = [Path(os.getcwd())]
+def plugin_directories(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> list[Path]:
+    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it.
+
+    Who stands within a folder of ``outside`` has not put code there: the current directory is left out then.
+    """
+    here = Path(os.getcwd()).resolve()
+    folders = [] if any(here.is_relative_to(Path(one).resolve()) for one in outside) else [Path(os.getcwd())]
     for directory in config_dirs:
         folders += [Path(directory).resolve(), Path(directory).resolve().parent]
     return list(dict.fromkeys(folders))
 
 
-def add_plugin_paths(config_dirs: Iterable[Path | str] = ()) -> None:
+def add_plugin_paths(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> None:
     """Let modules of one's own be imported; appended, so that none of them shadows an installed one."""
-    for folder in plugin_directories(config_dirs):
+    for folder in plugin_directories(config_dirs, outside=outside):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import select
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +25,19 @@ from fedcl import __version__
 from fedcl.building import add_plugin_paths
 from fedcl.commands import add as add_commands
 from fedcl.deploy.commands import add as add_deploy
-from fedcl.rules import ConfigError
+from fedcl.rules import ConfigError, RunFailed
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141, 143
 
 _SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "rich", "yaml")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_COPY, _REMOVE = "copy the folder to where you may write", "something else is in its place; remove it"
+_UNFIT = {
+    errno.EROFS: _COPY, errno.EACCES: _COPY, errno.EPERM: _COPY, errno.EISDIR: _REMOVE, errno.EEXIST: _REMOVE,
+    errno.ENOTDIR: _REMOVE, errno.ENOTEMPTY: _REMOVE, errno.ELOOP: _REMOVE, errno.ENOENT: "restore it",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}  # fmt: skip
 
 _ABOUT = "Federated continual learning with unlearning and late clients: simulate it, look at it, deploy it."
 
@@ -45,11 +53,20 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; `argv` defaults to the process's arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters that names have
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _format_warning
+    words = sys.argv[1:] if argv is None else argv
+    for text in (*words, os.getcwd()):
+        if not _is_text(text):
+            print(f"fedcl: error: {text!a}: must be UTF-8 text; rename what is called so", file=sys.stderr)
+            return BAD_INPUT
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
+        args = _parse(words)
     except SystemExit as stop:  # argparse has printed help, or what was wrong
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    add_plugin_paths(args.config_dir)
+    add_plugin_paths(args.config_dir, outside=_given_folders(args))
     try:
         with _terminating():
             args.command(args)
@@ -57,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"fedcl: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("fedcl: interrupted", file=sys.stderr)
+    except RunFailed as error:
+        print(f"fedcl: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt as stop:
+        print("; ".join(["fedcl: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED
@@ -71,15 +91,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return NOBODY_READS
-        if error.errno not in _NO_ROOM:
-            traceback.print_exc()
-        else:
+        if error.errno in _NO_ROOM:
             print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
-        return FAILED
+            return FAILED
+        if error.errno not in _UNFIT or error.filename is None:
+            traceback.print_exc()
+            return FAILED
+        print(f"fedcl: error: {error.filename}: {error.strerror}; {_UNFIT[error.errno]}", file=sys.stderr)
+        return BAD_INPUT
     except Exception:
         traceback.print_exc()
         return FAILED
     return OK
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one line; where in the code it came from is for those who ask for errors (`-W error`)."""
+    return f"fedcl: warning: {' '.join(str(message).split())}\n"
+
+
+def _is_text(text: str) -> bool:
+    """Whether text can be written: bytes on the command line that are no UTF-8 come as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _given_folders(args: argparse.Namespace) -> list[Path]:
+    """Return the folders that a command is to work on: what lies in them is data, also for who stands there."""
+    named = [getattr(args, "run_dir", None), *getattr(args, "places", [])]
+    named += [text.partition("=")[2].strip("'\"") for text in getattr(args, "overrides", []) if "sweep_dir=" in text]
+    return [Path(folder) for folder in named if folder]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

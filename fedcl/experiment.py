@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedcl.building import plugin_directories
-from fedcl.config import compose, config_hash, diff, remarks, to_yaml
+from fedcl.config import compose, config_hash, remarks, to_yaml
 from fedcl.data.dataset import Dataset
 from fedcl.inbox import Line, lines
+from fedcl.launches import Launched, Trust, launched
+from fedcl.locking import hold
 from fedcl.panel import marked
 from fedcl.play import play
 from fedcl.prepared import Prepared
-from fedcl.results import schema
-from fedcl.results.checkpoint import CheckpointError, Checkpoints
-from fedcl.results.environment import create_run_dir, environment
-from fedcl.results.recorder import write_atomic
+from fedcl.results import reading, schema, sums
+from fedcl.results.checkpoint import Checkpoints
+from fedcl.results.environment import create_run_dir, environment, refuse_used
+from fedcl.results.recorder import to_parquet, write_launch, write_summary
 from fedcl.results.report import terminal_report
 from fedcl.results.run import Run, load
-from fedcl.results.summary import add_reference
+from fedcl.results.summary import add_reference, summary
 from fedcl.results.trackers import check as check_trackers
 from fedcl.rules import ConfigError
 from fedcl.simulation.backend import FlowerGrid
@@ -40,7 +41,6 @@ _SERVING = (
     "unlearning.references",
     "unlearning.trigger",
 )
-_VERSIONS = ("fedcl", "torch", "flwr")  # what decides a run's bits
 
 
 def run(
@@ -58,16 +58,18 @@ def run(
     if not quiet:
         for text in _remarks(cfg, overrides, config_dirs):
             print(f"fedcl: {text}", file=sys.stderr)
+        for note in prepared.notes:
+            print(f"data: {note}", file=sys.stderr)
         note_unstacked(cfg, prepared)
-    run_dir = _create_run_dir(cfg)
     launch = {
         "overrides": list(overrides),
         "config_dirs": [str(Path(folder).resolve()) for folder in config_dirs],
         "plugin_paths": [str(folder) for folder in plugin_directories(config_dirs)],
     }
-    write_launch(cfg, run_dir, launch)
-    play(cfg, prepared, run_dir, quiet=quiet, grid=grid)
-    _finish(cfg, reference, run_dir, launch, quiet)
+    with new_folder(cfg) as run_dir:
+        begin(cfg, run_dir, launch)
+        play(cfg, prepared, run_dir, quiet=quiet, grid=grid)
+        finish(cfg, reference, run_dir, launch, quiet)
     return run_dir
 
 
@@ -81,47 +83,48 @@ def check(
     prepared = Prepared.of(cfg, dataset=dataset)
     check_trackers(make_trackers(cfg))
     marked(prepared.dataset, cfg["unlearning"]["trigger"])
-    reference = _reference_config(cfg, overrides, config_dirs)
+    reference = reference_config(cfg, overrides, functools.partial(_composed, config_dirs))
     if reference is not None:
         Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
     return prepared, reference
 
 
-def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None) -> Path:
+def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None, trust: Trust | None = None) -> Path:
     """Go on with an interrupted run from its last checkpoint; a finished one is only summarised again.
+
+    ``trust`` says whose code the folder may run besides fedcl's.
 
     Raises
     ------
     ConfigError
-        If the folder holds no usable checkpoint, or, without ``force``, if the settings or the versions that decide the
-        run's bits have changed since it began.
+        If another process is at work in the folder, or the folder holds no usable checkpoint, or, without ``force``, if
+        the settings or the versions that decide the run's bits have changed since it began.
     """
-    cfg, env = launched(run_dir)
-    launch = env["launch"]
-    if not force:
-        refuse_changes(run_dir, cfg, env)
-    done = (run_dir / schema.STATUS).read_text().strip() == "done"
+    with hold(run_dir):
+        go_on(launched(run_dir, trust, checked=False), force=force, quiet=quiet, grid=grid)
+    return run_dir
+
+
+def go_on(run: Launched, *, force: bool, quiet: bool, grid: FlowerGrid | None = None) -> None:
+    """Do what :func:`resume` does, in a folder that this process holds."""
+    run_dir, cfg = run.run_dir, run.cfg
+    if force:
+        sums.accept(run_dir)
+    else:
+        run.refuse_changes()
+    done = reading.status(run_dir) == "done"
     waiting = unanswered(run_dir)
     if waiting or not done:
         prepared = Prepared.of(cfg)
         # one who came when all rounds were over may have chosen another unlearner
         over = done or _next_round(run_dir) == prepared.schedule.num_rounds
         overrides = next((line.overrides for line in waiting), ()) if over else ()
-        serving = with_unlearner(cfg, launch, overrides)
+        serving = with_unlearner(run, overrides)
         play(serving, prepared, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
-    reference = _reference_config(cfg, launch["overrides"], [Path(folder) for folder in launch["config_dirs"]])
-    _finish(cfg, reference, run_dir, launch, quiet)
-    return run_dir
-
-
-def launched(run_dir: Path) -> tuple[Config, dict[str, Any]]:
-    """Return a run's configuration and environment; code of the user's that it named can be found from then on."""
-    cfg: Config = yaml.safe_load((run_dir / schema.CONFIG).read_text())
-    env: dict[str, Any] = json.loads((run_dir / schema.ENV).read_text())
-    for folder in env["launch"]["plugin_paths"]:
-        if folder not in sys.path:
-            sys.path.append(folder)
-    return cfg, env
+    else:
+        mend(run_dir)
+    reference = reference_config(cfg, run.launch["overrides"], run.compose)
+    finish(cfg, reference, run_dir, run.launch, quiet)
 
 
 def unanswered(run_dir: Path) -> list[Line]:
@@ -129,25 +132,18 @@ def unanswered(run_dir: Path) -> list[Line]:
     handed_in, checkpoints = lines(run_dir), Checkpoints(run_dir)
     if not handed_in or not checkpoints.begun():
         return handed_in
-    state = _newest(checkpoints)["server"].get("unlearning", {})
+    state = checkpoints.load()[0]["server"].get("unlearning", {})
     answered = state.get("queue", {}).get("answered", {})
     return [line for line in handed_in if line.fault is None and line.request.to_json() not in answered]
 
 
 def _next_round(run_dir: Path) -> int:
     checkpoints = Checkpoints(run_dir)
-    return int(_newest(checkpoints)["server"]["next_round"]) if checkpoints.begun() else 0
+    return int(checkpoints.load()[0]["server"]["next_round"]) if checkpoints.begun() else 0
 
 
-def _newest(checkpoints: Checkpoints) -> Any:
-    try:
-        return checkpoints.load()[0]
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-
-
-def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """Return the configuration of a run that is over with another unlearner; itself without ``overrides``.
+def with_unlearner(run: Launched, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a run that is over with another unlearner; its own without ``overrides``.
 
     What it had planned has been answered by its own, and is left out.
 
@@ -156,15 +152,15 @@ def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[s
     ConfigError
         If they change anything else, or are wrong.
     """
+    cfg = run.cfg
     if not overrides:
         return cfg
     for override in overrides:
         key = override.partition("=")[0].lstrip("+")
         if key.split(".")[0] != "unlearner" and ".".join(key.split(".")[:2]) not in _SERVING:
             raise ConfigError(f"{override}: here only unlearner, unlearner.* and {', '.join(_SERVING)} can be set")
-    dirs = [Path(folder) for folder in launch["config_dirs"]]
-    composed = compose(launch["overrides"], dirs, overrides)
-    for text in remarks(launch["overrides"], dirs, overrides):
+    composed = run.compose(run.launch["overrides"], overrides)
+    for text in remarks(run.launch["overrides"], run.config_dirs, overrides):
         if "left out" in text:
             print(f"fedcl: {text}", file=sys.stderr)
     settings = {key.partition(".")[2]: composed["unlearning"][key.partition(".")[2]] for key in _SERVING}
@@ -173,41 +169,47 @@ def with_unlearner(cfg: Config, launch: Mapping[str, Any], overrides: Sequence[s
     return {**cfg, **own, "trusted_packages": trusted}
 
 
-def refuse_changes(run_dir: Path, cfg: Config, env: dict[str, Any]) -> None:
-    """Refuse a run whose settings, or the versions that decide its bits, are others now.
+def mend(run_dir: Path) -> None:
+    """Write again what can be made from the tables of a run that is done, where it is missing or damaged.
 
     Raises
     ------
     ConfigError
-        With the differences.
+        If that needs a file that is damaged too.
     """
-    launch = env["launch"]
-    now = compose(launch["overrides"], [Path(folder) for folder in launch["config_dirs"]])
-    # these depend on where one stands and where the folder lies
-    now |= {key: cfg[key] for key in ("trusted_packages", "run_dir")}
-    changes = diff(cfg, now)
-    here = environment(cfg["seed"], env["device"])["packages"]
-    changes += [
-        f"{name}: {env['packages'].get(name)} -> {here.get(name)}"
-        for name in _VERSIONS
-        if env["packages"].get(name) != here.get(name)
-    ]
-    if changes:
-        raise ConfigError(
-            f"{run_dir}: changed since the run began: {'; '.join(changes)}; --force goes on with the run's own settings"
-        )
+    for table, columns in ((schema.METRICS, schema.METRIC_COLUMNS), (schema.TIMINGS, schema.TIMING_COLUMNS)):
+        lines, parquet = run_dir / f"{table}.jsonl", run_dir / f"{table}.parquet"
+        if _is_lost(parquet):
+            reading.lines(lines)  # refused if it is damaged
+            to_parquet(lines, parquet, columns)
+    if _is_lost(run_dir / schema.SUMMARY):
+        checkpoints = Checkpoints(run_dir)
+        if not checkpoints.begun():
+            raise reading.Damaged(run_dir / schema.SUMMARY, "is lost, and there is no checkpoint", "run it again")
+        up, down = checkpoints.load()[0]["server"]["bytes"]
+        write_summary(run_dir, summary(run_dir, up, down))
 
 
-def _finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[str, Any], quiet: bool) -> None:
+def _is_lost(path: Path) -> bool:
+    try:
+        return not (reading.summary(path.parent) if path.name == schema.SUMMARY else reading.content(path))
+    except reading.Damaged:
+        if path.is_dir():
+            raise
+        return True
+
+
+def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[str, Any], quiet: bool) -> None:
     """Play the reference run if it is still to be played, add it to the summary, draw and print the report."""
     folder = run_dir / REFERENCE
-    if reference is not None and not (folder / "summary.json").is_file():
-        resuming = (folder / "STATUS").is_file()
+    if reference is not None and reading.status(folder) != "done":
+        resuming = (folder / schema.CONFIG).exists()
         if not resuming:
             folder.mkdir(exist_ok=True)
-            write_launch(reference, folder, launch)
+            begin(reference, folder, launch)
         play(reference, Prepared.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
     if reference is not None:
+        mend(folder)
         add_reference(run_dir, folder)
     finished = load(run_dir)
     page = _page(finished) if cfg["figures"] else None
@@ -223,16 +225,22 @@ def _page(run: Run) -> Path:
     return html.write(run, defaults=compose([]))
 
 
-def _reference_config(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Config | None:
+def reference_config(
+    cfg: Config, overrides: Sequence[str], composed: Callable[[Sequence[str], Sequence[str]], Config]
+) -> Config | None:
     """Return the configuration of the run to compare with, or None where there is none or it is this run itself."""
     if cfg["compare_with"] is None:
         return None
     try:
-        reference = compose(overrides, config_dirs, _reference_changes(cfg))
+        reference = composed(overrides, _reference_changes(cfg))
     except ValueError as error:
         raise ConfigError(f"compare_with={cfg['compare_with']}: {error}") from error
     own = {"compare_with": None, "run_dir": None, "name": ""}
     return None if {**reference, **own} == {**cfg, **own} else reference
+
+
+def _composed(config_dirs: Sequence[Path], overrides: Sequence[str], changes: Sequence[str] = ()) -> Config:
+    return compose(overrides, config_dirs, changes)
 
 
 def _reference_changes(cfg: Config) -> list[str]:
@@ -242,35 +250,31 @@ def _reference_changes(cfg: Config) -> list[str]:
 def _remarks(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
     """Return what is to be said of a run's configuration, and of its reference's where that differs."""
     said = remarks(overrides, config_dirs)
-    if _reference_config(cfg, overrides, config_dirs) is not None:
+    if reference_config(cfg, overrides, functools.partial(_composed, config_dirs)) is not None:
         more = remarks(overrides, config_dirs, _reference_changes(cfg))
         said += [f"reference: {text}" for text in more if text not in said]
     return said
 
 
-def _create_run_dir(cfg: Config) -> Path:
+@contextmanager
+def new_folder(cfg: Config) -> Iterator[Path]:
+    """Make the folder of a new run, and hold it.
+
+    Raises
+    ------
+    ConfigError
+        If there is a run in it, or it cannot be written.
+    """
     try:
-        return create_run_dir(cfg["run_dir"], cfg["name"], config=to_yaml(cfg), seed=cfg["seed"])
+        run_dir = create_run_dir(cfg["run_dir"], cfg["name"], config=to_yaml(cfg), seed=cfg["seed"])
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+    with hold(run_dir):
+        refuse_used(run_dir)  # again: another may have begun there before it was held
+        yield run_dir
 
 
-def conclude(
-    cfg: Config,
-    overrides: Sequence[str],
-    config_dirs: Sequence[Path],
-    run_dir: Path,
-    launch: dict[str, Any],
-    quiet: bool,
-) -> None:
-    """Do what follows a run that has been played: its reference, its report."""
-    _finish(cfg, _reference_config(cfg, overrides, config_dirs), run_dir, launch, quiet)
-
-
-def write_launch(cfg: Config, folder: Path, launch: dict[str, Any]) -> None:
+def begin(cfg: Config, folder: Path, launch: dict[str, Any]) -> None:
     """Write what a run is, and how it was asked for."""
-    write_atomic(folder / schema.CONFIG, to_yaml(cfg))
-    lines = "".join(f"- {json.dumps(override)}\n" for override in launch["overrides"])
-    write_atomic(folder / schema.OVERRIDES, lines or "[]\n")
     env = {**environment(cfg["seed"], str(device_of(cfg))), "launch": launch, "config_hash": config_hash(cfg)}
-    write_atomic(folder / schema.ENV, json.dumps(env, indent=2) + "\n")
+    write_launch(folder, to_yaml(cfg), launch["overrides"], env)

@@ -20,14 +20,14 @@ from fedcl.client.loop import owner
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
 from fedcl.config import config_hash
-from fedcl.experiment import launched
 from fedcl.files import write_bytes_atomic
+from fedcl.launches import Trust, launched
 from fedcl.messages import Request
 from fedcl.models.networks import Output, build_model
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import SilentRecord, inline
 from fedcl.requests import Forgotten
-from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.scenario.task import Stream
 from fedcl.server.contracts import GLOBAL
@@ -96,7 +96,7 @@ class ExportedModel(nn.Module):
         return labels[allowed[self(x)[:, allowed].argmax(1)]]
 
 
-def export(run_dir: Path, client: str | None = None, out: Path | None = None) -> Path:
+def export(run_dir: Path, client: str | None = None, out: Path | None = None, trust: Trust | None = None) -> Path:
     """Write a run's newest global model, or what a client predicts with, to one file and return its path.
 
     Parameters
@@ -107,20 +107,19 @@ def export(run_dir: Path, client: str | None = None, out: Path | None = None) ->
         None: the global model.
     out
         The file; ``model.safetensors`` or ``model_client_<id>.safetensors`` in the run's folder without it.
+    trust
+        Whose code the folder may run besides fedcl's.
 
     Raises
     ------
     ConfigError
         If the run has no checkpoint, or the client no model of its own that one network could be.
     """
-    cfg, _ = launched(run_dir)
+    cfg = launched(run_dir, trust).cfg
     checkpoints = Checkpoints(run_dir)
     if not checkpoints.begun():
         raise ConfigError(f"{run_dir}: has no checkpoint to take a model from; checkpoint.every=0 writes none")
-    try:
-        state, states = checkpoints.load()
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    state, states = checkpoints.load()
     prepared = Prepared.of(cfg)
     server = state["server"]
     vector = server["models"][GLOBAL]

@@ -6,8 +6,10 @@ tasks so far or the model would have been others, it is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ import numpy as np
 import torch
 
 from fedcl.building import plugin_directories
-from fedcl.config import compose, diff, to_yaml
-from fedcl.experiment import conclude, launched, refuse_changes, write_launch
+from fedcl.config import diff
+from fedcl.experiment import begin, finish, new_folder, reference_config
 from fedcl.inbox import lines
+from fedcl.launches import Trust, launched
+from fedcl.locking import hold
 from fedcl.play import play
 from fedcl.prepared import Prepared
-from fedcl.results import schema
+from fedcl.results import reading, schema
 from fedcl.results.checkpoint import Checkpoints
-from fedcl.results.environment import create_run_dir
 from fedcl.results.recorder import write_atomic
 from fedcl.results.target import was_reached
 from fedcl.rules import ConfigError
@@ -37,7 +40,7 @@ _PLAIN = (int, float, str, bool, tuple, type(None))
 Saved = tuple[Any, dict[str, tuple[int, Any]]]
 
 
-def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool) -> Path:
+def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool, trust: Trust | None = None) -> Path:
     """Play what is new and return the folder of the extended run; the old one stays as it is.
 
     Parameters
@@ -50,44 +53,54 @@ def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool)
         Also if the code or the settings have changed since.
     quiet
         Say nothing while it goes on.
+    trust
+        Whose code the folder may run besides fedcl's.
 
     Raises
     ------
     ConfigError
         If the run is not done, or the longer one would not have begun as this one did; nothing has been written then.
     """
-    cfg, env = launched(run_dir)
-    if not force:
-        refuse_changes(run_dir, cfg, env)
-    _refuse_unfit(run_dir, cfg)
-    dirs = [Path(folder) for folder in env["launch"]["config_dirs"]]
-    settings = [*_without(env["launch"]["overrides"], overrides), *overrides]
-    longer = compose(settings, dirs)
+    with ExitStack() as stack:
+        looking = stack.enter_context(ExitStack())
+        looking.enter_context(hold(run_dir))  # nobody changes it while it is looked at and copied
+        run = launched(run_dir, trust, checked=False)
+        cfg = run.cfg
+        if not force:
+            run.refuse_changes()
+        _refuse_unfit(run_dir, cfg)
+        settings = [*_without(run.launch["overrides"], overrides), *overrides]
+        longer = run.compose(settings)
+        _refuse_other_settings(cfg, longer)
+        old = Prepared.of(cfg)
+        new = Prepared.of(longer, dataset=old.dataset)
+        _refuse_another_past(old, new)
+        saved = _last_common(run_dir, cfg, longer, old, new)
+        folder = stack.enter_context(new_folder(longer))
+        launch = {
+            "overrides": settings,
+            "config_dirs": [str(path) for path in run.config_dirs],
+            "plugin_paths": [str(path) for path in plugin_directories(run.config_dirs)],
+            "extends": str(run_dir.resolve()),
+        }
+        begin(longer, folder, launch)
+        _begin(run_dir, folder, saved, old, new)
+        looking.close()
+        play(longer, new, folder, quiet=quiet, resuming=True)
+        finish(longer, reference_config(longer, settings, run.compose), folder, launch, quiet)
+    return folder
+
+
+def _refuse_other_settings(cfg: Config, longer: Config) -> None:
     other = [
         line for line in diff(cfg, longer) if not line.partition(":")[0].startswith((*_MAY_CHANGE, *_NOT_COMPARED))
     ]
     if other:
         raise ConfigError(f"{other[0]}: only rounds_per_task and scenario.* can be set for a run that goes on")
-    old = Prepared.of(cfg)
-    new = Prepared.of(longer, dataset=old.dataset)
-    _refuse_another_past(old, new)
-    saved = _last_common(run_dir, cfg, longer, old, new)
-    folder = _new_folder(longer)
-    launch = {
-        "overrides": settings,
-        "config_dirs": [str(path) for path in dirs],
-        "plugin_paths": [str(path) for path in plugin_directories(dirs)],
-        "extends": str(run_dir.resolve()),
-    }
-    write_launch(longer, folder, launch)
-    _begin(run_dir, folder, saved, old, new)
-    play(longer, new, folder, quiet=quiet, resuming=True)
-    conclude(longer, settings, dirs, folder, launch, quiet)
-    return folder
 
 
 def _refuse_unfit(run_dir: Path, cfg: Config) -> None:
-    if (run_dir / schema.STATUS).read_text().strip() != "done":
+    if reading.status(run_dir) != "done":
         raise ConfigError(f"{run_dir}: is not done; first: fedcl resume {run_dir}")
     if cfg["backend"]["name"] == "flower":
         raise ConfigError(f"{run_dir}: ran on devices, which have their state themselves; it cannot be extended")
@@ -198,25 +211,20 @@ def _strategy(cfg: Config, prepared: Prepared) -> Any:
     return strategy
 
 
-def _new_folder(cfg: Config) -> Path:
-    try:
-        return create_run_dir(cfg["run_dir"], cfg["name"], config=to_yaml(cfg), seed=cfg["seed"])
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-
-
 def _begin(run_dir: Path, folder: Path, saved: Saved, old: Prepared, new: Prepared) -> None:
     """Write the tables and the checkpoint that the extended run goes on from."""
     state, clients = saved
-    offsets = {}
+    offsets, digests = {}, {}
     for table in schema.TABLES:
-        text = (run_dir / f"{table}.jsonl").read_bytes()[: state["offsets"][table]]
+        text = (reading.content(run_dir / f"{table}.jsonl") or b"")[: state["offsets"][table]]
         kept = _as_if_longer(table, text, state["server"]["next_round"] == old.schedule.num_rounds, old, new)
         write_atomic(folder / f"{table}.jsonl", kept)
         offsets[table] = len(kept.encode())
+        digests[table] = hashlib.sha256(kept.encode()).hexdigest()
     visits = {client: visit for client, (visit, _) in clients.items()}
     last = state["server"]["next_round"] - 1
-    Checkpoints(folder).save(last, {**state, "offsets": offsets}, visits, lambda client, _: clients[client][1])
+    state = {**state, "offsets": offsets, "digests": digests}
+    Checkpoints(folder).save(last, state, visits, lambda client, _: clients[client][1])
 
 
 def _as_if_longer(table: str, text: bytes, ended: bool, old: Prepared, new: Prepared) -> str:

@@ -78,11 +78,16 @@ class TensorField:
     dtype
         Exact.
     low, high
-        Bounds of every number in it. None of floating point is beyond ``LARGEST`` in any case, or not finite.
+        Bounds of every number in it, at most ``LARGEST`` from zero; none that is not finite is within any.
     counts
         Whether its sum is the client's ``num_examples``.
     group
         Tensors of one group come together or not at all; those without a group always come.
+
+    Raises
+    ------
+    ValueError
+        If the bounds are none.
     """
 
     shape: tuple[Dimension, ...]
@@ -91,6 +96,10 @@ class TensorField:
     high: float = field(default=LARGEST, compare=False)
     counts: bool = field(default=False, compare=False)
     group: str = ""
+
+    def __post_init__(self) -> None:
+        if not -LARGEST <= self.low <= self.high <= LARGEST:
+            raise ValueError(f"bounds {self.low:g} to {self.high:g}: must be in order, and within {LARGEST:g} of zero")
 
     def resolved(self, sizes: Mapping[str, int]) -> TensorField:
         """Return the field with every length a number, as ``sizes`` gives them by name."""

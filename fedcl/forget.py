@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcl.client.substitute import Substitute
-from fedcl.experiment import launched, refuse_changes, resume, with_unlearner
-from fedcl.inbox import hand_in, lines
+from fedcl.experiment import go_on, with_unlearner
+from fedcl.inbox import alone, hand_in, lines
+from fedcl.launches import Launched, Trust, launched
+from fedcl.locking import Held, hold, holder
 from fedcl.prepared import Prepared
 from fedcl.requests import ForgetRequest, Forgotten, Scope
-from fedcl.results import certificate, schema
+from fedcl.results import certificate, reading
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.queue import RequestQueue
 from fedcl.wiring import Config, make_queue, make_unlearner
 
-if sys.platform != "win32":
-    import fcntl
+_PAUSE = 0.2  # seconds between two looks at a run that is finishing
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,20 @@ class Asked:
 
 
 def forget(
-    run_dir: Path, asked: Asked, overrides: Sequence[str] = (), *, force: bool = False, quiet: bool = False
+    run_dir: Path,
+    asked: Asked,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    quiet: bool = False,
+    trust: Trust | None = None,
 ) -> list[str]:
     """Hand a request in to a run, serve it if the run is over, and return lines that say what was done.
 
-    ``force`` serves also where code or settings have changed since the run. ``quiet`` returns the certificate's path.
-    Whoever asks the same run meanwhile waits (:func:`alone`).
+    A process that holds the run's folder is at work in it, whatever ``STATUS`` says: while it plays rounds it is handed
+    the request, and when these are over it is waited for. Whoever asks the same run meanwhile waits
+    (:func:`fedcl.inbox.alone`). ``force`` serves also where code or settings have changed since the run. ``quiet``
+    returns the certificate's path. ``trust`` says whose code the folder may run besides fedcl's.
 
     Raises
     ------
@@ -67,54 +77,46 @@ def forget(
         If the request can be refused by now; nothing has been written then.
     """
     request = asked.request()
-    cfg, env = launched(run_dir)
-    with alone(run_dir):
-        return _forget(run_dir, request, cfg, env, overrides, force=force, quiet=quiet)
-
-
-@contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
-    """Let no other process ask the run meanwhile, and wait, saying so, while another does.
-
-    The lock is on the run's ``config.yaml``, which nothing rewrites, and the system's: a process that dies, however it
-    dies, leaves none. On Windows there is no such lock; there, ask one after the other.
-    """
-    with (run_dir / schema.CONFIG).open("r+b") as file:
-        if sys.platform != "win32":
+    run = launched(run_dir, trust, checked=False)
+    told = False
+    while True:
+        with alone(run_dir), ExitStack() as stack:
+            status = reading.status(run_dir)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{run_dir}: another request is being served, waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+                stack.enter_context(hold(run_dir))
+                status = reading.status(run_dir)
+                status = "interrupted" if status == "running" else status  # it was killed
+            except Held:
+                status = status if status == "done" else "running"
+                if status == "done" and not told:
+                    print(f"{run_dir}: {holder(run_dir)} is at work there, waiting for it", file=sys.stderr, flush=True)
+                    told = True
+            else:
+                return _forget(run, request, status, overrides, force=force, quiet=quiet)
+            if status == "running":
+                return _forget(run, request, status, overrides, force=force, quiet=quiet)
+        time.sleep(_PAUSE)
 
 
 def _forget(
-    run_dir: Path,
-    request: ForgetRequest,
-    cfg: Config,
-    env: dict[str, Any],
-    overrides: Sequence[str],
-    *,
-    force: bool,
-    quiet: bool,
+    run: Launched, request: ForgetRequest, status: str, overrides: Sequence[str], *, force: bool, quiet: bool
 ) -> list[str]:
-    status = (run_dir / schema.STATUS).read_text().strip() if (run_dir / schema.STATUS).is_file() else "running"
+    run_dir, cfg = run.run_dir, run.cfg
     if overrides and status != "done":
         raise ConfigError(f"{overrides[0]}: another unlearner can serve a run that is over; this one is {status}")
-    serving = with_unlearner(cfg, env["launch"], overrides)
+    serving = with_unlearner(run, overrides)
     over = status == "done"
     if over:
         _refuse_over(cfg, serving, run_dir)
-        if not force:
-            refuse_changes(run_dir, cfg, env)
+    if not force:
+        (run.refuse_changes if over else run.refuse_damage)()
     if _answered_before(serving, run_dir, request, status):
         return [f"{request.id}: was asked before, nothing is done again", *_told(run_dir, request)]
     hand_in(run_dir, request, overrides)
     if not over:
         when = "before the next round" if status == "running" else "when the run goes on"
         return [f"{request.id}: handed in, to be served {when} (after a stop: fedcl resume {run_dir})"]
-    resume(run_dir, force=force, quiet=True)
+    go_on(run, force=force, quiet=True)
     told = _told(run_dir, request)
     if not told:
         raise RuntimeError(f"{request.id}: was not served; {run_dir / 'events.jsonl'} says why")

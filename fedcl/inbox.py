@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,15 @@ from typing import Any
 from fedcl.files import sync_folder
 from fedcl.requests import NAMES, ForgetRequest
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 FILE = "requests.jsonl"
 TAKEN = "requests.taken.jsonl"
+_LOCKED = "config.yaml"  # is in every run's folder, and never written again
+_asking: set[Path] = set()  # runs that this process asks alone
 _KEYS = {"id", "scope", "overrides", *NAMES.values()}
 
 
@@ -88,6 +97,32 @@ def hand_in(folder: Path, request: ForgetRequest, overrides: Sequence[str] = ())
     """
     text = json.dumps({**asdict(request), **({"overrides": list(overrides)} if overrides else {})})
     _append(folder / FILE, text)
+
+
+@contextmanager
+def alone(folder: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Let no other process ask the run meanwhile, and wait, saying so, while another does.
+
+    A run that ends takes it, too, so that no request comes between its last look and its ``STATUS``. The lock is on the
+    run's ``config.yaml``, which nothing rewrites, and the system's: a process that dies leaves none. Within such a
+    block another one of the same process does nothing. On Windows there is no such lock; there, ask one by one.
+    """
+    path = (folder / _LOCKED).resolve()
+    if path in _asking or fcntl is None:
+        yield
+        return
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not quiet:
+                print(f"{folder}: another request is being served, waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _asking.add(path)
+        try:
+            yield
+        finally:
+            _asking.discard(path)
 
 
 def _append(path: Path, text: str) -> None:

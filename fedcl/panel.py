@@ -294,9 +294,8 @@ def marked(dataset: Dataset, trigger: Mapping[str, Any]) -> Dataset:
     if label >= dataset.num_classes:
         raise ConfigError(f"{place}.label={label}: must be in 0..{dataset.num_classes - 1}")
     x, value = dataset.test.x.copy(), trigger["value"]
-    if x.dtype.kind in "iu" and not value <= np.iinfo(x.dtype.name).max:
-        raise ConfigError(
-            f"{place}.value={value}: must be <= {np.iinfo(x.dtype.name).max}, the largest of {x.dtype} samples"
-        )
+    most = np.iinfo(str(x.dtype)).max if x.dtype.kind in "iu" else None
+    if most is not None and not value <= most:
+        raise ConfigError(f"{place}.value={value}: must be <= {most}, the largest of {x.dtype} samples")
     x.reshape(len(x), size)[:, list(pixels)] = value
     return replace(dataset, test=replace(dataset.test, x=x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 import time
@@ -14,23 +13,24 @@ from typing import Any
 
 import torch
 
+from fedcl.cautions import cautions, constant_accuracy, test_columns
 from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
 from fedcl.client.substitute import Substitute
 from fedcl.crosschecks import is_local
 from fedcl.data.partition import report as partition_report
-from fedcl.inbox import Inbox
+from fedcl.inbox import Inbox, alone
 from fedcl.interruption import Interruption, interruptible
 from fedcl.prepared import Prepared, make_server
 from fedcl.replay import make_unlearning
 from fedcl.requests import Forgotten
-from fedcl.results import schema
-from fedcl.results.checkpoint import CheckpointError, Checkpoints
+from fedcl.results import reading, schema
+from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.progress import Progress
 from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
 from fedcl.results.target import REACHED, TargetAccuracy, TargetReached, was_reached
 from fedcl.results.trackers import Trackers
-from fedcl.rules import ConfigError
+from fedcl.rules import RunFailed
 from fedcl.served import AfterServing
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
@@ -67,10 +67,13 @@ def play(
     checkpoints = Checkpoints(run_dir, keep=cfg["checkpoint"]["keep"])
     saved = _load(checkpoints) if resuming else None
     with ExitStack() as stack:
+        door = stack.enter_context(ExitStack())  # left last, when STATUS says that the run is over
         offsets = saved[0]["offsets"] if saved is not None else dict.fromkeys(schema.TABLES, 0)
-        recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None))
+        digests = saved[0].get("digests") if saved is not None else None
+        recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None, digests=digests))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
@@ -79,10 +82,11 @@ def play(
         unlearning.queue.inbox = Inbox(inbox or run_dir)
         if own is not None:
             unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
-        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks)
+        tested = [task for task, right in enumerate(test_columns(prepared)) if len(right)]
+        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks, tested)
         recorder.followers.append(target.follow)
-        trackers = Trackers(make_trackers(cfg), recorder)
         server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
+        trackers = Trackers(make_trackers(cfg), recorder, server.when)
         states = backend.states or MemoryStateStore()
         if saved is not None:
             _restore(server, states, saved)
@@ -101,14 +105,18 @@ def play(
         trackers.start(run_dir, cfg, server.state.next_round)
         stack.push(functools.partial(_end, trackers, run_dir))
         started = time.perf_counter()
-        with suppress(TargetReached):
+        with suppress(TargetReached), _told(run_dir):
             if not was_reached(run_dir):
                 server.run(after)
-        while server.process_requests(server.state.next_round, ends=True):
-            pass  # requests may come in while the last ones are served
+        for last in (False, True):
+            if last and inbox is None:  # from here on nobody hands in what no round would find
+                door.enter_context(alone(run_dir, quiet=True))
+            while server.process_requests(server.state.next_round, ends=True):
+                pass  # requests may come in while the last ones are served
         recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
         recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
+        recorder.conclude()
 
 
 class _AfterRound:
@@ -161,9 +169,22 @@ class _AfterRound:
 
     def _save(self, server_round: int, *, alone: bool = False) -> None:
         state = {"server": self._server.state_dict(), "offsets": self._recorder.flush()}
+        state["digests"] = self._recorder.digests()
         committed = self._server.exchange.committed
         kept = {c: v for c, v in committed.items() if v != NEVER and self._states.has(c, v)}
         self._checkpoints.save(server_round, state, kept, self._states.load, alone=alone)
+
+
+@contextmanager
+def _told(run_dir: Path) -> Iterator[None]:
+    """Say of a run that cannot go on which one it is, and what can be done with it."""
+    try:
+        yield
+    except RunFailed as error:
+        raise RunFailed(
+            f"{error}; {run_dir}/{schema.EVENTS}.jsonl names each fault; fedcl resume tries again from the last "
+            "checkpoint, other settings need a new run"
+        ) from error
 
 
 def _left(saved: Saved | None) -> frozenset[str]:
@@ -175,8 +196,22 @@ def _left(saved: Saved | None) -> frozenset[str]:
 def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
-    stream = prepared.stream
-    recorder.event("partition", **report, tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)])
+    stream, rights = prepared.stream, test_columns(prepared)
+    begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
+    recorder.event(
+        "partition",
+        **begin,
+        **report,
+        tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)],
+        test_samples=[len(right) for right in rights],
+        constant_accuracy=constant_accuracy(stream, rights),
+    )
+    for text in cautions(cfg, prepared):
+        recorder.event(schema.WARNING, **begin, text=text)
+        if not quiet:
+            print(f"fedcl: warning: {text}", file=sys.stderr)
     if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
         print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
@@ -185,8 +220,7 @@ def _end(trackers: Trackers, run_dir: Path, kind: type[BaseException] | None, *r
     """Let the trackers end as the run does."""
     stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
     status = "done" if kind is None else "interrupted" if stopped else "failed"
-    path = run_dir / schema.SUMMARY
-    trackers.finish(json.loads(path.read_text()) if kind is None and path.is_file() else {}, status)
+    trackers.finish(reading.summary(run_dir) if kind is None else {}, status)
 
 
 def _restore(server: Server, states: ClientStateStore, saved: Saved) -> None:
@@ -212,9 +246,4 @@ def _status(recorder: Recorder) -> Iterator[None]:
 
 def _load(checkpoints: Checkpoints) -> Saved | None:
     """Return the newest checkpoint, or None for a run that was interrupted before its first one."""
-    if not checkpoints.begun():
-        return None
-    try:
-        return checkpoints.load()
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+    return checkpoints.load() if checkpoints.begun() else None

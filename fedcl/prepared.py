@@ -25,6 +25,7 @@ from fedcl.simulation.backend import Backend
 from fedcl.wiring import (
     Config,
     bind,
+    check_dataset,
     check_model,
     check_unlearner,
     client_ids,
@@ -56,17 +57,19 @@ class Prepared:
     stream: Stream
     schedule: Schedule
     clients: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what is to be said of the data
 
     @classmethod
     def of(cls, cfg: Config, dataset: Dataset | None = None) -> Prepared:
         """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
         torch.set_num_threads(1)
         device_of(cfg)
-        clients = participants(cfg)
         dataset = dataset or load_dataset(cfg)
+        notes = check_dataset(cfg, dataset)  # before anything is made for each client or task
+        partition = split_dataset(cfg, dataset)
+        clients = participants(cfg)
         stream = make_stream(cfg, dataset)
         schedule = make_schedule(cfg, stream)
-        partition = split_dataset(cfg, dataset)
         model = make_model(cfg, dataset, stream, torch.device("cpu"))
         check_model(cfg, dataset, stream, model)
         learner_factories(cfg)
@@ -78,7 +81,7 @@ class Prepared:
         if cfg["unlearning"]["requests"]:
             check_unlearner(cfg, model)
             bind(make_unlearner(cfg), work)
-        return cls(dataset, partition, stream, schedule, clients)
+        return cls(dataset, partition, stream, schedule, clients, notes)
 
 
 def make_server(

@@ -19,8 +19,10 @@ import yaml
 
 from fedcl import experiment
 from fedcl.config import compose, to_yaml
+from fedcl.launches import Trust
+from fedcl.locking import hold
 from fedcl.overrides import as_text
-from fedcl.results import schema
+from fedcl.results import reading, schema
 from fedcl.results.environment import create_run_dir
 from fedcl.results.intervals import half_width
 from fedcl.results.recorder import write_atomic
@@ -43,14 +45,13 @@ class Launch:
 
     def play(self, folder: Path, extra: Sequence[str]) -> dict[str, float]:
         """Return the summary of a run in ``folder``: played, gone on with, or read where it is done."""
-        if not (folder / schema.SUMMARY).is_file():
+        if reading.status(folder) != "done":
             settings = [*self.overrides, *extra, as_text("run_dir", folder)]
             if (folder / schema.CONFIG).is_file():
-                experiment.resume(folder, False, True)
+                experiment.resume(folder, False, True, trust=Trust(self.config_dirs))
             else:
                 experiment.run(compose(settings, self.config_dirs), settings, self.config_dirs, True)
-        summary: dict[str, float] = json.loads((folder / schema.SUMMARY).read_text())
-        return summary
+        return reading.summary(folder)
 
 
 def two_phase(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool) -> Path:
@@ -70,6 +71,14 @@ def two_phase(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]
     candidates = _candidates(plan)
     _refuse_one_data_set(plan, launch, candidates)
     folder = _folder(cfg, {**plan, "overrides": own})
+    with hold(folder):
+        _both_phases(plan, launch, candidates, folder, quiet=quiet)
+    return folder
+
+
+def _both_phases(
+    plan: Mapping[str, Any], launch: Launch, candidates: Sequence[Sequence[str]], folder: Path, *, quiet: bool
+) -> None:
     tried = [_tried(plan, launch, folder / "tune" / str(i), candidate) for i, candidate in enumerate(candidates)]
     best = _best(tried, higher=plan["higher_is_better"])
     write_atomic(folder / BEST, yaml.safe_dump(candidates[best]))
@@ -89,7 +98,6 @@ def two_phase(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]
     if not quiet:
         value = result["evaluated"][plan["metric"]]
         print(f"evaluated: {plan['metric']} {value['mean']:.4f} ± {value['half_width']:.4f} over {len(runs)} seeds")
-    return folder
 
 
 def _candidates(plan: Mapping[str, Any]) -> list[list[str]]:
@@ -138,7 +146,7 @@ def _folder(cfg: Config, plan: Mapping[str, Any]) -> Path:
     text = to_yaml(plan)
     given = cfg["run_dir"] and Path(cfg["run_dir"])
     if given and (given / PLAN).is_file():
-        if (given / PLAN).read_text() != text:
+        if reading.text(given / PLAN) != text:
             raise ConfigError(f"run_dir={given}: holds another protocol; choose another folder")
         return given
     try:

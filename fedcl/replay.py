@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fedcl.client.unlearner import Unlearner
 from fedcl.panel import SimulatedPanel, marked
 from fedcl.prepared import Prepared, make_server
 from fedcl.requests import ForgetRequest, Forgotten
-from fedcl.results.checkpoint import Checkpoints
+from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.rules import ConfigError
 from fedcl.server.arrivals import VirtualClock
 from fedcl.server.contracts import GLOBAL
@@ -77,18 +78,27 @@ class SimulatedReplay:
     def run(self, forgotten: Forgotten, until: int) -> Saved:
         """Return where a run is after ``until`` rounds in which nobody ever held what is ``forgotten``."""
         kept = Checkpoints(self.cache / self._key(forgotten, until), keep=1)
-        if not kept.begun():
+        saved, states = self._kept(kept)
+        if saved is None:
             started, cpu = time.perf_counter(), time.process_time()
             state, clients = self._play(forgotten, until)
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
             stay = len(set(self.prepared.clients) - forgotten.clients)
             spent |= {"rounds": float(until), "bytes": float(sum(state["bytes"])), "clients": float(stay)}
             visits = {client: visit for client, (visit, _) in clients.items()}
-            saved = {"server": state, "spent": spent}
-            kept.save(until, saved, visits, lambda client, visit: clients[client][1])
-        saved, states = kept.load()
+            kept.save(until, {"server": state, "spent": spent}, visits, lambda client, visit: clients[client][1])
+            saved, states = kept.load()
         self.spent = {name: float(value) for name, value in saved.get("spent", {}).items()}
         return saved["server"], states
+
+    @staticmethod
+    def _kept(kept: Checkpoints) -> tuple[Any, dict[str, tuple[int, Any]]]:
+        """Return a reference that was played before, or None: one that is damaged is played again."""
+        try:
+            return kept.load() if kept.begun() else (None, {})
+        except CheckpointError:
+            warnings.warn(f"{kept.folder.parent}: a reference that is damaged is played again", stacklevel=3)
+            return None, {}
 
     def prune(self, forgotten: Forgotten, until: int) -> None:
         """Remove all references but the one after ``until`` rounds without what is ``forgotten``."""

@@ -56,6 +56,13 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, for a reason that one line tells: the command ends with status 1, not a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
 class _Reader:
     """Reads a rule's text from left to right."""
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fedcl.experiment import launched
+from fedcl.launches import Trust, launched
 from fedcl.prepared import Prepared
 from fedcl.replay import SimulatedReplay
 from fedcl.requests import ForgetRequest, Forgotten
-from fedcl.results import certificate, schema
+from fedcl.results import certificate, reading
 from fedcl.results.certificate import Finding
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.rules import ConfigError
@@ -22,10 +22,12 @@ from fedcl.simulation.backend import open_backend
 from fedcl.wiring import Config
 
 
-def verify(run_dir: Path, *, replay: bool = True) -> bool:
+def verify(run_dir: Path, *, replay: bool = True, trust: Trust | None = None) -> bool:
     """Print a line for each certificate, and say whether all are valid.
 
     Where the method is exact and the run a simulation, it is done again from the seed, unless ``replay`` is false.
+
+    For that, ``trust`` says whose code the folder may run besides fedcl's.
 
     Raises
     ------
@@ -42,7 +44,7 @@ def verify(run_dir: Path, *, replay: bool = True) -> bool:
     served = None if state is None else [json.loads(text)["id"] for text in unlearning.get("served", [])]
     last = None if state is None else (state["next_round"], model_digest(state["models"]))
     certificate.against_run(findings, served, noted, last)
-    again = _Again(run_dir, requests, served or []) if replay else None
+    again = _Again(run_dir, requests, served or [], trust) if replay else None
     for finding in findings:
         checked = ["chain", *(["checkpoint"] if state is not None else [])]
         if not finding.faults and again is not None:
@@ -54,21 +56,17 @@ def verify(run_dir: Path, *, replay: bool = True) -> bool:
 
 def _noted(run_dir: Path) -> dict[str, str]:
     """Return the hash of each certificate by request id, as the run noted it."""
-    path, noted = run_dir / f"{schema.EVENTS}.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # the torn end of a run that was killed
-        if event["kind"] == "request_certified":
-            noted[event["request"]] = event["sha256"]
-    return noted
+    certified = [event for event in reading.events(run_dir) if event["kind"] == "request_certified"]
+    return {str(event.get("request")): str(event.get("sha256")) for event in certified}
 
 
 class _Again:
     """Trains all over what exact certificates claim, once for each set of requests that were served together."""
 
-    def __init__(self, run_dir: Path, requests: list[ForgetRequest], served: list[str]) -> None:
+    def __init__(
+        self, run_dir: Path, requests: list[ForgetRequest], served: list[str], trust: Trust | None = None
+    ) -> None:
+        self._trust = trust
         self._run_dir, self._requests, self._served = run_dir, requests, served
         self._hashes: dict[tuple[int, int], str] = {}
 
@@ -82,7 +80,7 @@ class _Again:
             return "rounds followed at once: not done again"
         if content["versions"].get("torch") != torch.__version__:
             return f"made with torch {content['versions'].get('torch')}: not done again"
-        cfg, _ = launched(self._run_dir)
+        cfg = launched(self._run_dir, self._trust).cfg
         if cfg["backend"]["name"] == "flower":
             return "its clients are devices: not done again"
         if not set(together) <= set(self._served):

@@ -22,7 +22,9 @@ from fedcl.client.rates import TaskDecay
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.client.unlearner import Unlearner
 from fedcl.crosschecks import is_local
+from fedcl.data.assembly import check_halves
 from fedcl.data.dataset import Dataset, Indices, Partition
+from fedcl.models.budget import TooLarge
 from fedcl.models.check import check_network
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import build_model
@@ -54,6 +56,9 @@ _ROLES: dict[str, type[Part]] = {
 PARTS = tuple(_ROLES)
 # hooks by which a plugin makes local training something else than descent on the cross-entropy of the client's samples
 _CHANGES_LOSS = (*STEP_HOOKS, "before_round")
+_MOST_CLIENTS = 1_000_000  # where clients are more than samples
+_MOST_TASKS = 10_000
+_MOST_BATCH = 1 << 16
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -79,6 +84,33 @@ def load_dataset(cfg: Config) -> Dataset:
     """Load the data source."""
     dataset = _checked(lambda: call(_component(cfg, "data", "source"), at="data.source"))
     return _of_kind(Dataset, dataset, "data.source", cfg["data"]["source"])
+
+
+def check_dataset(cfg: Config, dataset: Dataset) -> tuple[str, ...]:
+    """Return what is to be said of the data, once a run.
+
+    Raises
+    ------
+    ConfigError
+        If a half of them has no samples, or none of some class, or there are less of them than clients or tasks need.
+    """
+    source, own = cfg["data"]["source"], is_local(cfg)
+    limited = source.get("train_limit") is not None or source.get("test_limit") is not None
+    said = _checked(lambda: check_halves(dataset, cfg["data"].get("root"), train=not own, limited=limited))
+    samples = len(dataset.train)
+    tasks = cfg["scenario"].get("num_tasks", 1)
+    most = _MOST_TASKS if own else min(samples, _MOST_TASKS)
+    if isinstance(tasks, int) and tasks > most:
+        raise ConfigError(f"scenario.num_tasks={tasks}: must be at most {most}, there being {samples} train samples")
+    batch = cfg["client"]["batch_size"]
+    if batch > max(samples, _MOST_BATCH):  # some engines fill up the last batch
+        raise ConfigError(f"client.batch_size={batch}: must be at most {max(samples, _MOST_BATCH)}")
+    if cfg["num_clients"] > max(samples, _MOST_CLIENTS):
+        raise ConfigError(
+            f"num_clients={cfg['num_clients']}: must be at most {samples}, the train samples there are, or "
+            f"{max(samples, _MOST_CLIENTS)} where clients share samples or bring their own"
+        )
+    return (*dataset.notes, *said)
 
 
 def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
@@ -186,7 +218,10 @@ def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.devi
         input_shape=dataset.input_shape,
         heads=stream.heads,
     )
-    module = build_model(factory, seed=key(cfg["seed"], "model"))
+    try:
+        module = build_model(factory, seed=key(cfg["seed"], "model"))
+    except TooLarge as error:
+        raise ConfigError(f"{_largest(cfg['model'])}: {error}") from error
     _of_kind(torch.nn.Module, module, "model", cfg["model"])
     model: FlatModel = _checked(functools.partial(FlatModel, module, device=device))
     return model
@@ -196,6 +231,14 @@ def check_model(cfg: Config, dataset: Dataset, stream: Stream, model: FlatModel)
     """Refuse a network of a user's own that would break what every run promises: equal bits, and nothing lost."""
     if is_own(cfg["model"]):
         _checked(lambda: check_network(model, dataset.input_shape, sum(stream.heads)))
+
+
+def _largest(node: Mapping[str, Any]) -> str:
+    """Return ``model.key=value`` of the largest number among a model's settings: the first to look at."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in node.items()}
+    sizes = {name: max((size for size in found if type(size) is int), default=0) for name, found in lists.items()}
+    name = max(sizes, key=sizes.__getitem__)
+    return f"model.{name}={node[name]}"
 
 
 def learner_factories(cfg: Config) -> PluginFactories:

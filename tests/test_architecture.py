@@ -28,6 +28,7 @@ APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
     *CONFIG,
+    "fedcl.cautions",
     "fedcl.prepared",
     "fedcl.commands",
     "fedcl.sweep",
@@ -36,6 +37,7 @@ OUTER = (
     "fedcl.play",
     "fedcl.experiment",
     "fedcl.forget",
+    "fedcl.launches",
     "fedcl.served",
     "fedcl.verify",
     "fedcl.protocol",

@@ -54,7 +54,7 @@ class ClosedForm(Plugin):
     def check(self, model: FlatModel) -> None:
         """Refuse heads that are not linear with a bias: there is nowhere to write the solution."""
         if not all(isinstance(head, nn.Linear) and head.bias is not None for head in heads(model)):
-            raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear or random")
+            raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear, random or unit")
 
 
 def heads(model: FlatModel) -> list[nn.Module]:

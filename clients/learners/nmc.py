@@ -19,7 +19,8 @@ from fedcl.client.plugin import Context
 from fedcl.fields import Form
 from fedcl.models.flat import FlatModel
 
-Distance = Literal["cosine", "euclidean"]
+Distance = Literal["cosine", "euclidean", "unit_euclidean"]
+DISTANCES: tuple[Distance, ...] = ("cosine", "euclidean", "unit_euclidean")
 
 
 class NearestClassMean(ClosedForm):
@@ -29,6 +30,8 @@ class NearestClassMean(ClosedForm):
     ----------
     distance
         ``cosine``: features and means of length 1. ``euclidean``: argmin |z - mu|^2 = argmax mu z - |mu|^2 / 2.
+        ``unit_euclidean``, the rule of Janson et al.: the same with features of length 1 and means as they are, so that
+        a class whose features point in many directions has a short mean; needs ``model.head=unit``.
     train
         When the network itself is trained: see `ClosedForm`.
 
@@ -43,10 +46,22 @@ class NearestClassMean(ClosedForm):
     key: ClassVar[str] = "nmc"
 
     def __init__(self, *, distance: Distance = "cosine", train: Train = "first_task") -> None:
-        if distance not in ("cosine", "euclidean"):
-            raise ValueError(f"learner.nmc.distance={distance}: must be cosine or euclidean")
+        if distance not in DISTANCES:
+            raise ValueError(f"learner.nmc.distance={distance}: must be one of {', '.join(DISTANCES)}")
         super().__init__(train=train)
         self.distance = distance
+
+    def check(self, model: FlatModel) -> None:
+        """Refuse a model without a linear head, and for ``unit_euclidean`` one whose head reads features of any length.
+
+        Raises
+        ------
+        ValueError
+            Naming the setting to choose.
+        """
+        super().check(model)
+        if self.distance == "unit_euclidean" and "unit" not in model.module._modules:
+            raise ValueError("learner.nmc.distance=unit_euclidean: needs features of length 1; set model.head=unit")
 
     def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of the task's features (C, F) and how many each column has (C,), float64."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedcl.client.fused import FusedStep, needs_gradient
 from fedcl.client.plugin import Batch, Context, Plugin, overrides
+from fedcl.evaluation.predictions import correct
 from fedcl.models.chain import chain_of
 from fedcl.models.networks import Output
 
@@ -176,11 +177,11 @@ def accuracy(ctx: Context, plugins: Sequence[Plugin], x: Tensor, y: Tensor, batc
     """Return the share of samples whose highest allowed column is their target."""
     predictor = owner(plugins, "predict")
     ctx.model.eval()
-    correct = 0
+    right = 0
     for start in range(0, len(y), batch_size):
         part = x[start : start + batch_size]
         logits = ctx.model(part).logits if predictor is None else predictor.predict(ctx, part)
         if ctx.mask is not None:
             logits = logits.masked_fill(~ctx.mask, float("-inf"))
-        correct += int((logits.argmax(1) == y[start : start + batch_size]).sum())
-    return correct / len(y)
+        right += int(correct(logits, y[start : start + batch_size]).sum())
+    return right / len(y)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import owner
 from fedcl.client.plugin import Context, Phase, Plugin, TaskData
+from fedcl.evaluation.predictions import correct
 from fedcl.scenario.task import Task
 
 _KEY = re.compile(r"accuracy@(\d+)@(\d+)")
@@ -79,7 +80,7 @@ class Probe(Plugin):
         mask = ctx.columns_mask(task.mask)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
-        return float((logits.argmax(1) == y).double().mean())
+        return float(correct(logits, y).double().mean())
 
 
 ProbeOf = Callable[[str, int, Sequence[Plugin]], Probe]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcl.rules import ConfigError
 
@@ -10,10 +12,32 @@ FAILED = 1
 """Exit status of a command that did its work and found, or made, what should not be."""
 
 
+if TYPE_CHECKING:
+    from fedcl.launches import Trust
+
+
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """Add ``--trust`` to a command that goes on with what a folder says."""
+    command.add_argument(
+        "--trust", action="store_true", help="run also code of others that the folder names, from wherever it says"
+    )
+
+
+def trust_of(args: argparse.Namespace) -> Trust:
+    """Return what the command line lets a folder do."""
+    from fedcl.launches import Trust
+
+    return Trust(tuple(args.config_dir), args.trust)
+
+
 def run_folder(path: Path) -> Path:
     """Return the path of a run's folder; ConfigError, with what may have been meant, if it is none."""
-    if (path / "config.yaml").is_file():
+    if (path / "config.yaml").exists():
         return path
+    if any((path / name).exists() for name in ("STATUS", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"{path / 'config.yaml'}: is missing; restore it from a copy of the folder, or run it again")
+    if any((path / name).exists() for name in (".lock", "overrides.yaml", "env.json")):
+        raise ConfigError(f"{path}: the run died before it had written what it is; start it again with run_dir={path}")
     if not path.exists():
         raise ConfigError(f"{path}: not a run's folder, nothing is there; a run prints its own as its last line")
     newest = max(path.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime, default=None)

@@ -9,8 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcl.commands.folders import FAILED, file_to_write, run_folder
-from fedcl.rules import ConfigError
+from fedcl.commands.folders import FAILED, add_trust, file_to_write, run_folder, trust_of
 
 if TYPE_CHECKING:
     from fedcl.commands import Commands
@@ -28,10 +27,12 @@ examples:
 
 def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
     """Add these commands."""
-    verify = commands.add_parser("verify", help="check a run's certificates of what was forgotten")
+    about = "check a run's certificates of what was forgotten"
+    verify = commands.add_parser("verify", help=about, parents=[configs])
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     verify.add_argument("--no-replay", action="store_true", help="do not train all over what exact ones claim")
-    verify.set_defaults(command=_verify, config_dir=[])
+    add_trust(verify)
+    verify.set_defaults(command=_verify)
 
     told = "print a run's results, draw its figures, write its report.html"
     report = commands.add_parser("report", help=told, parents=[configs])
@@ -40,11 +41,13 @@ def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
 
     _add_compare(commands)
 
-    export = commands.add_parser("export", help="write a run's model, or a client's own, to one safetensors file")
+    about = "write a run's model, or a client's own, to one safetensors file"
+    export = commands.add_parser("export", help=about, parents=[configs])
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("--client", metavar="ID", help="the model that this client predicts with")
     export.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors in the run's folder")
-    export.set_defaults(command=_export, config_dir=[])
+    add_trust(export)
+    export.set_defaults(command=_export)
 
     choices = commands.add_parser("list", help="list what can be chosen", parents=[configs])
     choices.add_argument("kind", nargs="?", metavar="KIND", help="such as learner, scenario, strategy/projection")
@@ -83,7 +86,7 @@ def _verify(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     from fedcl.verify import verify
 
-    if not verify(run_dir, replay=not args.no_replay):
+    if not verify(run_dir, replay=not args.no_replay, trust=trust_of(args)):
         raise SystemExit(FAILED)
 
 
@@ -94,13 +97,16 @@ def _report(args: argparse.Namespace) -> None:
     from fedcl.results import html
     from fedcl.results.report import terminal_report
 
+    run = results.load(run_dir)
+    unwritten: OSError | None = None
     try:
-        run = results.load(run_dir)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    page = html.write(run, defaults=compose([]), kinds=("png",))
+        page = html.write(run, defaults=compose([]), kinds=("png",))
+    except OSError as error:  # the numbers can be told all the same
+        unwritten = error
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print(terminal_report(run, width=width, color=sys.stdout.isatty()), end="")
+    if unwritten is not None:
+        raise unwritten
     print(f"report: {page}")
 
 
@@ -123,7 +129,7 @@ def _export(args: argparse.Namespace) -> None:
     out = None if args.out is None else file_to_write(args.out)
     from fedcl.export import export
 
-    print(export(run_dir, args.client, out))
+    print(export(run_dir, args.client, out, trust_of(args)))
 
 
 def _list(args: argparse.Namespace) -> None:

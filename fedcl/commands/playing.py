@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcl.commands.folders import FAILED, run_folder
+from fedcl.commands.folders import FAILED, add_trust, run_folder, trust_of
 from fedcl.rules import ConfigError
 
 if TYPE_CHECKING:
@@ -49,17 +49,21 @@ def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.Ar
     resume = commands.add_parser("resume", help="go on with an interrupted run", parents=[configs, quiet])
     resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     resume.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    add_trust(resume)
     resume.set_defaults(command=_resume)
 
     extend = commands.add_parser(
-        "extend", help="go on with a run that is done, with more tasks or rounds, in a new folder", parents=[quiet]
+        "extend",
+        help="go on with a run that is done, with more tasks or rounds, in a new folder",
+        parents=[configs, quiet],
     )
     extend.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     extend.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
     extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="rounds_per_task, scenario.*, run_dir")
-    extend.set_defaults(command=_extend, config_dir=[])
+    add_trust(extend)
+    extend.set_defaults(command=_extend)
 
-    _add_forget(commands, quiet)
+    _add_forget(commands, configs, quiet)
 
 
 def _add_sweep(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
@@ -71,13 +75,14 @@ def _add_sweep(commands: Commands, configs: argparse.ArgumentParser, quiet: argp
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE", help="as for fedcl run; and sweep_dir=DIR")
+    add_trust(sweep)
     sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="how many runs at once; 1")
     sweep.set_defaults(command=_sweep)
 
 
-def _add_forget(commands: Commands, quiet: argparse.ArgumentParser) -> None:
+def _add_forget(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
     forget = commands.add_parser(
-        "forget", help="ask a run to forget a client, a class, samples or a task", parents=[quiet]
+        "forget", help="ask a run to forget a client, a class, samples or a task", parents=[configs, quiet]
     )
     forget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     forget.add_argument("--client", action="append", default=[], metavar="ID", help="leaves; or narrows it down")
@@ -88,7 +93,8 @@ def _add_forget(commands: Commands, quiet: argparse.ArgumentParser) -> None:
     forget.add_argument("--unlearner", metavar="NAME", help="another one than the run's; for a run that is over")
     forget.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
     forget.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting of that unlearner")
-    forget.set_defaults(command=_forget, config_dir=[])
+    add_trust(forget)
+    forget.set_defaults(command=_forget)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -104,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from fedcl.sweep import sweep
 
-    folder, unfinished = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet)
+    folder, unfinished = sweep(args.overrides, args.config_dir, jobs=args.jobs, quiet=args.quiet, trust=args.trust)
     if not args.quiet:
         from fedcl.results.compare import compare
         from fedcl.results.tables import render
@@ -127,14 +133,14 @@ def _resume(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     from fedcl import experiment
 
-    print(experiment.resume(run_dir, args.force, args.quiet), flush=True)
+    print(experiment.resume(run_dir, args.force, args.quiet, trust=trust_of(args)), flush=True)
 
 
 def _extend(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     from fedcl.extend import extend
 
-    print(extend(run_dir, args.overrides, force=args.force, quiet=args.quiet), flush=True)
+    print(extend(run_dir, args.overrides, force=args.force, quiet=args.quiet, trust=trust_of(args)), flush=True)
 
 
 def _forget(args: argparse.Namespace) -> None:
@@ -144,7 +150,8 @@ def _forget(args: argparse.Namespace) -> None:
     chosen = [] if args.unlearner is None else [f"unlearner={args.unlearner}"]
     lists = (tuple(args.client), tuple(args.classes), tuple(args.samples), tuple(args.task))
     asked, overrides = Asked(*lists, id=args.id), [*chosen, *args.overrides]
-    print("\n".join(forget(run_dir, asked, overrides, force=args.force, quiet=args.quiet)), flush=True)
+    how = {"force": args.force, "quiet": args.quiet, "trust": trust_of(args)}
+    print("\n".join(forget(run_dir, asked, overrides, **how)), flush=True)
 
 
 def _positive(text: str) -> int:

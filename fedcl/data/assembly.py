@@ -1,4 +1,4 @@
-"""What sources share: finding files, checking that everything fits together, and decoding images."""
+"""What sources share: finding files, checking that everything fits together, splitting, and decoding images."""
 
 # N = samples, C = channels, H, W = height, width
 from __future__ import annotations
@@ -12,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcl.data.dataset import ArrayDataset, Dataset, Meta
+from fedcl.data.labels import Codes, encode
+from fedcl.data.reading import require_room
+from fedcl.rules import ConfigError
 
 Half = tuple[NDArray[Any], NDArray[Any]]  # samples and labels
 Size = int | Sequence[int] | None
 _GREY = ("1", "L", "LA")
 _EIGHT_BIT = (*_GREY, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+MOST_PIXELS = 1 << 26  # of one image, 8192 x 8192
 
 
 def resolve(root: str | None) -> Path:
@@ -29,11 +33,15 @@ def resolve(root: str | None) -> Path:
     """
     if root is None:
         raise ValueError("data.root=null: must name the folder or file that holds the data")
-    path = Path(root).expanduser()
     shared = os.environ.get("FEDCL_DATA")
-    if not path.exists() and shared and not path.is_absolute():
-        path = Path(shared).expanduser() / path
-    if not path.exists():
+    try:
+        path = Path(root).expanduser()
+        if not path.exists() and shared and not path.is_absolute():
+            path = Path(shared).expanduser() / path
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no home, a zero byte
+        raise ConfigError(f"data.root={root!r}: cannot be a path here: {error}") from error
+    if not there:
         tried = f"neither here nor in FEDCL_DATA={shared}" if shared else "and FEDCL_DATA is not set"
         raise ValueError(f"data.root={root}: does not exist, {tried}")
     return path
@@ -46,6 +54,26 @@ def checked_limit(limit: int) -> int:
     return limit
 
 
+def checked_fraction(fraction: float) -> float:
+    """Return ``fraction``; ValueError unless it is in (0, 1)."""
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"data.source.test_fraction={fraction}: must be in (0, 1)")
+    return fraction
+
+
+def stratified(y: Codes, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Return a mask (N,) that is true for ``fraction`` of each class, rounded, for one sample and all but one at least.
+
+    A class with a single sample has none in the mask.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(y), bool)
+    for label in np.unique(y):
+        members = rng.permutation(np.flatnonzero(y == label))
+        chosen[members[: min(max(round(fraction * len(members)), 1), len(members) - 1)]] = True
+    return chosen
+
+
 def assemble(
     root: str,
     halves: Sequence[Half],
@@ -55,8 +83,12 @@ def assemble(
     std: Sequence[float],
     classes: Sequence[str] | None,
     meta: Sequence[Meta] = ({}, {}),
+    notes: Sequence[str] = (),
+    vocabulary: bool = False,
 ) -> Dataset:
     """Check that samples, labels, columns, class names and normalisation fit together, and build the data set.
+
+    Samples are uint8 or float32 in their final layout; labels as :func:`fedcl.data.labels.encode` takes them.
 
     Raises
     ------
@@ -64,41 +96,89 @@ def assemble(
         Something does not fit.
     """
     for (x, y), columns in zip(halves, meta, strict=True):
-        if y.ndim != 1 or y.dtype.kind not in "ui" or len(x) != len(y):
-            raise ValueError(f"data.root={root}: {len(x)} samples with labels of shape {y.shape} and {y.dtype}")
+        if np.ndim(y) not in (1, 2) or len(x) != len(y):
+            raise ConfigError(f"data.root={root}: {len(x)} samples with labels of shape {y.shape} and {y.dtype}")
         for name, column in columns.items():
-            if column.shape != y.shape:
-                raise ValueError(f"data.root={root}: {len(x)} samples with a column {name} of shape {column.shape}")
+            if column.shape != (len(y),) or column.dtype.kind not in "biufUS":
+                raise ConfigError(
+                    f"data.root={root}: {len(x)} samples with a column {name} of shape {column.shape} and "
+                    f"{column.dtype}"
+                )
     (x_train, y_train), (x_test, y_test) = halves
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
-        raise ValueError(f"data.root={root}: train and test samples differ in shape or type")
-    labels = np.concatenate([y_train, y_test]).astype(np.int64)
-    names = [str(k) for k in range(int(labels.max(initial=-1)) + 1)] if classes is None else classes
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(
-            f"data.root={root}: labels {labels.min()}..{labels.max()} do not fit the {len(names)} data.source.classes"
-        )
-    channels = x_train.shape[1]
-    for key, value in (("mean", mean), ("std", std)):
-        if len(value) not in (1, channels) or (key == "std" and min(value) <= 0):
-            raise ValueError(f"data.source.{key}={list(value)}: must have 1 or {channels} entries, and std be > 0")
+        raise ConfigError(f"data.root={root}: train and test samples differ in shape or type")
+    codes, names, said = encode(root, (y_train, y_test), classes, vocabulary=vocabulary)
+    _check_normalisation(scale, mean, std, x_train.shape[1])
     return Dataset(
-        train=ArrayDataset(x_train, y_train.astype(np.int64), dict(meta[0])),
-        test=ArrayDataset(x_test, y_test.astype(np.int64), dict(meta[1])),
-        classes=tuple(str(name) for name in names),
+        train=ArrayDataset(x_train, codes[0], dict(meta[0])),
+        test=ArrayDataset(x_test, codes[1], dict(meta[1])),
+        classes=names,
         scale=scale,
         mean=tuple(float(value) for value in mean),
         std=tuple(float(value) for value in std),
+        notes=(*notes, *said),
+        vocabulary=vocabulary,
     )
 
 
-def stack_images(images: Iterable[tuple[str, Any]], *, root: str, size: Size, grey: bool | None) -> NDArray[np.uint8]:
-    """Return Pillow images as one array (N, C, H, W).
+def _check_normalisation(scale: float, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    for key, value in (("mean", mean), ("std", std)):
+        if len(value) not in (1, channels) or (key == "std" and min(value) <= 0):
+            raise ConfigError(f"data.source.{key}={list(value)}: must have 1 or {channels} entries, and std be > 0")
+    if scale == 1 / 255 and not 0 <= min(mean) <= max(mean) <= 1:
+        raise ConfigError(
+            f"data.source.mean={list(mean)}: must be in [0, 1], as samples are once they are scaled by 1/255"
+        )
+
+
+def check_halves(dataset: Dataset, root: object, *, train: bool = True, limited: bool = False) -> list[str]:
+    """Return what is to be said of a data set that a run is to learn from and to be tested on.
+
+    Parameters
+    ----------
+    dataset
+        The data set.
+    root
+        The configured ``data.root``, for messages.
+    train
+        Whether its train half is used.
+    limited
+        Whether a limit has cut its halves, so that a class may lack in one.
+
+    Raises
+    ------
+    ConfigError
+        A half has no samples, or a class has none in one half, and no limit is the reason.
+    """
+    notes = []
+    for what, half in (("train", dataset.train), ("test", dataset.test)):
+        if what == "train" and not train:
+            continue
+        if not len(half):
+            raise ConfigError(f"data.root={root}: the {what} half has no samples; must have some of each class")
+        counts = np.bincount(half.y, minlength=dataset.num_classes)
+        lacking = [] if dataset.vocabulary else [dataset.classes[k] for k in np.flatnonzero(counts == 0)]
+        if not lacking:
+            continue
+        shown = ", ".join(lacking[:10]) + (f", ... ({len(lacking)} in all)" if len(lacking) > 10 else "")
+        line = f"the {what} half has no samples of the classes {shown}"
+        if not limited:
+            raise ConfigError(f"data.root={root}: {line}; each class must have some in both halves")
+        notes.append(f"{line}, within data.source.train_limit and data.source.test_limit")
+    return notes
+
+
+def stack_images(
+    images: Iterable[tuple[str, Any]], count: int, *, root: str, size: Size, grey: bool | None
+) -> NDArray[np.uint8]:
+    """Return ``count`` Pillow images as one array (N, C, H, W).
 
     Parameters
     ----------
     images
         Pairs of a name, for messages, and a ``PIL.Image.Image``.
+    count
+        How many there are: the first one tells how much memory all of them take.
     root
         The configured ``data.root``, for messages.
     size
@@ -109,34 +189,39 @@ def stack_images(images: Iterable[tuple[str, Any]], *, root: str, size: Size, gr
     Raises
     ------
     ValueError
-        There is no image, one has more than 8 bits a channel, or their sizes differ.
+        There is no image, one has more than 8 bits a channel, their sizes differ, or there are too many for the memory.
     """
     shape = _height_width(size)
-    arrays: list[NDArray[np.uint8]] = []
-    for name, image in images:
+    stacked: NDArray[np.uint8] | None = None
+    for i, (name, image) in enumerate(images):
         if image.mode not in _EIGHT_BIT:
             raise ValueError(f"data.root={root}: {name} has mode {image.mode}; images must have 8 bits a channel")
         grey = image.mode in _GREY if grey is None else grey
+        width, height = image.size if shape is None else (shape[1], shape[0])
+        if stacked is None:
+            require_room(count * height * width * (1 if grey else 3), root, f"{count} images of {height}x{width}")
+            stacked = np.empty((count, 1 if grey else 3, height, width), np.uint8)
+        if (height, width) != stacked.shape[2:]:
+            raise ValueError(
+                f"data.root={root}: {name} is {height}x{width}, others are {stacked.shape[2]}x{stacked.shape[3]}; set "
+                "data.source.size"
+            )
         image = image.convert("L" if grey else "RGB")
         if shape is not None:
-            image = image.resize((shape[1], shape[0]), resample=2)  # Pillow's bilinear
+            image = image.resize((width, height), resample=2)  # Pillow's bilinear
         array = np.asarray(image, np.uint8)
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        if arrays and array.shape != arrays[0].shape:
-            raise ValueError(
-                f"data.root={root}: {name} is {array.shape[1]}x{array.shape[2]}, others are {arrays[0].shape[1]}x"
-                f"{arrays[0].shape[2]}; set data.source.size"
-            )
-        arrays.append(array)
-    if not arrays:
+        stacked[i] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    if stacked is None:
         raise ValueError(f"data.root={root}: holds no image")
-    return np.stack(arrays)
+    return stacked
 
 
 def _height_width(size: Size) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"data.source.size={size}: must be null, a side, or [height, width], in pixels")
+    if len(pair) != 2 or min(pair) < 1 or pair[0] * pair[1] > MOST_PIXELS:
+        raise ValueError(
+            f"data.source.size={size}: must be null, a side, or [height, width], in pixels, {MOST_PIXELS} at most"
+        )
     return pair[0], pair[1]

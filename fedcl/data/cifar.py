@@ -3,7 +3,10 @@
 # N = samples, C = channels, H, W = height, width
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import pickletools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedcl.data.assembly import Half, assemble, checked_limit, resolve
 from fedcl.data.dataset import Dataset
+from fedcl.data.reading import damaged, read_bytes
 
 SHAPE = (3, 32, 32)
 _TEN = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -54,7 +58,7 @@ def cifar(
         A file is missing or damaged, holds anything but numbers and names, or the labels are not there.
     """
     folder = resolve(root)
-    hundred = (folder / "train").is_file()
+    hundred = os.path.lexists(folder / "train")
     if labels not in ("fine", "coarse") or (labels == "coarse" and not hundred):
         raise ValueError(f"data.source.labels={labels}: must be fine, or coarse for CIFAR-100")
     key = f"{labels}_labels" if hundred else "labels"
@@ -69,9 +73,9 @@ def cifar(
         meta.append({"superclass": _labels(folder, batches, "coarse_labels")[:taken]} if hundred else {})
     about = _read(folder, "meta" if hundred else "batches.meta")
     names = about.get(f"{labels}_label_names" if hundred else "label_names")
-    if not isinstance(names, list):
+    if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
         raise ValueError(f"data.root={folder}: the meta file has no list of label names")
-    classes = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    classes = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
     own_mean, own_std = _STATISTICS[100 if hundred else 10]
     return assemble(root, halves, scale=1 / 255, mean=mean or own_mean, std=std or own_std, classes=classes, meta=meta)
 
@@ -84,25 +88,36 @@ def _images(folder: Path, batch: dict[str, Any]) -> NDArray[np.uint8]:
 
 
 def _labels(folder: Path, batches: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:
-    try:
-        return np.concatenate([np.asarray(batch[key], np.int64) for batch in batches])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"data.root={folder}: a batch has no list of numbers called {key}") from error
+    lists = [batch.get(key) for batch in batches]
+    for labels in lists:
+        # lists within lists are refused before they are unfolded: a few bytes of them can say billions
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 256 for label in labels):
+            raise ValueError(f"data.root={folder}: a batch has no list of numbers called {key}")
+    return np.concatenate([np.array(labels, np.int64) for labels in lists])
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """Return one pickled dict with text keys."""
     path = folder / name
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"data.root={folder}: file {name} is missing; must be CIFAR's python version, unpacked")
-    try:
-        with path.open("rb") as stream:
-            tree = PlainUnpickler(stream, encoding="bytes").load()
-    except Exception as error:  # a damaged pickle fails in every way there is
-        raise ValueError(f"data.root={folder}: {name} is damaged, or no CIFAR batch: {error}") from error
-    if not isinstance(tree, dict):
+    data = read_bytes(path, folder)
+    with damaged(folder, name, "is damaged, or no CIFAR batch"):
+        _check_memo(data)
+        tree = PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+    if not isinstance(tree, dict) or not all(isinstance(key, (bytes, str)) for key in tree):
         raise ValueError(f"data.root={folder}: {name} must hold a dict")
-    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in tree.items()}
+    return {key.decode(errors="replace") if isinstance(key, bytes) else key: value for key, value in tree.items()}
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle whose memo has gaps: a place far out would make the unpickler take memory up to there."""
+    memoized = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+            memoized += 1
+            if isinstance(argument, int) and argument > memoized:
+                raise pickle.UnpicklingError(f"remembers a value at place {argument}, out of order")
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -124,8 +139,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 def _empty(subtype: type, shape: tuple[int, ...], kind: bytes) -> NDArray[Any]:
     """Return the empty array that a pickle goes on to fill."""
-    if subtype is not np.ndarray:
-        raise pickle.UnpicklingError("names an array type that is not numpy's own")
+    if subtype is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("names an array that is not numpy's own, or not to be filled")
     return np.ndarray(shape, np.int8)
 
 

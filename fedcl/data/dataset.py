@@ -36,7 +36,9 @@ class Dataset:
     """A data source once loaded.
 
     A sample enters a model as ``(x * scale - mean) / std``, computed in float32; ``mean`` and ``std`` have one entry a
-    channel (axis 1) or a single entry.
+    channel (axis 1) or a single entry. ``notes`` are lines to say once about what was read: what has been left out, or
+    taken for something. With ``vocabulary``, classes are the characters of an alphabet, some of which may have no
+    sample.
     """
 
     train: ArrayDataset
@@ -45,10 +47,12 @@ class Dataset:
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    notes: tuple[str, ...] = ()
+    vocabulary: bool = False
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, whether or not each occurs in the train half."""
+        """Number of classes."""
         return len(self.classes)
 
     @property

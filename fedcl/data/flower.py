@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcl.data.dataset import Indices, Meta, Partition
-from fedcl.data.parts import Labels, with_matching_test
+from fedcl.data.parts import Labels, require_samples, with_matching_test
 
 _POSITION = "position"
 
@@ -42,6 +42,7 @@ def flwr(
     """
     place = f"data.partition.partitioner={partitioner}"
     cls = _find(partitioner)
+    require_samples(y_train, num_clients, 1)
     order = rng.permutation(len(y_train))
     columns = {"label": y_train, _POSITION: np.arange(len(y_train)), **(train_meta or {})}
     table = {name: column[order] for name, column in columns.items()}

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedcl.data.assembly import Half, Size, assemble, resolve, stack_images
+from fedcl.data.assembly import (
+    MOST_PIXELS,
+    Half,
+    Size,
+    assemble,
+    checked_fraction,
+    resolve,
+    stack_images,
+    stratified,
+)
 from fedcl.data.dataset import Dataset
+from fedcl.data.reading import entries, opened
+from fedcl.rules import ConfigError
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 _TEST_NAMES = ("test", "val", "validation")
+_FOREIGN = (
+    "__MACOSX",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)  # what systems leave behind
+_FRACTION = 0.2
 
 
 def folder(
     *,
     root: str,
+    test_fraction: float | None = None,
+    seed: int = 0,
     size: Size = None,
     grey: bool | None = None,
     mean: Sequence[float] = (0.0,),
@@ -25,13 +48,18 @@ def folder(
 ) -> Dataset:
     """Load ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val``) as uint8 of shape (N, C, H, W).
 
-    Classes are the folders of ``train``, in the order of their names; samples are in the order of theirs. PNG, JPEG,
-    BMP, GIF (its first frame) and WebP are read.
+    Where there is no ``train``, the folders of ``root`` are the classes, and a part of each is the test half. Classes
+    are the folders of ``train`` that hold images, in the order of their names; samples are in the order of theirs. PNG,
+    JPEG, BMP, GIF (its first frame) and WebP are read. What is hidden, and ``__MACOSX``, is no class and no image.
 
     Parameters
     ----------
     root
-        The folder that holds ``train`` and ``test``.
+        The folder that holds ``train`` and ``test``, or the classes.
+    test_fraction
+        Share of each class that becomes the test half where there are no halves, at least one image; None is 0.2.
+    seed
+        Draws that split. It is the source's own, so runs with different seeds share their test half.
     size
         Side or [height, width] to which images are resized, bilinearly; None needs images of one size.
     grey
@@ -42,42 +70,109 @@ def folder(
     Raises
     ------
     ValueError
-        Pillow is not installed, a folder is missing, there is no image, or one is damaged, of another size, or of a
-        class that ``train`` lacks.
+        Pillow is not installed, a folder is missing, there is no image, one is damaged, no file, of another size, or of
+        a class that ``train`` lacks, or there is a ``test_fraction`` and a test folder.
     """
     base = resolve(root)
+    if test_fraction is not None:
+        checked_fraction(test_fraction)
+    passed: list[str] = []
+    train, test = _halves(base, root)
+    files = _images(train, root, passed)
+    classes = tuple(files)
+    x, y = _read(files, classes, root, size, grey)
+    notes: list[str] = []
+    if test is None:
+        share = _FRACTION if test_fraction is None else test_fraction
+        chosen = stratified(y, share, seed)
+        halves: list[Half] = [(x[~chosen], y[~chosen]), (x[chosen], y[chosen])]
+        notes += (
+            []
+            if test_fraction
+            else [
+                f"no folders train and test: {share:g} of each class is the test half, as "
+                "data.source.test_fraction and data.source.seed say"
+            ]
+        )
+    elif test_fraction is not None:
+        raise ConfigError(f"data.source.test_fraction={test_fraction}: must be null, as there is a folder {test.name}")
+    else:
+        tests = _images(test, root, passed)
+        unknown = sorted(tests.keys() - files.keys())
+        if unknown:
+            raise ConfigError(f"data.root={root}: {test.name} has classes that train lacks: {', '.join(unknown[:5])}")
+        halves = [(x, y), _read(tests, classes, root, size, x.shape[1] == 1)]
+    if passed:
+        more = f", ... ({len(passed)} in all)" if len(passed) > 10 else ""
+        notes.append(f"passed over, being no image, hidden, or a folder without images: {', '.join(passed[:10])}{more}")
+    return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes, notes=notes)
+
+
+def _halves(base: Path, root: str) -> tuple[Path, Path | None]:
+    """Return the folders of both halves; without a second one, the first is to be split."""
     train = base / "train"
-    test = next((base / name for name in _TEST_NAMES if (base / name).is_dir()), base / "test")
-    for half in (train, test):
-        if not half.is_dir():
-            raise ValueError(f"data.root={root}: the folder {half.name} is missing; must hold {half.name}/CLASS/IMAGE")
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir())
-    unknown = sorted({path.name for path in test.iterdir() if path.is_dir()} - set(classes))
-    if unknown:
-        raise ValueError(f"data.root={root}: {test.name} has classes that train lacks: {', '.join(unknown[:5])}")
-    halves: list[Half] = []
-    for half in (train, test):
-        files = [(label, file) for label, name in enumerate(classes) for file in _images_in(half / name)]
-        x = stack_images(_opened(files, root), root=root, size=size, grey=grey)
-        grey = x.shape[1] == 1
-        halves.append((x, np.array([label for label, _ in files], np.int64)))
-    return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes)
+    tests = [base / name for name in _TEST_NAMES if _folders(base / name, root)]
+    if _folders(train, root):
+        found = next((base / name for name in _TEST_NAMES if (base / name).is_dir()), None)
+        if found is None:
+            raise ConfigError(
+                f"data.root={root}: the folder test is missing; must hold test/CLASS/IMAGE; to split train, use "
+                f"data.root={train}"
+            )
+        return train, found
+    if tests or not _folders(base, root):
+        raise ConfigError(f"data.root={root}: the folder train is missing; must hold train/CLASS/IMAGE, or CLASS/IMAGE")
+    return base, None
 
 
-def _images_in(path: Path) -> list[Path]:
-    return sorted(file for file in path.glob("*") if file.suffix.lower() in _ENDINGS)
+def _folders(path: Path, root: str) -> list[Path]:
+    """Return the folders in a folder that can be classes."""
+    return [each for each in entries(path, root) if each.is_dir() and _visible(each)] if path.is_dir() else []
 
 
-def _opened(files: Sequence[tuple[int, Path]], root: str) -> Iterator[tuple[str, Any]]:
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name not in _FOREIGN
+
+
+def _images(half: Path, root: str, passed: list[str]) -> dict[str, list[Path]]:
+    """Return the images of each class that has any; what is none is added to ``passed``."""
+    found: dict[str, list[Path]] = {}
+    for each in entries(half, root):
+        if not each.is_dir() or not _visible(each):
+            passed.append(each.name)
+            continue
+        held = entries(each, root)
+        images = [file for file in held if file.suffix.lower() in _ENDINGS and _visible(file)]
+        passed += [f"{each.name}/{file.name}" for file in held if file not in images] if images else [f"{each.name}/"]
+        if images:
+            found[each.name] = images
+    if not found:
+        raise ConfigError(f"data.root={root}: the folder {half.name} holds no image; must hold CLASS/IMAGE")
+    return found
+
+
+def _read(
+    files: Mapping[str, Sequence[Path]], classes: Sequence[str], root: str, size: Size, grey: bool | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the images (N, C, H, W) and labels (N,) of a half."""
+    labels = [classes.index(name) for name, held in files.items() for _ in held]
+    images = _opened([file for held in files.values() for file in held], root)
+    return stack_images(images, len(labels), root=root, size=size, grey=grey), np.array(labels, np.int64)
+
+
+def _opened(files: Sequence[Path], root: str) -> Iterator[tuple[str, Any]]:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise ValueError("data=folder: needs the package pillow: pip install 'fedcl[sim]'") from error
-    for _, file in files:
+    for file in files:
         name = f"{file.parent.name}/{file.name}"
-        try:
-            with Image.open(file) as image:
-                image.load()
-                yield name, image
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-            raise ValueError(f"data.root={root}: {name} is damaged or no image: {error}") from error
+        with (
+            opened(file, root, "is damaged or no image", name=name) as stream,
+            Image.open(stream, formats=_FORMATS) as image,
+        ):
+            if image.width * image.height > MOST_PIXELS:
+                sides = f"{image.height}x{image.width}"
+                raise ConfigError(f"data.root={root}: {name} is {sides}; must have {MOST_PIXELS} pixels at most")
+            image.load()
+            yield name, image

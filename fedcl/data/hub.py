@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from fedcl.data.assembly import Half, Size, assemble, resolve, stack_images
 from fedcl.data.dataset import Dataset
+from fedcl.data.reading import damaged, require_file
+from fedcl.rules import ConfigError
 
 _TEST_NAMES = ("test", "validation", "valid", "val")
 
@@ -63,12 +66,15 @@ def hf(
             raise ValueError(f"data.source.{key}={column}: must be one of {root}'s columns: {', '.join(features)}")
     halves: list[Half] = []
     meta: list[dict[str, NDArray[Any]]] = []
-    classes = getattr(features[label], "names", None) or sorted(set(splits[names[0]][label]))
+    classes = getattr(features[label], "names", None) or sorted(set(splits[names[0]][label]) - {None})
     for name in names:
-        x = stack_images(_images(splits[name], image), root=root, size=size, grey=grey)
+        with damaged(root, f"split {name}"):
+            x = stack_images(_images(splits[name], image, root), len(splits[name]), root=root, size=size, grey=grey)
+            values = list(splits[name][label])
+            columns = {key: np.array(list(splits[name][key])) for key in _plain(features, but=(image, label))}
         grey = x.shape[1] == 1
-        halves.append((x, _labels(root, list(splits[name][label]), classes, coded=hasattr(features[label], "names"))))
-        meta.append({key: np.array(list(splits[name][key])) for key in _plain(features, but=(image, label))})
+        halves.append((x, _labels(root, values, classes, coded=hasattr(features[label], "names"))))
+        meta.append({key: column for key, column in columns.items() if column.dtype.kind in "biufU"})
     return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes, meta=meta)
 
 
@@ -85,6 +91,10 @@ def _load(root: str, subset: str | None) -> Any:
         place = str(resolve(root))
     except ValueError:
         place = root  # not here, so a name on the hub
+    else:
+        for path in (Path(place), *Path(place).rglob("*")):
+            if not path.is_dir():
+                require_file(path, root)
     try:
         return datasets.load_dataset(place, subset)
     except Exception as error:  # the hub, the network and every reader raise what they like
@@ -105,13 +115,17 @@ def _column(root: str, key: str, features: Any, kind: str) -> str:
     return str(found)
 
 
-def _images(split: Any, column: str) -> Iterator[tuple[str, Any]]:
+def _images(split: Any, column: str, root: str) -> Iterator[tuple[str, Any]]:
     for i, image in enumerate(split[column]):
+        if not hasattr(image, "convert"):
+            raise ConfigError(f"data.root={root}: sample {i} of column {column} is no image")
         yield f"sample {i}", image
 
 
 def _labels(root: str, values: Sequence[Any], classes: Sequence[Any], *, coded: bool) -> NDArray[np.int64]:
     """Return labels as codes of ``classes``."""
+    if any(value is None for value in values):
+        raise ConfigError(f"data.root={root}: sample {list(values).index(None)} has no label")
     if coded:
         return np.array(values, np.int64)
     code = {value: i for i, value in enumerate(classes)}

@@ -26,6 +26,7 @@ from fedcl.data.parts import (
     require_samples,
     with_matching_test,
 )
+from fedcl.memory import free_memory, gib
 
 __all__ = [
     "Partitioner",
@@ -151,6 +152,12 @@ def dirichlet_client(
             raise ValueError(f"data.partition.{key}={size}: must be in [1, {available}], the samples there are")
     if num_clients < 1:
         raise ValueError(f"num_clients={num_clients}: must be >= 1")
+    need, free = 8 * num_clients * (train_size + test_size), free_memory()
+    if need > free:
+        raise ValueError(
+            f"num_clients={num_clients}: with data.partition.train_size={train_size} and test_size={test_size}, the "
+            f"positions of all parts would take {gib(need)}; this machine has {gib(free)} free"
+        )
     decks = [rng.permutation(np.flatnonzero(y_train == label)) for label in range(num_classes)]
     dealt = [0] * num_classes
     train_caps, test_caps = (np.bincount(y, minlength=num_classes) for y in (y_train, y_test))

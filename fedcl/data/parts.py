@@ -118,8 +118,10 @@ def require_positive(key: str, value: float) -> None:
 
 
 def require_samples(y: Labels, num_clients: int, each: int) -> None:
-    """Raise ValueError unless there are clients, and ``each`` samples for each of them."""
-    if num_clients < 1 or num_clients * each > len(y):
+    """Raise ValueError unless there are clients, and ``each`` samples, or one, for each of them."""
+    most = len(y) // max(each, 1)
+    if not 1 <= num_clients <= most:
         raise ValueError(
-            f"num_clients={num_clients}: must be >= 1, and {len(y)} train samples must give each client at least {each}"
+            f"num_clients={num_clients}: must be in [1, {most}], as data.partition gives each client at least "
+            f"{max(each, 1)} of {len(y)} train samples"
         )

@@ -8,22 +8,21 @@ that the environment variable ``FEDCL_DATA`` names.
 # N = samples, C = channels, H, W = height, width
 from __future__ import annotations
 
-import gzip
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.assembly import assemble, checked_limit, resolve
+from fedcl.data.assembly import assemble, checked_fraction, checked_limit, resolve, stratified
 from fedcl.data.dataset import ArrayDataset, Dataset
+from fedcl.data.labels import encode
+from fedcl.data.reading import Archive, opened_archive, read_idx
+from fedcl.data.samples import as_samples
+from fedcl.rules import ConfigError
 
-_UINT8_CODE = 0x08
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def digits(*, root: str | None = None, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
@@ -47,8 +46,7 @@ def digits(*, root: str | None = None, test_fraction: float = 0.2, seed: int = 0
     """
     if root is not None:
         raise ValueError(f"data.root={root}: must be null, data=digits is built in; use data=idx or data=npz for files")
-    if not 0.0 < test_fraction < 1.0:
-        raise ValueError(f"data.source.test_fraction={test_fraction}: must be in (0, 1)")
+    checked_fraction(test_fraction)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -56,22 +54,13 @@ def digits(*, root: str | None = None, test_fraction: float = 0.2, seed: int = 0
     bunch = load_digits()
     x = np.asarray(bunch.images, np.float32)[:, None]
     y = np.asarray(bunch.target, np.int64)
-    test = _stratified(y, test_fraction, np.random.default_rng(seed))
+    test = stratified(y, test_fraction, seed)
     return Dataset(
         train=ArrayDataset(x[~test], y[~test]),
         test=ArrayDataset(x[test], y[test]),
         classes=tuple(str(name) for name in bunch.target_names),
         scale=1 / 16,
     )
-
-
-def _stratified(y: NDArray[np.int64], fraction: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Return a mask (N,) that is true for ``fraction`` of each class, rounded."""
-    chosen = np.zeros(len(y), bool)
-    for label in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == label))
-        chosen[members[: round(fraction * len(members))]] = True
-    return chosen
 
 
 def idx(
@@ -94,49 +83,34 @@ def idx(
     mean, std
         Normalisation on the [0, 1] scale.
     classes
-        Class names; None names them 0, 1, ... up to the largest label.
+        Class names; None names them by their labels. Classes without a sample are left out.
 
     Raises
     ------
     ValueError
-        The folder or a file is missing, is no idx file of bytes, is cut short, or the halves do not fit together.
+        The folder or a file is missing, is no idx file of bytes, holds less than its header says or more, or the halves
+        do not fit together.
     """
     folder = resolve(root)
     if not folder.is_dir():
         raise ValueError(f"data.root={root}: must be a folder with idx files")
     halves = []
     for prefix, limit in (("train", train_limit), ("t10k", test_limit)):
-        x = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3, limit=limit)
-        y = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1, limit=limit)
+        taken = None if limit is None else checked_limit(limit)
+        x = read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3, limit=taken)
+        y = read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1, limit=taken)
         halves.append((x[:, None], y.astype(np.int64)))
     return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes)
-
-
-def _read_idx(folder: Path, name: str, *, ndim: int, limit: int | None) -> NDArray[np.uint8]:
-    """Read one idx file: two zero bytes, type code, number of axes, big-endian int32 lengths, then the data."""
-    path = next((folder / file for file in (name, f"{name}.gz") if (folder / file).is_file()), None)
-    if path is None:
-        raise ValueError(f"data.root={folder}: file {name} or {name}.gz is missing")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            head = stream.read(4 + 4 * ndim)
-            if head[:4] != bytes((0, 0, _UINT8_CODE, ndim)):
-                expected = bytes((0, 0, _UINT8_CODE, ndim)).hex()
-                raise ValueError(f"data.root={folder}: {path.name} starts with {head[:4].hex()}, must be {expected}")
-            shape = [int(n) for n in np.frombuffer(head[4 : 4 + (len(head) - 4) // 4 * 4], ">u4")]
-            if len(shape) == ndim:
-                shape[0] = shape[0] if limit is None else min(shape[0], checked_limit(limit))
-                body = stream.read(prod(shape))
-                if len(body) == prod(shape):
-                    return np.frombuffer(body, np.uint8).reshape(shape)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"data.root={folder}: {path.name} is damaged: {error}") from error
-    raise ValueError(f"data.root={folder}: {path.name} is cut short; its header announces more data")
 
 
 def npz(
     *,
     root: str,
+    keys: Mapping[str, str] | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    channels: str | None = None,
+    scale: float | None = None,
     train_limit: int | None = None,
     test_limit: int | None = None,
     mean: Sequence[float] = (0.0,),
@@ -146,14 +120,25 @@ def npz(
 ) -> Dataset:
     """Load an npz archive with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test`` and, optionally, ``classes``.
 
-    Images are (N, H, W, C) or (N, H, W) and become (N, C, H, W); flat features (N, D) stay as they are. uint8 stays
-    uint8 and is scaled by 1/255, other numbers become float32 and are not scaled. A further pair of arrays (N,) called
-    ``NAME_train`` and ``NAME_test`` is the meta column NAME. Pickled arrays are refused.
+    Layouts, types and ranges of samples are those of :func:`fedcl.data.samples.as_samples`, labels those of
+    :func:`fedcl.data.labels.encode`. A further pair of arrays (N,) called ``NAME_train`` and ``NAME_test`` is the meta
+    column NAME. Pickled arrays are refused.
 
     Parameters
     ----------
     root
         The archive.
+    keys
+        Names in the archive of the four arrays that are called otherwise there.
+    test_fraction
+        Share of each class of the train arrays that becomes the test half, at least one sample; the archive's own test
+        arrays are then not read. None takes these.
+    seed
+        Draws that split. It is the source's own, so runs with different seeds share their test half.
+    channels
+        ``first`` or ``last`` axis of images (N, H, W, C) or (N, C, H, W); None finds out where it can.
+    scale
+        What values are multiplied by; None scales those that are pixels by 1/255.
     train_limit, test_limit, mean, std, classes
         As in :func:`idx`.
     superclasses
@@ -165,35 +150,88 @@ def npz(
         The file or an array in it is missing, is no plain array, the arrays do not fit together, or the superclasses do
         not name the classes.
     """
-    path = resolve(root)
-    if not path.is_file():
-        raise ValueError(f"data.root={root}: must be an .npz file")
-    try:
-        # Opened here because np.load leaves its own file open when the archive is broken.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"data.root={root}: not an npz archive of plain arrays: {error}") from error
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
-    if missing:
-        raise ValueError(f"data.root={root}: the archive lacks {', '.join(missing)}")
-    halves, meta = [], []
-    columns = [name[:-6] for name in arrays if name.endswith("_train") and f"{name[:-6]}_test" in arrays]
-    for half, limit in (("train", train_limit), ("test", test_limit)):
-        taken = None if limit is None else checked_limit(limit)
-        halves.append((_channels_first(root, arrays[f"x_{half}"][:taken]), arrays[f"y_{half}"][:taken]))
-        meta.append({name: arrays[f"{name}_{half}"][:taken] for name in columns if name not in ("x", "y")})
+    named = _names_of_arrays(keys)
+    if test_fraction is not None:
+        checked_fraction(test_fraction)
+    with opened_archive(resolve(root), root) as archive:
+        arrays, columns = _halves(root, archive, named, split=test_fraction is not None)
     if classes is None and "classes" in arrays:
-        classes = [str(name) for name in arrays["classes"]]
-    scale = 1 / 255 if halves[0][0].dtype == np.uint8 else 1.0
-    dataset = assemble(root, halves, scale=scale, mean=mean, std=std, classes=classes, meta=meta)
-    return dataset if superclasses is None else _with_superclasses(dataset, superclasses)
+        classes = [str(name) for name in arrays["classes"].ravel().tolist()]
+    if test_fraction is not None:
+        _split(root, arrays, columns, test_fraction, seed)
+    limits = {
+        "train": None if train_limit is None else checked_limit(train_limit),
+        "test": None if test_limit is None else checked_limit(test_limit),
+    }
+    samples = as_samples(
+        root,
+        [(named[f"x_{half}"], arrays[f"x_{half}"][:taken]) for half, taken in limits.items()],
+        channels=channels,
+        scale=scale,
+    )
+    labels = [arrays[f"y_{half}"][:taken] for half, taken in limits.items()]
+    meta = [{name: arrays[f"{name}_{half}"][:taken] for name in columns} for half, taken in limits.items()]
+    dataset = assemble(
+        root,
+        list(zip(samples.halves, labels, strict=True)),
+        scale=samples.scale,
+        mean=mean,
+        std=std,
+        classes=classes,
+        meta=meta,
+        notes=samples.notes,
+    )
+    return dataset if superclasses is None else _with_superclasses(dataset, superclasses, classes or dataset.classes)
 
 
-def _with_superclasses(dataset: Dataset, superclasses: Mapping[str, Sequence[str]]) -> Dataset:
+def _names_of_arrays(keys: Mapping[str, str] | None) -> dict[str, str]:
+    given = dict(keys or {})
+    if not given.keys() <= set(_KEYS) or not all(isinstance(name, str) for name in given.values()):
+        raise ConfigError(f"data.source.keys={given}: must give names of arrays for some of {', '.join(_KEYS)}")
+    return {key: given.get(key, key) for key in _KEYS}
+
+
+def _halves(
+    root: str, archive: Archive, named: Mapping[str, str], *, split: bool
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Return the arrays of an archive by what they are, and the names of its columns; without a test half to split."""
+    wanted = {key: name for key, name in named.items() if not (split and key.endswith("_test"))}
+    missing = [key for key, name in wanted.items() if name not in archive.names]
+    if missing:
+        raise ConfigError(
+            f"data.root={root}: the archive lacks {', '.join(wanted[key] for key in missing)}; it has "
+            f"{', '.join(archive.names[:20]) or 'nothing'}; name yours with data.source.keys.{missing[0]}=NAME"
+            + ("" if split or "x_test" not in missing else ", or draw a test half with data.source.test_fraction=0.2")
+        )
+    others = [name for name in archive.names if name not in named.values()]
+    columns = [name[:-6] for name in others if name.endswith("_train") and (split or f"{name[:-6]}_test" in others)]
+    columns = [name for name in columns if name not in ("x", "y")]
+    wanted |= {
+        f"{name}_{half}": f"{name}_{half}" for name in columns for half in (("train",) if split else ("train", "test"))
+    }
+    wanted |= {"classes": "classes"} if "classes" in others else {}
+    found = archive.read(set(wanted.values()))
+    return {key: found[name] for key, name in wanted.items()}, columns
+
+
+def _split(root: str, arrays: dict[str, NDArray[Any]], columns: Sequence[str], fraction: float, seed: int) -> None:
+    """Part the train arrays into a train and a test half, class by class."""
+    y = arrays["y_train"]
+    lengths = {len(arrays[f"{name}_train"]) if arrays[f"{name}_train"].ndim else 0 for name in ("x", "y", *columns)}
+    if len(lengths) != 1:
+        raise ConfigError(
+            f"data.root={root}: samples, labels and columns have the lengths {sorted(lengths)}; must agree"
+        )
+    test = stratified(encode(root, [y], None)[0][0], fraction, seed)
+    for name in ("x", "y", *columns):
+        whole = arrays[f"{name}_train"]
+        arrays[f"{name}_train"], arrays[f"{name}_test"] = whole[~test], whole[test]
+
+
+def _with_superclasses(dataset: Dataset, superclasses: Mapping[str, Sequence[str]], declared: Sequence[str]) -> Dataset:
     names = [name for members in superclasses.values() for name in members]
-    if sorted(names) != sorted(dataset.classes):
-        wrong = sorted(set(names) ^ set(dataset.classes)) or "some twice"
+    if sorted(names) != sorted(declared):
+        wrong = sorted(set(names) ^ set(declared)) or "some twice"
         raise ValueError(f"data.source.superclasses: must name each class once; wrong: {wrong}")
     of_class = {name: group for group, members in superclasses.items() for name in members}
     column = np.array([of_class[name] for name in dataset.classes])
@@ -201,14 +239,3 @@ def _with_superclasses(dataset: Dataset, superclasses: Mapping[str, Sequence[str
         replace(half, meta={**half.meta, "superclass": column[half.y]}) for half in (dataset.train, dataset.test)
     )
     return replace(dataset, train=train, test=test)
-
-
-def _channels_first(root: str, x: NDArray[Any]) -> NDArray[Any]:
-    """Return images (N, H, W[, C]) as (N, C, H, W) and flat features as they are, in uint8 or float32."""
-    if x.ndim not in (2, 3, 4) or x.dtype.kind not in "uif":
-        raise ValueError(f"data.root={root}: samples have shape {x.shape} and {x.dtype}; must be (N, H, W, C) numbers")
-    if x.dtype != np.uint8:
-        x = x.astype(np.float32)
-    if x.ndim == 3:
-        x = x[..., None]
-    return np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim == 4 else x

@@ -3,6 +3,7 @@
 # N = samples, L = characters of a sample
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedcl.data.assembly import Half, assemble, resolve
 from fedcl.data.dataset import Dataset, Meta
+from fedcl.data.reading import damaged, read_bytes, require_room
 
 
 def text(
@@ -78,25 +80,24 @@ def text(
     meta: list[Meta] = [{"speaker": np.array(owner)} for owner in owners]
     kind = np.uint8 if len(codes) <= 256 else np.float32
     samples: list[Half] = []
+    require_room(sum(part.size for half in halves for part in half) * 8, root, "all windows")
     for half in halves:
         windows = np.concatenate(half)
         samples.append((windows[:, :-1].astype(kind), windows[:, -1].copy()))
     names = [character if character.isprintable() else repr(character)[1:-1] for character in codes]
-    return assemble(root, samples, scale=1.0, mean=(0.0,), std=(1.0,), classes=names, meta=meta)
+    return assemble(root, samples, scale=1.0, mean=(0.0,), std=(1.0,), classes=names, meta=meta, vocabulary=True)
 
 
 def _speeches(root: str, speaker: str) -> dict[str, str]:
     """Return all that each speaker says, by name; what stands before the first name is nobody's."""
     path = resolve(root)
-    if not path.is_file():
-        raise ValueError(f"data.root={root}: must be a text file")
     try:
         pattern = re.compile(speaker)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except re.error as error:
         raise ValueError(f"data.source.speaker={speaker!r}: must be a regular expression ({error})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.root={root}: cannot be read as UTF-8 text: {error}") from error
+    data = read_bytes(path, root)
+    with damaged(root, path.name, "cannot be read as UTF-8 text"):
+        lines = io.StringIO(data.decode("utf-8"), newline=None).read().splitlines(keepends=True)
     if pattern.groups < 1:
         raise ValueError(f"data.source.speaker={speaker!r}: must have a group, which is the name")
     said: dict[str, list[str]] = {}

@@ -18,7 +18,8 @@ from fedcl.scenario.transforms import apply_transform
 class Evaluator:
     """Tests model vectors on the tasks of a stream, with the test half of a data set.
 
-    A task's samples are gathered, normalised and transformed once.
+    A task's samples are gathered, normalised and transformed once. A sample for which the model's answer is no number
+    counts as wrong; ``undefined`` maps the tasks that the last call found such samples of to how many.
     """
 
     def __init__(self, dataset: Dataset, stream: Stream, model: FlatModel, *, batch_size: int = 1024) -> None:
@@ -27,6 +28,7 @@ class Evaluator:
         self._model = model
         self._batch_size = batch_size
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}
+        self.undefined: dict[int, int] = {}
 
     @torch.no_grad()
     def accuracy(self, vector: Tensor, tasks: list[int], *, after: int | Collection[int]) -> dict[int, float]:
@@ -37,6 +39,7 @@ class Evaluator:
         """
         self._model.load(vector)
         self._model.eval()
+        self.undefined.clear()
         result = {}
         for task_id in tasks:
             task = self._stream.test_task(task_id, after=after)
@@ -50,6 +53,7 @@ class Evaluator:
         """Return the accuracy of ``vector`` (P,) on each class of ``tasks``, which are those that have been reached."""
         self._model.load(vector)
         self._model.eval()
+        self.undefined.clear()
         right: Counter[int] = Counter()
         total: Counter[int] = Counter()
         for task_id in tasks:
@@ -80,9 +84,15 @@ class Evaluator:
         """Return which samples are predicted right, bool (N,)."""
         columns = None if task.mask is None else torch.tensor(task.mask, device=x.device)
         hits = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        undefined = torch.zeros((), dtype=torch.int64, device=x.device)
         for start in range(0, len(y), self._batch_size):
             rows = slice(start, start + self._batch_size)
             logits = self._model(x[rows]).logits
-            predicted = logits.argmax(1) if columns is None else columns[logits[:, columns].argmax(1)]
-            hits[rows] = predicted == y[rows]
+            largest = (logits if columns is None else logits[:, columns]).max(1)
+            predicted = largest.indices if columns is None else columns[largest.indices]
+            defined = largest.values.isfinite()
+            hits[rows] = (predicted == y[rows]) & defined
+            undefined += (~defined).sum()
+        if int(undefined):
+            self.undefined[task.id] = int(undefined)
         return hits

@@ -1,9 +1,16 @@
 """Continual-learning numbers computed from one accuracy matrix, and the numbers of personal models.
 
 Throughout, ``accuracy_TT[i, j]`` in [0, 1] is the test accuracy on task j after the stream has finished task i, NaN
-where it was not measured. A measurement that a formula needs and that is missing makes the result NaN; nothing is ever
-filled in. Numbers over earlier tasks (forgetting, BWT, FWT) have no terms when there is one task: they are NaN, not 0,
-because "nothing was forgotten" would be a claim.
+where it was not measured. Rows are moments and columns are tests, so they are left out independently of each other:
+
+- A column that is NaN throughout is a task without test samples. Every mean over tasks leaves it out. Its row stays: at
+  that moment the other tasks were measured.
+- A row that is NaN throughout is a moment at which nothing was measured. Maxima and means over moments leave it out.
+  The last row is never replaced by an earlier one: where it is missing, all that describes the end is NaN.
+
+Any other measurement that a formula needs and that is missing makes the result NaN; nothing is ever filled in. Numbers
+over earlier tasks (forgetting, BWT, FWT) have no terms when there is one task: they are NaN, not 0, because "nothing
+was forgotten" would be a claim.
 """
 
 from __future__ import annotations
@@ -23,7 +30,8 @@ KINDS: tuple[Kind, ...] = ("chaudhry", "first", "peak")
 def average_accuracy(accuracy_TT: ArrayLike, after: int = -1, num_examples: ArrayLike | None = None) -> float:
     """Return the mean accuracy over the tasks seen so far, ``A_k = 1/k sum_{j<=k} R[k,j]``.
 
-    Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017 (ACC, for the last task).
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017 (ACC, for the last task). NaN where none of them has
+    test samples.
 
     Parameters
     ----------
@@ -38,23 +46,37 @@ def average_accuracy(accuracy_TT: ArrayLike, after: int = -1, num_examples: Arra
     Raises
     ------
     ValueError
-        The matrix is not square or empty, or ``num_examples`` has another length, a negative entry, or 0 for the first
-        task.
+        The matrix is not square or empty, or ``num_examples`` has another length, a negative entry, or 0 for a task
+        that was tested.
     """
     matrix = _matrix(accuracy_TT)
-    weights = _weights(num_examples, len(matrix))
-    seen = range(len(matrix))[after] + 1
-    return float(np.average(matrix[seen - 1, :seen], weights=weights[:seen]))
+    weights = _weights(num_examples, matrix)
+    row = range(len(matrix))[after]
+    seen = tested_tasks(matrix) & (np.arange(len(matrix)) <= row)
+    return float(np.average(matrix[row, seen], weights=weights[seen])) if seen.any() else float("nan")
 
 
 def average_incremental_accuracy(accuracy_TT: ArrayLike, num_examples: ArrayLike | None = None) -> float:
     """Return ``1/T sum_k A_k``: the average accuracy, averaged over the ends of all tasks, the first included.
 
     Rebuffi et al., "iCaRL", CVPR 2017. ``num_examples`` as in ``average_accuracy``: None for the task mean, test
-    samples of each task for the sample mean. Raises ``ValueError`` likewise.
+    samples of each task for the sample mean. Ends before the last at which no task seen so far has test samples, or
+    nothing was measured, are left out. Raises ``ValueError`` likewise.
     """
     matrix = _matrix(accuracy_TT)
-    return float(np.mean([average_accuracy(matrix, k, num_examples) for k in range(len(matrix))]))
+    tested, last = tested_tasks(matrix), len(matrix) - 1
+    known = [tested[: k + 1].any() and measured for k, measured in enumerate(measured_moments(matrix))]
+    return float(np.mean([average_accuracy(matrix, k, num_examples) for k in range(last + 1) if known[k] or k == last]))
+
+
+def tested_tasks(accuracy_TT: ArrayLike) -> NDArray[np.bool_]:
+    """Return which tasks have a measurement at all, shape (T,). Raises ``ValueError`` for a bad matrix."""
+    return np.asarray(~np.isnan(_matrix(accuracy_TT)).all(axis=0))
+
+
+def measured_moments(accuracy_TT: ArrayLike) -> NDArray[np.bool_]:
+    """Return after which tasks anything was measured, shape (T,). Raises ``ValueError`` for a bad matrix."""
+    return np.asarray(~np.isnan(_matrix(accuracy_TT)).all(axis=1))
 
 
 def forgetting_by_task(accuracy_TT: ArrayLike, kind: Kind = "chaudhry") -> Floats:
@@ -67,29 +89,35 @@ def forgetting_by_task(accuracy_TT: ArrayLike, kind: Kind = "chaudhry") -> Float
     - ``first``: ``R[j,j]``: just learned; the negative of BWT. May be negative. As Avalanche computes it.
     - ``peak``: ``max_l R[l,j]`` over all measured rows, the last included: never negative. As Mammoth and PyCIL do.
 
+    A task without test samples has NaN.
+
     Raises
     ------
     ValueError
         The matrix is not square or empty, or the kind is unknown.
     """
-    matrix = _matrix(accuracy_TT)
-    last = len(matrix) - 1
-    earlier = range(last)
-    if kind == "chaudhry":
-        best = [np.max(matrix[j:last, j]) for j in earlier]
-    elif kind == "first":
-        best = [matrix[j, j] for j in earlier]
-    elif kind == "peak":
-        # rows from before the task was learned count where they were measured; from then on they must have been
-        best = [np.max(matrix[j:, j], initial=np.fmax.reduce(matrix[:j, j], initial=-np.inf)) for j in earlier]
-    else:
+    if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
+    matrix = _matrix(accuracy_TT)
+    last, measured = len(matrix) - 1, measured_moments(matrix)
+    best = [_best(matrix[:, task], task, measured, kind) for task in range(last)]
     return np.asarray(best, dtype=np.float64) - matrix[last, :last]
 
 
+def _best(accuracy_T: Floats, task: int, measured: NDArray[np.bool_], kind: Kind) -> float:
+    """Return the best accuracy on ``task`` by a definition of forgetting; rows that were not measured are left out."""
+    if kind == "first":
+        return float(accuracy_T[task])
+    stop = len(accuracy_T) - (kind == "chaudhry")
+    since = accuracy_T[task:stop][measured[task:stop]]
+    # rows from before the task was learned count where they were measured; from then on they must have been
+    before = np.fmax.reduce(accuracy_T[:task], initial=-np.inf) if kind == "peak" else -np.inf
+    return float(np.max(since, initial=before)) if len(since) else float("nan")
+
+
 def forgetting(accuracy_TT: ArrayLike, kind: Kind = "chaudhry") -> float:
-    """Return ``forgetting_by_task`` averaged over the T-1 earlier tasks; NaN for one task. Raises likewise."""
-    return _mean(forgetting_by_task(accuracy_TT, kind))
+    """Return ``forgetting_by_task`` averaged over the earlier tasks with test samples; NaN without. Raises likewise."""
+    return _mean(forgetting_by_task(accuracy_TT, kind)[tested_tasks(accuracy_TT)[:-1]])
 
 
 def bwt(accuracy_TT: ArrayLike) -> float:
@@ -98,7 +126,7 @@ def bwt(accuracy_TT: ArrayLike) -> float:
     Lopez-Paz and Ranzato, NeurIPS 2017, eq. 3. Raises ``ValueError`` for a matrix that is not square or empty.
     """
     matrix = _matrix(accuracy_TT)
-    return _mean((matrix[-1] - np.diag(matrix))[:-1])
+    return _mean((matrix[-1] - np.diag(matrix))[:-1][tested_tasks(matrix)[:-1]])
 
 
 def fwt(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None) -> float:
@@ -124,7 +152,7 @@ def fwt(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None) -> float:
     baseline = np.asarray(baseline_T, dtype=np.float64)
     if baseline.shape != (len(matrix),):
         raise ValueError(f"baseline of shape {baseline.shape}: must have one entry for each of {len(matrix)} tasks")
-    return _mean(np.diag(matrix, k=1) - baseline[1:])
+    return _mean((np.diag(matrix, k=1) - baseline[1:])[tested_tasks(matrix)[1:]])
 
 
 def learning_accuracy(accuracy_TT: ArrayLike) -> float:
@@ -132,13 +160,12 @@ def learning_accuracy(accuracy_TT: ArrayLike) -> float:
 
     Riemer et al., "Learning to Learn without Forgetting", ICLR 2019. Raises ``ValueError`` for a bad matrix.
     """
-    return float(np.mean(np.diag(_matrix(accuracy_TT))))
+    matrix = _matrix(accuracy_TT)
+    return _mean(np.diag(matrix)[tested_tasks(matrix)])
 
 
 def summarise(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None = None) -> dict[str, float]:
     """Return the continual-learning headline numbers under their keys of ``summary.json``, all as task means.
-
-    Tasks that were never measured, because they have no test samples, are left out with their rows.
 
     Parameters
     ----------
@@ -153,11 +180,6 @@ def summarise(accuracy_TT: ArrayLike, baseline_T: ArrayLike | None = None) -> di
         As the functions for each number do.
     """
     matrix = _matrix(accuracy_TT)
-    # a task without test samples is measured by nobody: its row is one more look at the others
-    measured = ~np.isnan(matrix).all(axis=0)
-    if measured.any():
-        matrix = matrix[np.ix_(measured, measured)]
-        baseline_T = None if baseline_T is None else np.asarray(baseline_T, dtype=np.float64)[measured]
     return {
         "accuracy/average": average_accuracy(matrix),
         "accuracy/average_incremental": average_incremental_accuracy(matrix),
@@ -199,11 +221,12 @@ def _matrix(accuracy_TT: ArrayLike) -> Floats:
     return matrix
 
 
-def _weights(num_examples: ArrayLike | None, num_tasks: int) -> Floats:
+def _weights(num_examples: ArrayLike | None, matrix: Floats) -> Floats:
     if num_examples is None:
-        return np.ones(num_tasks)
+        return np.ones(len(matrix))
     weights = np.asarray(num_examples, dtype=np.float64)
-    # the first task is a prefix of its own, so it needs samples too
-    if weights.shape != (num_tasks,) or (weights < 0).any() or not weights[0] > 0:
-        raise ValueError(f"num_examples={weights.tolist()}: must be {num_tasks} counts >= 0, the first one > 0")
+    if weights.shape != (len(matrix),) or not (weights >= tested_tasks(matrix)).all():
+        raise ValueError(
+            f"num_examples={weights.tolist()}: must be {len(matrix)} counts >= 0, and > 0 for each task that was tested"
+        )
     return weights

@@ -82,6 +82,15 @@ def hits(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
     return right.masked_fill(logits_NC.isnan().any(1), NAN)
 
 
+def correct(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
+    """Return which samples are predicted right, bool (N,): never one whose largest logit is NaN or infinite.
+
+    Of a model that has diverged, argmax would pick a class all the same, and its accuracy look like chance.
+    """
+    largest = logits_NC.max(1)
+    return (largest.indices == targets_N) & largest.values.isfinite()
+
+
 def accuracy(logits_NC: Tensor, targets_N: Tensor) -> float:
     """Return the share of samples whose target has the largest logit, in [0, 1]. Raises as :func:`hits`."""
     return mean(hits(logits_NC, targets_N))

@@ -3,7 +3,8 @@
 De Lange, van de Ven, Tuytelaars, "Continual evaluation for lifelong learning: Identifying the stability gap", ICLR
 2023: min-ACC, WC-ACC, windowed forgetting and plasticity. Throughout, ``curve_NT[n, j]`` in [0, 1] is the accuracy on
 task j at the n-th evaluation, NaN where it was not measured; ``learned_T[j]`` is the index of the evaluation with which
-task j was learned, and a task that has not been is given -1.
+task j was learned, and a task that has not been is given -1. A column that is NaN throughout is a task without test
+samples: means over tasks leave it out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Floats = NDArray[np.float64]
 def min_accuracy(curve_NT: ArrayLike, learned_T: Sequence[int]) -> float:
     """Return min-ACC: the lowest accuracy on each earlier task after it was learned, averaged over those tasks.
 
-    The task learned last is left out; NaN where there is no other, or nothing was measured since it was learned.
+    The task learned last is left out, whether it has test samples or not; NaN where there is no other with some, or
+    one of them was not measured since it was learned.
 
     Raises
     ------
@@ -34,7 +36,8 @@ def min_accuracy(curve_NT: ArrayLike, learned_T: Sequence[int]) -> float:
 def worst_case_accuracy(curve_NT: ArrayLike, learned_T: Sequence[int]) -> float:
     """Return WC-ACC = 1/k A(E_k, f_t) + (1 - 1/k) min-ACC, with k tasks learned and t the last evaluation.
 
-    With one task it is that task's accuracy. Raises ``ValueError`` as `min_accuracy`.
+    With one task it is that task's accuracy; NaN where the task learned last has no test samples. k counts those that
+    have. Raises ``ValueError`` as `min_accuracy`.
     """
     curve, earlier, last = _parts(curve_NT, learned_T)
     if last is None:
@@ -100,12 +103,13 @@ def aggregation_drop(before: ArrayLike, after: ArrayLike) -> float:
 
 
 def _parts(curve_NT: ArrayLike, learned_T: Sequence[int]) -> tuple[Floats, list[int], int | None]:
-    """Return the curve, the tasks learned before the last one, and that one."""
+    """Return the curve, the tasks with test samples learned before the last one, and that one."""
     curve = np.asarray(curve_NT, dtype=np.float64)
     if curve.ndim != 2 or curve.shape[1] != len(learned_T):
         raise ValueError(f"curve of shape {curve.shape}: must have a column for each of {len(learned_T)} tasks")
     learned = [task for task in np.argsort(learned_T, kind="stable") if learned_T[task] >= 0]
-    return curve, [int(task) for task in learned[:-1]], int(learned[-1]) if learned else None
+    tested = np.asarray(~np.isnan(curve).all(axis=0))
+    return curve, [int(task) for task in learned[:-1] if tested[task]], int(learned[-1]) if learned else None
 
 
 def _lowest(values: Floats) -> float:

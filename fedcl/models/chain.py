@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedcl.models.networks import MLP
+from fedcl.models.networks import BETWEEN, MLP
 
 Names = tuple[str, str]  # of a linear layer's weight and bias
 
@@ -27,7 +27,7 @@ def chain_of(module: nn.Module) -> Chain | None:
     """Return the names of ``module``'s layers if it is a plain linear network that is trained as a whole, else None."""
     if type(module) is not MLP or not all(p.requires_grad for p in module.parameters()):
         return None
-    if "embed" in module._modules or "expand" in module._modules:
+    if any(name in module._modules for name in BETWEEN):
         return None
     heads = (
         {"head": module.head} if "head" in module._modules else {f"heads.{k}": h for k, h in enumerate(module.heads)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-KINDS = ("linear", "cosine", "simplex", "random")
-_LINEAR = ("linear", "random")  # the latter is a linear head on random features
+KINDS = ("linear", "cosine", "simplex", "random", "unit")
+_LINEAR = ("linear", "random", "unit")  # the latter two are linear heads on other features
 _FIRST_SCALE = 10.0
 
 
@@ -99,6 +99,14 @@ class RandomFeatures(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, F) to (B, width)."""
         return functional.relu(features @ self.matrix)
+
+
+class UnitFeatures(nn.Module):
+    """Features scaled to length 1, those of length 0 left as they are: a linear head on them reads directions alone."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, F) to z / |z|, (B, F)."""
+        return functional.normalize(features, dim=1)
 
 
 def simplex(vertices: int) -> Tensor:

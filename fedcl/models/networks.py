@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from fedcl.models.heads import RandomFeatures, make_heads, simplex_features
+from fedcl.models.budget import Budget
+from fedcl.models.heads import RandomFeatures, UnitFeatures, make_heads, simplex_features
 from fedcl.models.pretrained import load_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,6 +73,9 @@ class Dropout(RandomLayer):
         return f"p={self.p}"
 
 
+BETWEEN = ("embed", "expand", "unit")  # layers between body and heads, in their order; see Network.attach_heads
+
+
 class Network(nn.Module):
     """Base of all networks: owns the heads.
 
@@ -98,11 +102,11 @@ class Network(nn.Module):
         ----------
         num_features
             Width of what the body computes. With ``kind="simplex"`` a linear layer ``embed`` follows, with ``"random"``
-            fixed random features; what comes out of them are then the features.
+            fixed random features, with ``"unit"`` scaling to length 1; what comes out of them are then the features.
         heads
             Logit columns of each head.
         kind
-            linear, cosine, simplex or random: see `fedcl.models.heads`.
+            linear, cosine, simplex, random or unit: see `fedcl.models.heads`.
         scale
             What cosines and simplex logits are multiplied by; None is a learned scale for cosine, 1 for simplex.
         width
@@ -122,6 +126,8 @@ class Network(nn.Module):
             raise ValueError(f"model.head_width={width}: must be >= 1 with model.head=random, null with others")
         if width is not None:
             self.expand = RandomFeatures(num_features, width)
+        if kind == "unit":
+            self.unit = UnitFeatures()
         made = make_heads(width or num_features, heads, kind=kind, scale=scale)
         if len(heads) == 1:
             self.head = made[0]
@@ -176,7 +182,7 @@ class Network(nn.Module):
         """Apply the heads to the body's features (B, F) and return logits and features."""
         # a module's own attributes take a search each: this runs at every step, on networks of a few layers
         modules = self._modules
-        for name in ("embed", "expand"):
+        for name in BETWEEN:
             layer = modules.get(name)
             if layer is not None:
                 features = layer(features)
@@ -290,9 +296,10 @@ class LeNet(Network):
 def build_model(factory: Callable[[], M], *, seed: int) -> M:
     """Return ``factory()`` with its initial weights drawn from ``seed``; torch's global random state is left as it was.
 
-    The factory must build on the CPU, which makes the weights the same whatever device the model moves to.
+    The factory must build on the CPU, which makes the weights the same whatever device the model moves to. TooLarge for
+    a network that would take more memory than there is.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Budget():
         # Not torch.manual_seed: that one also reseeds the accelerators, which the fork does not restore.
         torch.default_generator.manual_seed(seed)
         return factory()

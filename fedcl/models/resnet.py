@@ -114,9 +114,9 @@ class ResNet(Network):
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
         inputs = width
         for i, (stage, count) in enumerate(zip(self.stages, blocks, strict=True)):
-            outputs, strides = width << i, [2 if i else 1] + [1] * (count - 1)
-            layers = [BasicBlock(inputs, outputs, strides[0], norm, groups)]
-            layers += [BasicBlock(outputs, outputs, stride, norm, groups) for stride in strides[1:]]
+            outputs = width << i
+            layers = [BasicBlock(inputs, outputs, 2 if i else 1, norm, groups)]
+            layers += (BasicBlock(outputs, outputs, 1, norm, groups) for _ in range(count - 1))
             self.add_module(stage, nn.Sequential(*layers))
             inputs = outputs
         for layer in self.modules():

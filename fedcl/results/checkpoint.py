@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fedcl.files import write_atomic, write_bytes_atomic
+from fedcl.rules import ConfigError
 from fedcl.tree import pack, unpack
 
 _ROUND = re.compile(r"round_\d{6,}(_\d{4,})?")
@@ -30,7 +31,10 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 ClientVersions = Mapping[str, int]  # client -> visit whose state is current
 
 
-class CheckpointError(ValueError):
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+
+
+class CheckpointError(ConfigError):
     """No whole checkpoint could be read."""
 
 
@@ -99,31 +103,44 @@ class Checkpoints:
 
     def begun(self) -> bool:
         """Whether a checkpoint was ever finished: if not, a run starts from its beginning."""
-        return (self.folder / "LATEST").is_file() or bool(self._candidates())
+        return bool(self._latest() or self._names())
 
     def load(self) -> tuple[Any, dict[str, tuple[int, Any]]]:
         """Return the newest whole checkpoint: its state, and each client's (visit, state).
 
-        A damaged one is passed over with a warning.
+        A damaged one is passed over with a warning. One that a run at work has removed meanwhile is none: its newest
+        is taken then.
 
         Raises
         ------
         CheckpointError
             If none is whole.
         """
+        newest, damaged = self._latest(), []
         for name in self._candidates():
             try:
-                return self._read(name)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                warnings.warn(f"checkpoint {name} is damaged ({error}); taking the one before", stacklevel=2)
-        raise CheckpointError(f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed")
+                found = self._read(name)
+            except _DAMAGE as error:
+                if self._latest() != newest:
+                    return self.load()
+                damaged.append(f"checkpoint {name} is damaged ({error}); taking the one before")
+                continue
+            for warning in damaged:
+                warnings.warn(warning, stacklevel=2)
+            return found
+        for warning in damaged:
+            warnings.warn(warning, stacklevel=2)
+        raise CheckpointError(
+            f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed, but fedcl resume starts it anew "
+            f"when {self.folder} is removed"
+        )
 
     def every(self) -> Iterator[tuple[Any, dict[str, tuple[int, Any]]]]:
         """Yield what :meth:`load` returns for each whole checkpoint, the newest first."""
         for name in self._candidates():
             try:
                 yield self._read(name)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except _DAMAGE as error:
                 warnings.warn(f"checkpoint {name} is damaged ({error}); passing it over", stacklevel=2)
 
     def _candidates(self) -> list[str]:
@@ -132,15 +149,23 @@ class Checkpoints:
         return [name for name in names if name <= newest] if newest else names
 
     def _latest(self) -> str:
-        """Return the name of the newest whole checkpoint, empty if none is named."""
+        """Return the name of the newest whole checkpoint, empty if none is named; CheckpointError if none can be."""
         path = self.folder / "LATEST"
-        name = path.read_text().strip() if path.is_file() else ""
+        for place in (self.folder, self.folder / "clients"):
+            if place.exists() and not place.is_dir():
+                raise CheckpointError(f"{place}: must be a folder; remove it, and what is in it is written anew")
+        try:
+            name = path.read_bytes().decode("ascii", errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); remove it") from error
         return name if _ROUND.fullmatch(name) else ""
 
     def _read(self, name: str) -> tuple[Any, dict[str, tuple[int, Any]]]:
         folder = self.folder / name
         files = {}
-        for line in (folder / "SHA256SUMS").read_text().splitlines():
+        for line in (folder / "SHA256SUMS").read_text(encoding="ascii").splitlines():
             digest, _, member = line.partition("  ")
             if member not in ("state.json", "tensors.safetensors"):
                 raise ValueError(f"names the foreign file {member!r}")
@@ -160,7 +185,7 @@ class Checkpoints:
         data = save_tensors(_apart(tensors), metadata={"tree": json.dumps(tree)})
         digest = hashlib.sha256(data).hexdigest()
         path = self.folder / "clients" / f"{digest}.safetensors"
-        if not path.exists():
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:  # or damaged since
             write_bytes_atomic(path, data)
         return digest
 
@@ -217,7 +242,7 @@ class Checkpoints:
         try:
             header = json.loads((self.folder / name / "state.json").read_bytes())
             return {digest for _, digest in header["clients"].values()}, bool(header.get("alone", False))
-        except (OSError, ValueError, KeyError, TypeError):
+        except _DAMAGE:
             return None
 
 

@@ -37,7 +37,8 @@ def round_curve(run: Run) -> Curve | None:
     stages = rows.groupby("after")["round"].max()  # the last test of each stage
     seen = rows[rows["round"] >= rows["task"].map(met).fillna(np.inf)]
     table = seen.drop_duplicates(["round", "task"], keep="last").pivot(index="round", columns="task", values="value")
-    table = table.reindex(columns=range(int(rows["task"].max()) + 1))
+    # a task without test samples has a column too: that it was learned makes all others earlier ones
+    table = table.reindex(columns=range(int(max(rows["task"].max(), met.index.max())) + 1))
     ends = {task: stages[stages >= first].min() for task, first in met.items()}
     rounds = list(table.index)
     learned = [rounds.index(ends[task]) if ends.get(task) in rounds else -1 for task in table.columns]
@@ -51,7 +52,7 @@ def client_curves(run: Run) -> dict[str, Curve]:
     for client, rows in table.groupby("client"):
         wide = rows.pivot_table(index=["round", "step"], columns="task", values="value", aggfunc="last")
         trained = rows.drop_duplicates(["round", "step"]).set_index(["round", "step"])["after"].reindex(wide.index)
-        wide = wide.reindex(columns=range(int(rows["task"].max()) + 1))
+        wide = wide.reindex(columns=range(int(max(rows["task"].max(), rows["after"].max())) + 1))
         learned = [int(np.flatnonzero(trained == task)[-1]) if (trained == task).any() else -1 for task in wide.columns]
         curves[str(client)] = (wide.to_numpy(dtype=np.float64), learned)
     return curves
@@ -112,8 +113,10 @@ def client_forgetting(run: Run) -> pd.Series[float]:
     """Return by client what it forgot of its earlier tasks, from its personal rows; NaN where it has had one task only.
 
     For each task: the best accuracy at the end of a stage before the last, minus the accuracy at the last (Chaudhry).
+    A client that was not heard of at the last is left out.
     """
     table = run.metrics[(run.metrics["phase"] == "personal") & (run.metrics["name"] == "accuracy")]
+    table = table[table["client"].isin(run.by_client("personal"))]
     result = {}
     for client, rows in table.groupby("client"):
         wide = rows.drop_duplicates(["after", "task"], keep="last").pivot(index="after", columns="task", values="value")

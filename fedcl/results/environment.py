@@ -14,8 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedcl import locking
+from fedcl.results import schema
+from fedcl.rules import ConfigError
+
 _PACKAGES = ("fedcl", "torch", "torchvision", "numpy", "flwr", "ray", "hydra-core", "safetensors", "pyarrow")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (*schema.LAUNCH, schema.SUMS)))})\.[0-9a-f]{{16}}\.tmp")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +55,8 @@ def create_run_dir(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"run_dir={path}: must be a folder, but is a file")
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"run_dir={path}: must be new or empty; choose another, or resume with: fedcl resume {path}")
+    if path.is_dir():
+        refuse_used(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,6 +64,20 @@ def create_run_dir(
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"run_dir={path}: cannot be written to")
     return path
+
+
+def refuse_used(path: Path) -> None:
+    """Refuse a folder with anything in it, but for what a run leaves that died before it had written what it is.
+
+    Raises
+    ------
+    ConfigError
+        If there is more.
+    """
+    names = {entry.name for entry in path.iterdir()}
+    begun = {locking.FILE, schema.OVERRIDES, schema.ENV, schema.SUMS}
+    if any(name not in begun and not _TEMPORARY.fullmatch(name) for name in names):
+        raise ConfigError(f"run_dir={path}: must be new or empty; choose another, or resume with: fedcl resume {path}")
 
 
 def _new_default_dir(parent: Path, config: str, seed: int) -> Path:

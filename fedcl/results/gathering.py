@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fedcl.results import schema
+from fedcl.results import reading, schema
 from fedcl.results.configurations import settings
 from fedcl.rules import ConfigError
 
@@ -85,18 +83,17 @@ def gather(places: Sequence[Path]) -> Gathered:
     found = Gathered(sweeps={place: list(_jobs(place)) for place in places if (place / schema.SWEEP).is_file()})
     groups: dict[str, Configuration] = {}
     for folder in dict.fromkeys(folder for place in places for folder in run_folders(place)):
-        status = folder / schema.STATUS
-        said = status.read_text(encoding="utf-8").strip() if status.is_file() else "unknown"
+        said = reading.status(folder)
         if said != "done" or not (folder / schema.SUMMARY).is_file():
             found.unfinished[folder] = said if said != "done" else "without its summary"
             continue
-        cfg = _read(folder / schema.CONFIG)
+        cfg = _configuration(folder)
         one = groups.setdefault(json.dumps(settings(cfg), sort_keys=True, default=str), Configuration(cfg))
         if cfg["seed"] in one.summaries:
             found.doubles.append(folder)
             continue
         one.folders.append(folder)
-        one.summaries[cfg["seed"]] = _read(folder / schema.SUMMARY)
+        one.summaries[cfg["seed"]] = reading.summary(folder)
     for sweep, jobs in found.sweeps.items():
         begun = [name for name in jobs if (sweep / name / schema.CONFIG).is_file()]
         found.unfinished |= {sweep / name: _NOT_BEGUN for name in jobs if name not in begun}
@@ -132,24 +129,19 @@ def run_folders(place: Path) -> list[Path]:
 def _jobs(place: Path) -> dict[str, int]:
     """Return name -> place in the list of a sweep's jobs; empty if this is no sweep's folder."""
     index = place / schema.SWEEP
-    if not index.is_file():
-        return {}
     try:
-        return {str(job["name"]): i for i, job in enumerate(_read(index)["jobs"])}
+        return {str(job["name"]): i for i, job in enumerate((reading.mapping(index) or {"jobs": []})["jobs"])}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{index}: not the index of a sweep; remove it, and its runs are compared by name") from error
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Read a file that fedcl wrote; ConfigError if it is damaged."""
-    text = file.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read, it is damaged; leave {file.parent} out or run it again") from error
-    if not isinstance(content, dict) or (file.name == schema.CONFIG and "seed" not in content):
-        raise ConfigError(f"{file}: not what a run of fedcl writes there; leave {file.parent} out or run it again")
-    return content
+def _configuration(folder: Path) -> dict[str, Any]:
+    """Return a run's configuration; ConfigError if it is damaged, or none of a run."""
+    path = folder / schema.CONFIG
+    found = reading.required(path)
+    if not isinstance(found.get("seed"), int):
+        raise reading.Damaged(path, "is not what a run writes there: has no seed", f"leave {folder} out")
+    return found
 
 
 def _runs_below(place: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -12,10 +13,12 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from fedcl.files import write_atomic
-from fedcl.results import schema
+from fedcl.results import reading, schema, sums
 from fedcl.results.environment import create_run_dir, environment
+from fedcl.results.reading import Damaged
+from fedcl.rules import ConfigError
 
-__all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic"]
+__all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic", "write_launch", "write_summary"]
 
 _METRIC_COLUMNS = tuple(schema.METRIC_COLUMNS)
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode  # made once, not a line
@@ -35,22 +38,37 @@ class Recorder:
         Folder of the run; must exist (``create_run_dir``).
     resume_offsets
         None for a new run. Otherwise what ``flush`` returned when the checkpoint was written: table -> bytes to keep.
+    digests
+        What ``digests`` returned then: table -> SHA-256 of those bytes; none in a checkpoint of an older version.
 
     Raises
     ------
-    ValueError
-        The folder is missing, a new run finds a table that is already there, or a table does not reach its offset.
+    ConfigError
+        The folder is missing, a new run finds a table that is already there, or a table is not what it was at the
+        checkpoint; nothing has been changed then.
     """
 
-    def __init__(self, run_dir: Path, *, resume_offsets: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_offsets: Mapping[str, int] | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.run_dir = Path(run_dir)
         if not self.run_dir.is_dir():
-            raise ValueError(f"run_dir={self.run_dir}: must be an existing folder")
+            raise ConfigError(f"run_dir={self.run_dir}: must be an existing folder")
+        _refuse_folders(self.run_dir)
         paths = {table: self.run_dir / f"{table}.jsonl" for table in schema.TABLES}
+        self._digests = {table: hashlib.sha256() for table in paths}
         if resume_offsets is None:
             _refuse_existing(paths)
         else:
-            _truncate(paths, resume_offsets)
+            self._digests = _checked(paths, resume_offsets, digests or {})
+        sums.begin(self.run_dir)
+        for table, path in paths.items():
+            if resume_offsets is not None and path.exists():
+                os.truncate(path, resume_offsets[table])
         for table in (schema.METRICS, schema.TIMINGS):  # made from lines that may be cut off now
             (self.run_dir / f"{table}.parquet").unlink(missing_ok=True)
         self.followers: list[Callable[[Mapping[str, Any]], None]] = []  # each is told every row of the metrics
@@ -73,11 +91,11 @@ class Recorder:
         phase: str,
         name: str,
         value: float,
+        virtual_time: float,
         client: str = "",
         task: int = -1,
         after: int = -1,
         step: int = -1,
-        virtual_time: float = 0.0,
     ) -> None:
         """Record one value; see ``schema.Row`` for the fields. A value that is not finite is stored as missing.
 
@@ -104,7 +122,7 @@ class Recorder:
         for row in rows:
             self.row(**row._asdict())
 
-    def event(self, kind: str, *, round: int = -1, virtual_time: float = 0.0, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record that something happened: a fault, a rejected reply, an unlearning request, a task boundary.
 
         Parameters
@@ -120,7 +138,11 @@ class Recorder:
         ------
         TypeError
             A field cannot be written as JSON.
+        ValueError
+            ``virtual_time`` is not finite.
         """
+        if not math.isfinite(virtual_time):
+            raise ValueError(f"virtual_time={virtual_time}: must be finite")
         record = {"round": int(round), "virtual_time": float(virtual_time), "kind": kind, **fields}
         self._write(schema.EVENTS, record)
 
@@ -134,6 +156,10 @@ class Recorder:
             file.flush()
             os.fsync(file.fileno())
         return {table: file.tell() for table, file in self._files.items()}
+
+    def digests(self) -> dict[str, str]:
+        """Return table -> SHA-256 of every line so far, for the checkpoint."""
+        return {table: digest.hexdigest() for table, digest in self._digests.items()}
 
     def close(self, *, finished: bool = True) -> None:
         """Flush, close, and write ``metrics.parquet`` and ``timings.parquet``; the lines are kept. Twice is harmless.
@@ -161,30 +187,19 @@ class Recorder:
         ValueError
             A key that ``schema.is_summary_key`` does not know: scripts depend on the names.
         """
-        unknown = sorted(key for key in summary if not schema.is_summary_key(key))
-        if unknown:
-            raise ValueError(f"summary keys {', '.join(unknown)}: not in fedcl.results.schema.SUMMARY_KEYS")
-        keys = [key for key in schema.SUMMARY_KEYS if key in summary]
-        keys += sorted(key for key in summary if key not in schema.SUMMARY_KEYS)
-        text = json.dumps(_plain({key: summary[key] for key in keys}), indent=2, allow_nan=False)
-        write_atomic(self.run_dir / schema.SUMMARY, text + "\n")
+        write_summary(self.run_dir, summary)
 
-    def write_config(self, config: str, overrides: Sequence[str]) -> None:
-        """Write ``config.yaml`` (resolved YAML text) and ``overrides.yaml`` (what the user changed, ``key=value``)."""
-        write_atomic(self.run_dir / schema.CONFIG, config)
-        # a JSON string is a YAML string, so writing needs no YAML library on a device
-        lines = "".join(f"- {json.dumps(override)}\n" for override in overrides)
-        write_atomic(self.run_dir / schema.OVERRIDES, lines or "[]\n")
-
-    def write_env(self, env: Mapping[str, Any]) -> None:
-        """Write ``env.json``: where and with what the run ran (``fedcl.results.environment.environment``)."""
-        write_atomic(self.run_dir / schema.ENV, json.dumps(_plain(env), indent=2, allow_nan=False) + "\n")
+    def conclude(self) -> None:
+        """Write down the hash of everything that has been measured: it is to stay as it is."""
+        sums.conclude(self.run_dir)
 
     def _write(self, table: str, record: Mapping[str, Any]) -> None:
         self._line(table, _ENCODE(_plain(record)) + "\n")
 
     def _line(self, table: str, line: str) -> None:
-        self._files[table].write(line.encode())
+        data = line.encode()
+        self._digests[table].update(data)
+        self._files[table].write(data)
 
     def _close_tables(self) -> bool:
         if all(file.closed for file in self._files.values()):
@@ -200,6 +215,43 @@ def _text(value: str | float | None) -> str:
     if isinstance(value, str):
         return _quoted(value)
     return "null" if value is None else repr(value)
+
+
+def write_summary(folder: Path, summary: Mapping[str, float | str | None]) -> None:
+    """Write ``summary.json`` as :meth:`Recorder.write_summary` does; ValueError for an unknown key."""
+    unknown = sorted(key for key in summary if not schema.is_summary_key(key))
+    if unknown:
+        raise ValueError(f"summary keys {', '.join(unknown)}: not in fedcl.results.schema.SUMMARY_KEYS")
+    keys = [key for key in schema.SUMMARY_KEYS if key in summary]
+    keys += sorted(key for key in summary if key not in schema.SUMMARY_KEYS)
+    text = json.dumps(_plain({key: summary[key] for key in keys}), indent=2, allow_nan=False)
+    sums.replace(folder / schema.SUMMARY, text + "\n")
+
+
+def write_launch(folder: Path, config: str, overrides: Sequence[str], env: Mapping[str, Any]) -> None:
+    """Write what a run is: ``overrides.yaml``, ``env.json``, their hashes and, last, ``config.yaml``.
+
+    A folder with a ``config.yaml`` has them all: where a run died before it, it never began.
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+    config
+        The resolved configuration as YAML text.
+    overrides
+        What the user changed, as ``key=value``.
+    env
+        Where and with what the run runs (:func:`fedcl.results.environment.environment`), and how it was asked for.
+    """
+    # a JSON string is a YAML string, so writing needs no YAML library on a device
+    listed = "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
+    told = json.dumps(_plain(env), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    texts = {schema.OVERRIDES: listed, schema.ENV: told, schema.CONFIG: config}
+    write_atomic(folder / schema.OVERRIDES, listed)
+    write_atomic(folder / schema.ENV, told)
+    sums.write(folder, sums.of_texts(texts))
+    write_atomic(folder / schema.CONFIG, config)
 
 
 def to_parquet(lines: Path, target: Path, columns: Mapping[str, str]) -> None:
@@ -241,27 +293,36 @@ def to_parquet(lines: Path, target: Path, columns: Mapping[str, str]) -> None:
 def _refuse_existing(paths: Mapping[str, Path]) -> None:
     for path in paths.values():
         if path.exists() and path.stat().st_size:
-            raise ValueError(f"run_dir={path.parent}: already holds {path.name}; resume it or choose another folder")
+            raise ConfigError(f"run_dir={path.parent}: already holds {path.name}; resume it or choose another folder")
 
 
-def _truncate(paths: Mapping[str, Path], offsets: Mapping[str, int]) -> None:
+def _refuse_folders(run_dir: Path) -> None:
+    """Refuse a folder in the place of a file that is to be written, before anything is changed."""
+    for name in (schema.STATUS, schema.SUMS, *schema.WRITTEN):
+        if (run_dir / name).is_dir():
+            raise Damaged(run_dir / name, "is a folder", "remove it")
+
+
+def _checked(
+    paths: Mapping[str, Path], offsets: Mapping[str, int], digests: Mapping[str, str]
+) -> dict[str, hashlib._Hash]:
+    """Return the hash of each table up to a checkpoint's bytes; Damaged if they are not what they were then."""
+    folder = next(iter(paths.values())).parent
+    remedy = f"restore it, or remove {folder / 'checkpoints'}: fedcl resume then starts the run anew"
     if set(offsets) != set(paths):
-        raise ValueError(f"resume_offsets={sorted(offsets)}: must name exactly {sorted(paths)}")
+        raise ConfigError(f"resume_offsets={sorted(offsets)}: must name exactly {sorted(paths)}")
+    kept = {}
     for table, path in paths.items():
-        size, offset = path.stat().st_size if path.exists() else 0, offsets[table]
-        if not 0 <= offset <= size:
-            raise ValueError(f"{path}: has {size} bytes, the checkpoint expects at least {offset}; the table was cut")
-        if offset and not _ends_line(path, offset):
-            raise ValueError(f"{path}: byte {offset} of the checkpoint is not the end of a line; the table was changed")
-    for table, path in paths.items():
-        if path.exists():
-            os.truncate(path, offsets[table])
-
-
-def _ends_line(path: Path, offset: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset - 1)
-        return file.read(1) == b"\n"
+        data, offset = reading.content(path, checked=False) or b"", offsets[table]
+        if not 0 <= offset <= len(data):
+            raise Damaged(path, f"has {len(data)} bytes, the checkpoint expects {offset}: the table was cut", remedy)
+        kept[table] = hashlib.sha256(memoryview(data)[:offset])
+        if kept[table].hexdigest() != digests.get(table, kept[table].hexdigest()) or data[offset - 1 : offset] not in (
+            b"\n",
+            b"",
+        ):
+            raise Damaged(path, f"its first {offset} bytes are not those of the checkpoint: it was changed", remedy)
+    return kept
 
 
 def _plain(value: Any) -> Any:

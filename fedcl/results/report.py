@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcl.results import schema
+from fedcl.results.caveats import caveats
 from fedcl.results.run import Run
 from fedcl.server.selection import client_order
 
@@ -89,6 +90,9 @@ def _sections(run: Run) -> Iterator[RenderableType]:
         yield _headline(rows, complete=bool(run.summary))
     else:
         yield Text("no accuracy has been measured yet")
+    for text in caveats(run):
+        yield Text("")
+        yield Text(f"note: {text}")
     if not run.accuracy_matrix().empty:
         yield Text("")
         yield _accuracies(run)

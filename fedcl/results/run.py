@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from fedcl.evaluation.metrics import Kind, forgetting_by_task, summarise
-from fedcl.results import schema
+from fedcl.results import reading, schema
+from fedcl.results.reading import Damaged
+from fedcl.rules import ConfigError
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,30 @@ class Run:
         ages = self.metrics.loc[(self.metrics["phase"] == "train") & (self.metrics["name"] == "age"), "value"]
         return ages.astype("int64").value_counts().sort_index().rename("updates").rename_axis("age")
 
+    def unheard(self) -> set[str]:
+        """Return the clients whose reply was lost or rejected when personal models were tested last."""
+        return {client for at, client in self._lost_evaluations if at == self._last_personal}
+
+    @property
+    def _last_personal(self) -> int:
+        """The last round after which personal models were tested, whether or not anybody answered; -1 for none."""
+        tested = self.metrics.loc[(self.metrics["phase"] == "personal") & (self.metrics["client"] != ""), "round"]
+        return int(max([*tested, *(at for at, _ in self._lost_evaluations)], default=-1))
+
+    @property
+    def _lost_evaluations(self) -> list[tuple[int, str]]:
+        """Return (round, client) of the evaluations that no sound reply came to."""
+        if "message" not in self.events:
+            return []
+        lost = self.events[self.events["kind"].isin(("client_failed", "reply_rejected"))]
+        lost = lost[lost["message"] == "evaluate"]
+        return [(int(at), str(client)) for at, client in zip(lost["round"], lost["client"], strict=True)]
+
     def by_client(self, phase: str = "personal", name: str = "accuracy") -> dict[str, float]:
         """Return client -> its latest value, the mean over the tasks measured in that round.
+
+        In phase ``personal`` everybody is tested together, so that only the last time counts: a client that has left,
+        or whose reply was lost (`unheard`), has no value then, and none from an earlier time stands in for it.
 
         Parameters
         ----------
@@ -107,7 +130,10 @@ class Run:
         """
         table = self.metrics
         table = table[(table["phase"] == phase) & (table["name"] == name) & (table["client"] != "")]
-        latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
+        if phase == "personal":
+            latest = table[(table["round"] == self._last_personal) & ~table["client"].isin(self.unheard())]
+        else:
+            latest = table[table["round"] == table.groupby("client")["round"].transform("max")]
         return {str(client): float(value) for client, value in latest.groupby("client")["value"].mean().items()}
 
 
@@ -119,25 +145,27 @@ def load(run_dir: Path | str) -> Run:
     run_dir
         Folder of the run.
 
+    Where a Parquet file cannot be used, the lines that it was made from are, with a warning.
+
     Raises
     ------
-    ValueError
-        The folder is missing or holds no run, or a file in it is damaged; it is named.
+    ConfigError
+        The folder is missing or holds no run, or a file in it is damaged; it is named, with what to do.
     """
     path = Path(run_dir)
     if not _is_run(path):
-        raise ValueError(f"run_dir={path}: must be a run's folder, but has neither {schema.CONFIG} nor metrics")
+        raise ConfigError(f"run_dir={path}: must be a run's folder, but has neither {schema.CONFIG} nor metrics")
     reference = path / schema.REFERENCE
     return Run(
         path=path,
         metrics=_table(path, schema.METRICS, schema.METRIC_COLUMNS),
         timings=_table(path, schema.TIMINGS, schema.TIMING_COLUMNS),
-        events=_events(path / f"{schema.EVENTS}.jsonl"),
-        summary=_json(path / schema.SUMMARY),
-        config=_yaml(path / schema.CONFIG) or {},
-        overrides=_yaml(path / schema.OVERRIDES) or [],
-        env=_json(path / schema.ENV),
-        status=_status(path / schema.STATUS),
+        events=_events(path),
+        summary=reading.summary(path),
+        config=reading.mapping(path / schema.CONFIG) or {},
+        overrides=reading.overrides(path),
+        env=reading.environment(path),
+        status=reading.status(path),
         reference=load(reference) if _is_run(reference) else None,
     )
 
@@ -164,50 +192,32 @@ def accuracy_matrix(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (schema.CONFIG, "metrics.parquet", "metrics.jsonl"))
+    return any((path / name).exists() for name in (schema.CONFIG, "metrics.parquet", "metrics.jsonl"))
 
 
 def _table(path: Path, table: str, columns: dict[str, str]) -> pd.DataFrame:
-    parquet = path / f"{table}.parquet"
-    if parquet.exists():
-        with _readable(parquet):  # pyarrow's ArrowInvalid is a ValueError
-            return pd.read_parquet(parquet, columns=list(columns)).astype(columns)
-    return pd.DataFrame(_lines(path / f"{table}.jsonl"), columns=list(columns)).astype(columns)
+    parquet, lines = path / f"{table}.parquet", path / f"{table}.jsonl"
+    try:
+        data = reading.content(parquet)
+        if data is not None:
+            return _typed(parquet, lambda: pd.read_parquet(io.BytesIO(data), columns=list(columns)), columns)
+    except Damaged as error:
+        if not lines.is_file():
+            raise
+        rows = reading.lines(lines)
+        warnings.warn(f"{error}; taking {lines.name}", stacklevel=3)
+    else:
+        rows = reading.lines(lines)
+    return _typed(lines, lambda: pd.DataFrame(rows, columns=list(columns)), columns)
+
+
+def _typed(path: Path, read: Callable[[], pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
+    try:
+        return read().astype(columns)
+    except (ValueError, TypeError, KeyError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise Damaged(path, f"damaged, it cannot be read: {error}") from error
 
 
 def _events(path: Path) -> pd.DataFrame:
-    frame = pd.DataFrame(_lines(path))
+    frame = pd.DataFrame(reading.events(path))
     return frame.reindex(columns=[*schema.EVENT_FIELDS, *(c for c in frame.columns if c not in schema.EVENT_FIELDS)])
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # a last line without its end is one that is being written, or was when the process died
-    complete = path.read_bytes().split(b"\n")[:-1]
-    with _readable(path):
-        return [json.loads(line) for line in complete]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with _readable(path):
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return value
-
-
-def _yaml(path: Path) -> Any:
-    with _readable(path):
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say which file is damaged."""
-    try:
-        yield
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: damaged, it cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def _status(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.exists() else "unknown"

@@ -1,7 +1,7 @@
 """Names and types of everything in a run's folder: one place that writer and readers share.
 
-A run's folder holds ``config.yaml overrides.yaml env.json run.log STATUS metrics.jsonl metrics.parquet timings.jsonl
-timings.parquet events.jsonl summary.json certificates/ checkpoints/ figures/ report.html``.
+A run's folder holds ``config.yaml overrides.yaml env.json STATUS metrics.jsonl metrics.parquet timings.jsonl
+timings.parquet events.jsonl summary.json SHA256SUMS certificates/ checkpoints/ figures/ report.html``, and ``.lock``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ REFERENCE: Final = "reference"
 FIGURES: Final = "figures"
 REPORT: Final = "report.html"
 SWEEP: Final = "sweep.json"
+SUMS: Final = "SHA256SUMS"
 
 TABLES: Final = (METRICS, TIMINGS, EVENTS)
 """Tables written line by line while a run goes on; the keys of the byte offsets in a checkpoint."""
+
+LAUNCH: Final = (CONFIG, OVERRIDES, ENV)
+"""Files that say what a run is: written when it begins, ``config.yaml`` last, and never changed."""
+
+WRITTEN: Final = (*(f"{table}.jsonl" for table in TABLES), f"{METRICS}.parquet", f"{TIMINGS}.parquet", SUMMARY)
+"""Files with what a run has measured: as they are to stay once it is done."""
 
 METRIC_COLUMNS: Final[dict[str, str]] = {
     "round": "int64",
@@ -42,6 +49,12 @@ TIMING_COLUMNS: Final[dict[str, str]] = {"round": "int64", "name": "str", "secon
 
 EVENT_FIELDS: Final = ("round", "virtual_time", "kind")
 """Fields that every event has; others depend on the kind."""
+
+WARNING: Final = "warning"
+"""The kind of the event that numbers of the run say something else than they seem to; its ``text`` is a sentence."""
+
+MOSTLY_EMPTY: Final = "round_mostly_empty"
+"""The kind of the event that most of a round's clients hold nothing of their task."""
 
 PHASES: Final = ("train", "test", "received", "trained", "personal", "iteration", "server", "unlearning")
 """``train``: while a client learns. ``test``: the global model on test data. ``received``: a client's model before its
@@ -77,6 +90,9 @@ SUMMARY_KEYS: Final = (
     "bytes/down",
     "clients_per_second",
     "rounds",
+    "rounds_mostly_empty",
+    "tasks_untested",
+    "clients_unheard",
     "virtual_time",
     "wall_time",
 )

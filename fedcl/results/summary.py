@@ -15,9 +15,9 @@ from fedcl.evaluation.metrics import (
     personal,
     summarise,
 )
-from fedcl.results import schema
+from fedcl.results import reading, schema, sums
+from fedcl.results.caveats import mostly_empty_rounds, served_after_last_test, untested_tasks
 from fedcl.results.curves import anytime, client_forgetting, stability
-from fedcl.results.recorder import write_atomic
 from fedcl.results.run import Run, load
 from fedcl.results.target import REACHED
 
@@ -38,21 +38,28 @@ def summary(run_dir: Path, bytes_up: int, bytes_down: int) -> dict[str, float]:
     result.update(_target(run))
     trained = run.metrics[(run.metrics["phase"] == "train") & (run.metrics["name"] == "num_examples")]
     ages = run.metrics.loc[run.metrics["name"] == "age", "value"]
+    punctual = 0.0 if not _may_be_late(run) else float("nan")  # where all are waited for, nobody is late
     # a resumed run adds up the seconds of its parts
     seconds = float(run.timings.loc[run.timings["name"] == "round", "seconds"].sum())
     result.update(
         {
             "bytes/up": float(bytes_up),
             "bytes/down": float(bytes_down),
-            "clients_per_second": len(trained) / seconds if seconds else 0.0,
+            "clients_per_second": len(trained) / seconds if seconds else float("nan"),
             "rounds": float(run.metrics["round"].max() + 1) if len(run.metrics) else 0.0,
-            "staleness/mean": float(ages.mean()) if len(ages) else 0.0,
-            "staleness/max": float(ages.max()) if len(ages) else 0.0,
-            "virtual_time": float(run.metrics["virtual_time"].max()) if len(run.metrics) else 0.0,
+            "staleness/mean": float(ages.mean()) if len(ages) else punctual,
+            "staleness/max": float(ages.max()) if len(ages) else punctual,
+            "virtual_time": float(run.metrics["virtual_time"].max()) if len(run.metrics) else float("nan"),
             "wall_time": seconds,
         }
     )
-    return result
+    counts = {"rounds_mostly_empty": mostly_empty_rounds(run), "clients_unheard": len(run.unheard())}
+    return result | {key: float(count) for key, count in counts.items() if count}
+
+
+def _may_be_late(run: Run) -> bool:
+    options = run.config.get("async") or {}
+    return options.get("buffer") is not None or options.get("deadline") is not None
 
 
 def _continual(run: Run) -> dict[str, float]:
@@ -60,10 +67,14 @@ def _continual(run: Run) -> dict[str, float]:
     matrix = run.accuracy_matrix().to_numpy()
     result = summarise(matrix, run.baseline()) | {"accuracy/learning": learning_accuracy(matrix)}
     samples = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["name"] == "num_test_examples")]
-    sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy()
+    sizes = samples.set_index("task")["value"].reindex(range(len(matrix))).to_numpy(dtype=np.float64, copy=True)
+    untested = untested_tasks(run)
+    if untested:
+        result["tasks_untested"] = float(len(untested))
+        sizes[[task for task in untested if task < len(sizes)]] = 0.0  # that is why they were not tested
     if not np.isnan(sizes).any():
         result["accuracy/average_incremental_samples"] = average_incremental_accuracy(matrix, sizes)
-    for key, value in (("anytime", anytime(run)), ("stale_classes", _last(run, "test", "accuracy_stale"))):
+    for key, value in (("anytime", anytime(run)), ("stale_classes", _stale(run))):
         if not math.isnan(value):
             result[f"accuracy/{key}"] = value
     return result
@@ -84,9 +95,27 @@ def _cost(run: Run) -> dict[str, float]:
 
 
 def _unlearning(run: Run) -> dict[str, float]:
-    """Return the measurements of the last requests served, and what is known of them again at the end."""
+    """Return the measurements of the last requests served, and what is known again of all of them at the end.
+
+    What the last ones have no measurement of is missing, not that of requests before them.
+    """
     rows = run.metrics[run.metrics["phase"] == "unlearning"]
-    return {f"unlearning/{name}": float(value) for name, value in rows.groupby("name")["value"].last().items()}
+    served = run.events.loc[run.events["kind"] == "request_served", "round"]
+    if len(served):
+        later = rows["name"].str.startswith("revival/")
+        rows = rows[later | (rows["round"] == served.max() - 1)]  # an event's round is the one that came next
+    last = rows.drop_duplicates("name", keep="last")  # one that is NaN is the last all the same
+    result = {f"unlearning/{name}": float(value) for name, value in zip(last["name"], last["value"], strict=True)}
+    if len(served):
+        result["unlearning/requests_after_last_test"] = float(len(served_after_last_test(run)))
+    return result
+
+
+def _stale(run: Run) -> float:
+    """Return the accuracy on the classes of late clients at the last test; NaN where nobody was late by then."""
+    rows = run.metrics[(run.metrics["phase"] == "test") & (run.metrics["round"] == run.accuracy["round"].max())]
+    values = rows.loc[rows["name"] == "accuracy_stale", "value"]
+    return float(values.iloc[-1]) if len(values) else float("nan")
 
 
 def _target(run: Run) -> dict[str, float]:
@@ -133,13 +162,11 @@ def _personal(run: Run) -> dict[str, float]:
 
 def add_reference(run_dir: Path, reference_dir: Path) -> None:
     """Copy the reference run's numbers into the run's summary under ``reference/``."""
-    path = run_dir / schema.SUMMARY
-    own = json.loads(path.read_text())
-    other = json.loads((reference_dir / schema.SUMMARY).read_text())
+    own, other = reading.summary(run_dir), reading.summary(reference_dir)
     own = {key: value for key, value in own.items() if not key.startswith("reference/")}
     own.update(intransigence(load(run_dir), load(reference_dir)))
     own.update({f"reference/{key}": value for key, value in other.items() if key not in _NOT_COMPARED})
-    write_atomic(path, json.dumps(own, indent=2) + "\n")
+    sums.replace(run_dir / schema.SUMMARY, json.dumps(own, indent=2) + "\n")
 
 
 def intransigence(run: Run, reference: Run) -> dict[str, float]:

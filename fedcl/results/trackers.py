@@ -41,10 +41,15 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run, fed with the rows of its metrics table and asked to log them when a round is over."""
+    """All trackers of a run, fed with the rows of its metrics table and asked to log them when a round is over.
 
-    def __init__(self, trackers: Mapping[str, Tracker], recorder: Recorder) -> None:
-        self._trackers, self._recorder = dict(trackers), recorder
+    ``when`` tells the round and virtual time of the moment, for the event that one failed.
+    """
+
+    def __init__(
+        self, trackers: Mapping[str, Tracker], recorder: Recorder, when: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self._trackers, self._recorder, self._when = dict(trackers), recorder, when
         self._rows: list[Record] = []
         if trackers:
             recorder.followers.append(self._rows.append)
@@ -74,7 +79,7 @@ class Trackers:
                 del self._trackers[name]
                 said = f"{type(error).__name__}: {error}"
                 if noted:
-                    self._recorder.event("tracker_failed", tracker=name, error=said)
+                    self._recorder.event("tracker_failed", **self._when(), tracker=name, error=said)
                 print(f"fedcl: trackers={name} failed and is left out from here on: {said}", file=sys.stderr)
 
 

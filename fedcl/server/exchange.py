@@ -43,7 +43,7 @@ def _no_note(client: str) -> str:
 class EventLog(Protocol):
     """Takes note of what went wrong."""
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record one event."""
         ...
 
@@ -72,7 +72,9 @@ class Exchange:
     ``release`` only what is under way, and the workers' copies.
     ``payloads`` declares what comes with every reply to a train message. ``num_tasks`` is that of
     :class:`~fedcl.server.validation.Expected`. ``max_update_norm`` is the largest L2 norm of a change that is let
-    through; None for any. ``running`` adds up the blocks that come back folded.
+    through; None for any. ``running`` adds up the blocks that come back folded. ``when``
+    tells the present round and virtual time, for events; the server sets it. ``reasons`` says by client why its last
+    reply could not be used, since it was cleared.
     """
 
     grid: Grid
@@ -93,6 +95,8 @@ class Exchange:
     committed: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    when: Callable[[], dict[str, Any]] = dict
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def traffic(self) -> int:
@@ -191,7 +195,7 @@ class Exchange:
             for client in far if median else ():
                 if client in far_each:
                     fields = {"payload": f"{name}/{tensor}", "norm": whole[client], "median": median}
-                    self.log.event("payload_outlier", round=server_round, client=client, **fields)
+                    self._note("payload_outlier", round=server_round, client=client, **fields)
 
     def _question(
         self, kind: Kind, out: Outgoing, task_of: TaskOf, server_round: int, version: int, name: str, note_of: NoteOf
@@ -230,8 +234,12 @@ class Exchange:
                 return fault
             fault = Fault("reply_rejected", reason)
         where = {"round": request.server_round, "client": request.client, "visit": request.visit}
-        self.log.event(fault.event, **where, message=request.kind, reason=fault.reason)
+        self.reasons[request.client] = fault.reason
+        self._note(fault.event, **where, message=request.kind, reason=fault.reason)
         return None
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        self.log.event(kind, **{**self.when(), **fields})
 
     def _send(self, recipients: Recipients) -> dict[str, Reply | Fault]:
         """Exchange messages and wait for all replies; return them by client."""
@@ -244,11 +252,11 @@ class Exchange:
         for message in messages:
             client = self._clients.get(message.metadata.src_node_id, "")
             if not client:
-                self.log.event("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
+                self._note("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
             elif asked is not None and message.metadata.reply_to_message_id not in asked:
-                self.log.event("reply_rejected", client=client, reason="answers another message than those in flight")
+                self._note("reply_rejected", client=client, reason="answers another message than those in flight")
             elif client in replies:
-                self.log.event("reply_rejected", client=client, reason="a second reply to one message")
+                self._note("reply_rejected", client=client, reason="a second reply to one message")
             elif not message.has_error() and self.cohorts and is_block(message.content):
                 replies.update(self._block(message.content))
             elif message.has_error():

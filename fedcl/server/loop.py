@@ -78,7 +78,7 @@ class Server(ServerData):
         """
         if self.state.next_round == 0:
             self.state.models.update(self.strategy.initial(self))
-            self.measurement.initial(self.global_model)
+            self.measurement.initial(self.global_model, self.now)
         while self.state.next_round < (self.schedule.num_rounds if until is None else until):
             server_round = self.state.next_round
             started = time.perf_counter()
@@ -97,7 +97,10 @@ class Server(ServerData):
 
         ``ends`` says that no round comes any more, so that nothing can wait.
         """
-        return self.unlearning is not None and self.unlearning.begin(self, server_round, self.recover, ends=ends)
+        done = self.unlearning is not None and self.unlearning.begin(self, server_round, self.recover, ends=ends)
+        if done:
+            self.measurement.edited()
+        return done
 
     def _aggregate(self, server_round: int, arrived: Sequence[Arrived]) -> None:
         self._settle([one.flight.client for one in arrived], server_round)

@@ -29,16 +29,16 @@ class Record(Protocol):
         phase: str,
         name: str,
         value: float,
+        virtual_time: float,
         client: str = "",
         task: int = -1,
         after: int = -1,
         step: int = -1,
-        virtual_time: float = 0.0,
     ) -> None:
         """Record one value."""
         ...
 
-    def event(self, kind: str, *, round: int = -1, virtual_time: float = 0.0, **fields: Any) -> None:
+    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record that something happened."""
         ...
 
@@ -56,23 +56,28 @@ class Known:
 
 
 class Measurement:
-    """Turns what happened into rows of the metrics table. ``headline`` is the last accuracy, in words."""
+    """Turns what happened into rows of the metrics table. ``headline`` is the last accuracy, in words.
+
+    It is the mean over the tasks met that have test samples; an edit of the model since is said with it.
+    """
 
     def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None, known: Known | None = None) -> None:
         self.record, self.stream, self.evaluator, self.known = record, stream, evaluator, known or Known()
-        self.headline = ""
+        self.headline = self._tested = self._since = ""
 
-    def initial(self, model: Tensor) -> None:
+    def initial(self, model: Tensor, now: float) -> None:
         """Test the model on every task before it has learned anything: the baseline of forward transfer."""
         for name, value in self.known.costs.items():
-            self.record.row(round=-1, phase="server", name=name, value=value)
+            self.record.row(round=-1, phase="server", name=name, value=value, virtual_time=now)
         if self.evaluator is None:
             return
         tasks = list(range(self.stream.num_tasks))
         for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
-            self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task)
+            self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task, virtual_time=now)
             samples = float(self.evaluator.num_samples(task))
-            self.record.row(round=-1, phase="test", name="num_test_examples", value=samples, task=task)
+            self.record.row(
+                round=-1, phase="test", name="num_test_examples", value=samples, task=task, virtual_time=now
+            )
 
     def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
         """Test the global model on the tasks ``met`` by then, at the end of a stage on all."""
@@ -81,7 +86,15 @@ class Measurement:
         tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(met)
         accuracy = self.evaluator.accuracy(model, tasks, after=met)
         seen = [value for task, value in accuracy.items() if task in met]
-        self.headline = f"accuracy {sum(seen) / max(len(seen), 1):.3f}"
+        self._tested = f"accuracy {sum(seen) / len(seen):.3f}" if seen else "no test samples yet"
+        self.headline = self._tested + self._since
+        if self.evaluator.undefined:
+            self.record.event(
+                "test_undefined",
+                round=server_round,
+                virtual_time=now,
+                samples={str(task): count for task, count in self.evaluator.undefined.items()},
+            )
         for task, value in accuracy.items():
             self.record.row(
                 round=server_round,
@@ -92,6 +105,12 @@ class Measurement:
                 after=stage.index,
                 virtual_time=now,
             )
+
+    def edited(self) -> None:
+        """Say beside the last accuracy that it is from before a request, and beside the next that it is from after."""
+        if self.headline:
+            self.headline = f"{self._tested} before the last request"
+        self._since = " after the last request"
 
     def classes(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
         """Test the global model on each class: what a joint run is a reference for, task by task."""

@@ -9,11 +9,14 @@ a buffer of one FedAsync's (Xie et al., 2019).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedcl.messages import Reply
+from fedcl.rules import RunFailed
 from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Task
 from fedcl.server.arrivals import Arrivals, Flight
@@ -26,7 +29,7 @@ from fedcl.server.strategy import Outgoing, exact_sum
 from fedcl.server.validation import change_norm, outliers, payload_norms
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(RunFailed):
     """Too few sound replies, again and again: the run stops, its last checkpoint stays."""
 
 
@@ -89,6 +92,7 @@ class Rounds:
             if sound >= self.options.min_replies:
                 self._commit(arrived)
                 self._note_outliers(arrived, server_round)
+                self._note_empty(arrived, server_round)
                 return arrived
             if all(one.reply is not None for one in arrived):
                 # nobody failed: the deadline came first, and what did come is too little to count
@@ -96,7 +100,7 @@ class Rounds:
             self._note("round_retried", server_round, replies=sound, attempt=attempt)
         raise RoundFailed(
             f"round {server_round}: {sound} sound replies in each of {self.options.retries + 1} attempts, "
-            f"min_replies={self.options.min_replies}; events.jsonl names the clients and reasons"
+            f"min_replies={self.options.min_replies}: {shared_reason(self.exchange.reasons, len(arrived))}"
         )
 
     def _commit(self, arrived: Sequence[Arrived]) -> None:
@@ -106,6 +110,7 @@ class Rounds:
                 self.exchange.commit(one.flight.request)
 
     def _attempt(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
+        self.exchange.reasons.clear()
         self._top_up(server_round, view, model_epoch)
         clock, options = self.arrivals.clock, self.options
         deadline = math.inf if options.deadline is None else clock.now + options.deadline
@@ -203,6 +208,12 @@ class Rounds:
                 fields = {"payload": name, "norm": found[client], "median": median}
                 self._note("payload_outlier", server_round, client=client, **fields)
 
+    def _note_empty(self, arrived: Sequence[Arrived], server_round: int) -> None:
+        """Say that most of the clients hold nothing of their task: the round is one of the few others alone."""
+        empty = sum(one.reply is not None and one.reply.num_examples == 0 for one in arrived)
+        if 2 * empty > len(arrived):
+            self._note("round_mostly_empty", server_round, clients=len(arrived), empty=empty)
+
     def _note(self, kind: str, server_round: int, **fields: Any) -> None:
         self.log.event(kind, round=server_round, virtual_time=self.arrivals.clock.now, **fields)
 
@@ -213,6 +224,35 @@ def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
         base, model = exact_sum(base, flight.moved), exact_sum(model, flight.moved)
     age = version - flight.request.version
     return update_of(flight.request, reply, task, base, model=model, target=flight.out.target, age=age)
+
+
+def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
+    """Return what most replies of a round failed for, and for how many of its ``clients``; ``reasons`` are by client.
+
+    A loss or weights that are no sound numbers are one reason, whichever tensor shows it: training has diverged.
+    """
+    if not reasons:
+        return f"none of {clients} clients failed"
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for reason in reasons.values():
+        kinds[_kind(reason)].append(reason)
+    kind, alike = max(kinds.items(), key=lambda item: len(item[1]))
+    others = "" if len(kinds) == 1 else f", and {len(kinds) - 1} other reason(s)"
+    if kind in ("loss", "weights"):
+        shown = " ".join(alike)
+        value = "nan" if re.search(r"\bnan\b", shown) else "infinite" if re.search(r"\binf\b", shown) else "too large"
+        verb = "is" if kind == "loss" else "are"
+        return f"the {kind} of {len(alike)} of {clients} clients {verb} {value}; lower client.optimizer.lr{others}"
+    return f"{len(alike)} of {clients} clients: {alike[0]}{others}"
+
+
+def _kind(reason: str) -> str:
+    """Return the same for reasons that are alike: what is no number, or the words without their numbers."""
+    if reason.startswith("metric loss is "):
+        return "loss"
+    if re.match(r"(tensor \S+|model) holds ", reason):
+        return "weights"
+    return re.sub(r"[-+.\d]+", "#", reason)
 
 
 def updates(arrived: Sequence[Arrived]) -> list[Contribution]:

@@ -132,6 +132,11 @@ class ServerData:
         self.state = ServerState({GLOBAL: self.initial.clone()})
         self._spec = spec
         self.everybody = self._clients = tuple(clients)
+        exchange.when = self.when
+
+    def when(self) -> dict[str, Any]:
+        """Return the round that is being played, or comes next, and the time on the run's clock: what an event has."""
+        return {"round": self.state.next_round, "virtual_time": self.now}
 
     # -- what parts see -----------------------------------------------------------------------------------------------
 

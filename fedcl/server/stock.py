@@ -2,6 +2,10 @@
 
 The strategy's own ``configure_train`` and ``aggregate_train`` run unchanged. It sees the round's selection as the nodes
 of its grid, and the accepted replies in canonical client order.
+
+Flower's strategies take the whole vector for weights. Batch-norm statistics and other buffers are none: a step along
+their change, scaled and with momentum, makes statistics of no data, variances below 0 among them. Unless a strategy
+only averages or chooses among what clients sent, the buffers of the result are therefore fedcl's: their weighted mean.
 """
 
 from __future__ import annotations
@@ -15,6 +19,18 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    MultiKrum,
+)
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from torch import Tensor
 
@@ -29,6 +45,15 @@ from fedcl.server.contracts import GLOBAL, Answer, Event, PastView, Query, Serve
 from fedcl.server.fold import Contribution, RunningFold
 from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import Expected
+
+_AVERAGE = (FedAvg, FedProx)  # these themselves: what is derived from them may step
+_CHOOSE = (FedMedian, FedTrimmedAvg, MultiKrum, Bulyan)
+_PRIVATE = (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 
 
 class CohortGrid(Grid):
@@ -92,10 +117,25 @@ class Stock:
         self._nodes = dict(nodes)
         self._clients = {node: client for client, node in self._nodes.items()}
         self._sent: dict[str, Message] = {}
+        self._parameters: int | None = None
         self._check_selection(selected)
 
     def setup(self, spec: Spec) -> None:
-        """Nothing to learn: Flower strategies work on whatever arrays they get."""
+        """Learn where the buffers begin, which Flower's strategies know nothing of.
+
+        Raises
+        ------
+        ValueError
+            There are some, and the strategy adds noise to whatever it gets: their mean would tell what it hides.
+        """
+        buffers = [tensor.name for tensor in spec if tensor.kind == "buffer"]
+        if buffers and isinstance(self.strategy, _PRIVATE):
+            raise ValueError(
+                f"strategy.stock={type(self.strategy).__name__}: adds noise to {buffers[0]} as to a weight, which "
+                "leaves no statistic; choose a model without batch normalisation"
+            )
+        steps = type(self.strategy) not in _AVERAGE and not isinstance(self.strategy, _CHOOSE)
+        self._parameters = spec.size - sum(t.size for t in spec if t.kind == "buffer") if buffers and steps else None
 
     def initial(self, view: ServerView) -> dict[Target, Tensor]:
         """Everybody uses the global model."""
@@ -153,7 +193,15 @@ class Stock:
             arrays, _ = self.strategy.aggregate_train(view.version + 1, replies)
         if arrays is None:
             return {}
-        return {GLOBAL: torch.from_numpy(arrays[FLAT].numpy().astype("float32", copy=False))}
+        model = torch.from_numpy(arrays[FLAT].numpy().astype("float32", copy=False))
+        return {GLOBAL: model if self._parameters is None else self._with_buffers(model, updates, self._parameters)}
+
+    @staticmethod
+    def _with_buffers(model: Tensor, updates: Sequence[Update], start: int) -> Tensor:
+        """Return ``model`` (P,) with the clients' weighted mean, in float64 and rounded once, from ``start`` on."""
+        total = sum(update.num_examples for update in updates)
+        mean = sum(update.num_examples / total * update.model[start:].double() for update in updates)
+        return torch.cat([model[:start], torch.as_tensor(mean).float()])
 
     def _reply(self, update: Update, names: set[str]) -> Message:
         metrics: dict[str, Any] = {NUM_EXAMPLES: update.num_examples}

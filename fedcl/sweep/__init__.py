@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from fedcl.building import add_plugin_paths
+from fedcl.locking import hold
 from fedcl.overrides import in_quotes, parse, setting
 from fedcl.results import schema
 from fedcl.rules import ConfigError, parse_rule
 from fedcl.sweep.expansion import Job, expand
 from fedcl.sweep.index import Entry, Index
-from fedcl.sweep.processes import Jobs, locked
+from fedcl.sweep.processes import Jobs
 
 __all__ = ["sweep"]
 
 _ROOT = Path("runs") / "sweep"
 
 
-def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool) -> tuple[Path, list[Entry]]:
+def sweep(
+    overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool, trust: bool = False
+) -> tuple[Path, list[Entry]]:
     """Play every combination of the overrides' values; return the sweep's folder and the jobs that are not done.
 
     Parameters
@@ -39,6 +42,8 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, q
         How many processes run at once.
     quiet
         Say nothing while it goes on.
+    trust
+        Run also code of others that the folder of a sweep names, from wherever it says.
 
     Raises
     ------
@@ -50,17 +55,33 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, q
     rest, given = _sweep_dir(overrides)
     folder = given or _new_folder()
     index = Index.read(folder)
-    goes_on = index.entries and not rest
+    goes_on = bool(index.entries) and not rest
+    if goes_on and not trust:
+        _refuse_foreign_folders(index, config_dirs)
     asked = list(index.entries) if goes_on else _asked(index, rest, config_dirs)
     todo = [entry for entry in asked if not index.is_done(entry)]
-    for text in _check(index, todo):
+    for text in _check(index, todo, trust=trust or not goes_on):
         if not quiet:
             print(f"fedcl: {text}", file=sys.stderr)
     _make(folder)
-    with locked(folder) as lock:
+    # its jobs hold it, too, so that one that outlived its sweep is not started a second time
+    with hold(folder, "a sweep, or a job of one,") as held:
         index.write()
-        Jobs(index, jobs, lock, _Progress(index, len(asked), len(asked) - len(todo), quiet)).play(todo)
+        tell = _Progress(index, len(asked), len(asked) - len(todo), quiet)
+        Jobs(index, jobs, held, tell, ("--trust",) if trust else ()).play(todo)
     return folder, [entry for entry in asked if entry.status != "done"]
+
+
+def _refuse_foreign_folders(index: Index, config_dirs: Sequence[Path]) -> None:
+    """Refuse to go on with a sweep whose folder alone says where code may come from."""
+    named = tuple(str(Path(folder).resolve()) for folder in config_dirs)
+    if index.config_dirs and index.config_dirs != named:
+        raise ConfigError(
+            f"{index.folder / schema.SWEEP}: its jobs have {_folders(index.config_dirs)}; if you know it, say so on "
+            "this line, too, or add --trust"
+        )
+    if Path.cwd().resolve().is_relative_to(index.folder.resolve()):
+        raise ConfigError(f"sweep_dir={index.folder}: go on with it from a folder outside of it, or add --trust")
 
 
 def _asked(index: Index, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[Entry]:
@@ -120,20 +141,23 @@ def _make(folder: Path) -> None:
         raise ConfigError(f"sweep_dir={folder}: cannot be made: {error.strerror}") from error
 
 
-def _check(index: Index, entries: Sequence[Entry]) -> list[str]:
+def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
     """Compose every configuration, then build what each needs but for another seed, before any job is started.
 
     What is to be said of the configurations is returned, once each.
     """
     from fedcl.config import compose, remarks  # here and below: help must not wait for them
+    from fedcl.launches import Trust
 
     dirs = [Path(folder) for folder in index.config_dirs]
-    add_plugin_paths(dirs)  # a sweep that goes on was not given them
+    if trust:
+        add_plugin_paths(dirs)  # a sweep that goes on was not given them
     cfgs, said = [], []
     for entry in entries:
         try:
             cfg = compose(entry.overrides, dirs)
             said += remarks(entry.overrides, dirs)
+            Trust(tuple(dirs), trust).refuse_foreign(cfg, index.folder)
         except ConfigError as error:
             raise ConfigError(f"job {entry.name}: {error}") from error
         if cfg["protocol"]["name"] != "none":

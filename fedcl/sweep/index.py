@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedcl.files import write_atomic
-from fedcl.results import schema
+from fedcl.results import reading, schema
 from fedcl.rules import ConfigError
 from fedcl.sweep.expansion import Job
+
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")  # a folder in the sweep's own
 
 
 @dataclass
@@ -45,16 +48,20 @@ class Index:
             If the file is no index.
         """
         path = folder / schema.SWEEP
-        if not path.is_file():
+        raw = reading.mapping(path)
+        if raw is None:
             return cls(folder)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             entries = [
                 Entry(job["name"], tuple(job["overrides"]), job["status"], job.get("error")) for job in raw["jobs"]
             ]
-            return cls(folder, tuple(raw["config_dirs"]), entries)
-        except (ValueError, KeyError, TypeError) as error:
+            index = cls(folder, tuple(raw["config_dirs"]), entries)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: not a sweep's index, or damaged; choose another folder ({error})") from error
+        texts = [*index.config_dirs, *(text for one in entries for text in (one.name, one.status, *one.overrides))]
+        if not all(isinstance(text, str) for text in texts) or not all(_NAME.fullmatch(one.name) for one in entries):
+            raise ConfigError(f"{path}: not a sweep's index, or damaged; choose another folder")
+        return index
 
     def write(self) -> None:
         """Replace the file."""

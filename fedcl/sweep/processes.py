@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from fedcl.overrides import as_text
 from fedcl.results import schema
-from fedcl.rules import ConfigError
 from fedcl.sweep.index import Entry, Index
-
-try:
-    import fcntl
-except ImportError:  # where there is none, two sweeps in one folder are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 _STOPPED = {130: signal.SIGINT, 143: signal.SIGTERM, -signal.SIGINT: signal.SIGINT, -signal.SIGTERM: signal.SIGTERM}
 # exit status -> the signal behind it: a run's own, or the bare process's where it came too early for the run
 _PATIENCE = 60.0  # seconds that a job told twice to stop is waited for
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
-    """Hold the sweep's folder; jobs hold it too, so that one that outlived its sweep is not started a second time.
-
-    Raises
-    ------
-    ConfigError
-        If a sweep, or a job of one, is at work there.
-    """
-    with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                said = f"sweep_dir={folder}: a sweep, or a job of one, is at work there; wait for it, or stop it first"
-                raise ConfigError(said) from error
-        yield None if fcntl is None else file.fileno()
-
-
 @dataclass
 class Jobs:
-    """Plays a sweep's jobs, so many ``at_once``; ``tell`` is called with each when it has ended."""
+    """Plays a sweep's jobs, so many ``at_once``; ``tell`` is called with each when it has ended.
+
+    Jobs inherit the descriptors ``held``, and are told ``more`` words when they go on with a run.
+    """
 
     index: Index
     at_once: int
-    lock: int | None
+    held: tuple[int, ...]
     tell: Callable[[Entry, float], None]
+    more: tuple[str, ...] = ()
     _running: dict[subprocess.Popen[bytes], tuple[Entry, float, IO[bytes], int]] = field(default_factory=dict)
 
     def play(self, entries: Iterable[Entry]) -> None:
@@ -79,8 +56,6 @@ class Jobs:
     def _start(self, entry: Entry) -> None:
         run_dir, log = self.index.run_dir(entry), self.index.log(entry)
         log.parent.mkdir(exist_ok=True)
-        if run_dir.is_dir() and not (run_dir / schema.CONFIG).is_file():
-            shutil.rmtree(run_dir)  # it died before it had written what it is
         file = log.open("ab")
         entry.status, entry.error = "running", None
         self.index.write()
@@ -89,15 +64,15 @@ class Jobs:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            pass_fds=() if self.lock is None else (self.lock,),
+            pass_fds=self.held,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its jobs once
         )
         self._running[process] = (entry, time.monotonic(), file, file.tell())
 
     def _words(self, entry: Entry, run_dir: Path) -> list[str]:
-        if (run_dir / schema.CONFIG).is_file():
-            return ["resume", "--quiet", str(run_dir)]
         configs = [word for folder in self.index.config_dirs for word in ("--config-dir", folder)]
+        if (run_dir / schema.CONFIG).is_file():
+            return ["resume", "--quiet", *configs, *self.more, str(run_dir)]
         return ["run", "--quiet", *configs, *entry.overrides, as_text("run_dir", run_dir)]
 
     def _gather(self) -> None:

@@ -12,7 +12,13 @@ from fedcl.bench.result import Result
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "learners"
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+# tests/clients/test_hand_loops.py has each learner's equations; the loops that time them are told apart by these three
+QUICK = ("naive", "er", "lwf")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LEARNERS]
+)
 def test_both_loops_do_the_same_mathematics(name: str) -> None:
     overrides, loop = LEARNERS[name]
     bench = prepared(overrides)

@@ -246,8 +246,9 @@ def state(visit):
 
 store = FileStateStore(Path(sys.argv[1]))
 draws = random.Random(0)
-last, torn = -1, 0
-for _ in range(25):
+last, torn, kills = -1, 0, 0
+while kills < 25 or (not torn and kills < 500):  # until one falls into a write
+    kills += 1
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

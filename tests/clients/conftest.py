@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ class Client:
         return self.store.load("0", self.committed)["plugins"]  # type: ignore[no-any-return]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def blobs() -> Dataset:
     """Six classes in eight dimensions, far enough apart to learn in a few steps."""
     rng = np.random.default_rng(5)
@@ -71,7 +72,7 @@ def blobs() -> Dataset:
     return Dataset(halves[0], halves[1], tuple("abcdef"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_client(device: torch.device) -> Callable[..., Client]:
     """Return a builder of a client that holds all of a data set."""
 
@@ -97,3 +98,23 @@ def make_client(device: torch.device) -> Callable[..., Client]:
         return Client(runtime, stream)
 
     return build
+
+
+SCRIPT = [(kind, task) for task in range(3) for kind in ("train", "train", "task_end")]
+Play = Callable[..., tuple[list[Tensor], dict[str, dict[str, Tensor]]]]
+
+
+@pytest.fixture(scope="module")
+def played(blobs: Dataset, make_client: Callable[..., Client]) -> Play:
+    """Return a function that plays three tasks with a learner, once a module, and gives the models and its state."""
+    known: dict[tuple[str, type[Stream]], tuple[list[Tensor], dict[str, dict[str, Tensor]]]] = {}
+
+    def play(name: str, plugins: Factories, kind: Any) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+        if (name, kind) not in known:
+            stream = kind(num_classes=blobs.num_classes, input_shape=blobs.input_shape, seed=0, num_tasks=3)
+            client = make_client(blobs, stream, plugins)
+            models = [model.clone() for model in client.play(SCRIPT)]
+            known[name, kind] = models, client.state if client.store.has("0", client.committed) else {}
+        return known[name, kind]
+
+    return play

@@ -21,6 +21,7 @@ from fedcl.models.networks import MLP
 from fedcl.scenario.streams import ClassIncremental, DomainPermuted, DomainRotated, TaskIncremental
 from fedcl.scenario.task import Stream, Task
 from fedcl.tree import equal
+from tests.sampling import sampled
 
 
 def context(
@@ -161,8 +162,10 @@ def as_the_model_sees_them(dataset: Dataset) -> Dataset:
     return Dataset(train, test, dataset.classes)
 
 
-@pytest.mark.parametrize("kind", [ClassIncremental, TaskIncremental, DomainPermuted, DomainRotated])
-@pytest.mark.parametrize("name", [*REPLAY, "gdumb"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    sampled([*REPLAY, "gdumb"], [ClassIncremental, DomainPermuted, TaskIncremental, DomainRotated], every=2),
+)
 def test_from_bytes_or_from_floats_the_model_is_the_same_bit_for_bit(
     pictures: Dataset, make_client: Callable[..., Any], name: str, kind: type[Any]
 ) -> None:
@@ -176,9 +179,10 @@ def test_from_bytes_or_from_floats_the_model_is_the_same_bit_for_bit(
     assert small.shape == large.shape
 
 
-@pytest.mark.parametrize("kind", [ClassIncremental, TaskIncremental, DomainPermuted])
-@pytest.mark.parametrize("policy", ["class_balanced", "herding"])
-@pytest.mark.parametrize("name", REPLAY)
+@pytest.mark.parametrize(
+    ("name", "policy", "kind"),
+    sampled(REPLAY, ["class_balanced", "herding"], [ClassIncremental, TaskIncremental, DomainPermuted], every=3),
+)
 def test_every_policy_carries_its_state(
     pictures: Dataset, make_client: Callable[..., Any], name: str, policy: str, kind: type[Any]
 ) -> None:

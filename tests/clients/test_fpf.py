@@ -135,6 +135,21 @@ def test_fine_tuning_is_due_evenly(device: torch.device, times: int, visits: int
     assert counted == expected
 
 
+# by hand: training moves every element by 1 before and by 2 after a fine-tuning in the middle of the visit
+def test_a_fine_tuning_on_the_way_is_no_change_of_the_visit(device: torch.device) -> None:
+    ctx, learner = context(device), KFPF(times=2, visits=1, steps=3, modules=3, lr=0.5)
+    ctx.epochs = 2
+    begin(learner, ctx)
+    for ctx.step, moved in ((1, 1.0), (2, 2.0)):
+        with torch.no_grad():
+            ctx.model.flat.add_(moved)
+        before = ctx.model.vector()
+        learner.after_step(ctx)
+        assert torch.equal(before, ctx.model.flat) == (ctx.step == 1)
+    learner.after_round(ctx)
+    assert learner.state()["changes"] == pytest.approx({"hidden.0": 3.0, "hidden.1": 3.0, "head": 3.0}, abs=1e-5)
+
+
 def test_memory_and_counts_travel(blobs: Dataset, make_client: Callable[..., Any]) -> None:
     stream = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     client = make_client(blobs, stream, {"k_fpf": partial(KFPF, budget=12, steps=2)})

@@ -13,6 +13,7 @@ from clients.learners.si import SI, flattened
 from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
+from fedcl.models.transformer import ViT
 from fedcl.scenario.task import Task
 
 NOTHING: tuple[Batch, Output] = (None, None)  # type: ignore[assignment]
@@ -69,6 +70,31 @@ def test_scope_and_heads_of_their_own(device: torch.device) -> None:
         held_elements(ctx, "attn", [])
     with pytest.raises(ValueError, match=r"learner\.l2\.scope='\(': must be a regular expression"):
         L2(scope="(")
+
+
+# Two blocks of width 2: query, key, value and out have 4 weights and 2 biases each, 48 elements of attention in all.
+def test_the_scope_attn_holds_the_attention_of_a_vit_and_nothing_else(device: torch.device) -> None:
+    vit = ViT(input_shape=(1, 4, 4), heads=(2,), patch=2, dim=2, depth=2, attention_heads=1)
+    model = FlatModel(vit, device=device)
+    ctx = context(model, torch.ones(1, 1, 4, 4, device=device), {0: (0, 1)})
+    l2 = L2(weight=0.25, scope="attn")
+    l2.check(model)
+    l2.after_task(ctx)
+    l2.setup(ctx)
+    with torch.no_grad():
+        model.flat.add_(1.0)
+    loss = l2.loss(ctx, *NOTHING)
+    assert loss is not None
+    assert loss.item() == pytest.approx(0.25 * 48)
+    names = [name for name, _ in vit.named_parameters()]
+    pulls = dict(zip(names, torch.autograd.grad(loss, model.trainable), strict=True))
+    held = {name for name, pull in pulls.items() if pull.any()}
+    layers = [f"{layer}.{kind}" for layer in ("query", "key", "value", "out") for kind in ("weight", "bias")]
+    assert held == {f"blocks.{k}.attn.{layer}" for k in (0, 1) for layer in layers}
+    for name in held:
+        torch.testing.assert_close(pulls[name], torch.full_like(pulls[name], 0.5))
+    with pytest.raises(ValueError, match=r"learner\.l2\.scope='attn': matches no tensor .* hidden\.0\.weight"):
+        L2(scope="attn").check(linear(device, hidden=(3,)))
 
 
 # -- MAS --------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.data.dataset import Dataset
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP
+from fedcl.randomness import torch_generator
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.scenario.task import Task
 
@@ -51,6 +52,16 @@ def test_a_perturbation_climbs_the_batchs_loss(device: torch.device) -> None:
     torch.testing.assert_close(change[:4].view(2, 2), 0.1 * 5.0 * weight / weight.norm())
     torch.testing.assert_close(change[4:], 0.1 * 2.0**0.5 * bias / bias.norm())
     assert masked_cross_entropy(ctx.model(batch.x), batch).item() > before
+
+
+def test_the_noise_is_normal_and_as_large_as_asked(device: torch.device) -> None:
+    changes = []
+    for noise in (0.0, 0.5):
+        ctx = context(device)
+        Refresh(delta=0.1, noise=noise).before_step(ctx, Batch(ctx.data.x, ctx.data.y, None))
+        changes.append(ctx.model.flat - ctx.received)
+    xi = torch.randn(6, generator=torch_generator(0, "0", 0, "refresh")).to(device)
+    torch.testing.assert_close(changes[1] - changes[0], 0.1 * 0.5 * xi, rtol=1e-4, atol=1e-6)
 
 
 def test_what_earlier_tasks_depend_on_moves_less(device: torch.device) -> None:

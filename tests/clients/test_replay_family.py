@@ -15,6 +15,7 @@ from clients.learners.er_ace import ERACE, halves, joint_cross_entropy, present_
 from clients.learners.gdumb import GDumb, balanced
 from clients.learners.uer import UER, cosines, head_weights
 from fedcl.client.buffer import ReplayBuffer
+from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
@@ -111,6 +112,20 @@ def test_the_terms_of_der_by_a_hand_loop(
         distance += sum((new[c] - old[c]).item() ** 2 for c in allowed) / len(allowed) / 12
         entropy += (log(sum(new[c].exp().item() for c in allowed)) - new[y].item()) / 12
     assert value.item() == pytest.approx(alpha * distance + beta * entropy, rel=1e-4)
+
+
+# the present task's samples are held to their logits from the task's end on, where these are taken anew
+@pytest.mark.parametrize(("refresh", "held"), [(True, False), (False, True)])
+def test_within_its_task_a_sample_is_free_until_its_logits_are_taken_anew(
+    device: torch.device, refresh: bool, held: bool
+) -> None:
+    der, ctx = DER(budget=12, alpha=1.0, refresh=refresh), context(device, TASKS[0], {0: (0, 1)})
+    der.before_round(ctx)
+    der.loss(ctx, whole(ctx), ctx.model(ctx.data.x))
+    ctx.model.flat.mul_(2.0)
+    value = der.loss(ctx, whole(ctx), ctx.model(ctx.data.x))
+    assert value is not None
+    assert (value.item() > 0.1) == held
 
 
 def test_without_refresh_logits_are_those_of_the_stream(device: torch.device) -> None:
@@ -263,3 +278,16 @@ def test_every_batch_is_of_memory(device: torch.device) -> None:
     rows: dict[int, Tensor] = dict(zip(batch.y.tolist(), batch.mask, strict=True))
     assert rows[0].tolist() == [True, True, False, False]
     assert rows[3].tolist() == [False, False, True, True]
+
+
+# the gradient of the step is the opposite of the past's own, taken among the past task's columns: nothing of it is left
+def test_a_gem_asks_past_samples_among_their_own_columns(device: torch.device) -> None:
+    agem = AGEM(budget=12, replay_size=12)
+    agem.after_task(context(device, TASKS[0], {0: (0, 1)}))
+    past, ctx = context(device, TASKS[0], {0: (0, 1)}), context(device, TASKS[1], MET, visit=1)
+    loss = masked_cross_entropy(ctx.model(past.data.x), Batch(past.data.x, past.data.y, past.mask))
+    grads = [-gradient for gradient in torch.autograd.grad(loss, list(ctx.model.trainable))]
+    agem.before_round(ctx)
+    agem.after_backward(ctx, grads)
+    for gradient in grads:
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0.0, atol=1e-6)

@@ -56,6 +56,20 @@ def test_half_of_the_units_with_their_biases(device: torch.device) -> None:
     assert full[24:].sum() == 0  # heads
 
 
+# of 6 units 0.3 x 6 = 1.8 and 0.4 x 6 = 2.4
+@pytest.mark.parametrize(("share", "units"), [(0.0, 0), (0.3, 2), (0.4, 2), (1.0, 6)])
+def test_the_number_of_frozen_units_is_the_nearest(device: torch.device, share: float, units: int) -> None:
+    model = FlatModel(MLP(input_shape=(3,), heads=(4,), hidden=(6,)), device=device)
+    frozen = frozen_units(model, share, torch.Generator().manual_seed(0))
+    assert int(frozen.sum()) == units * 4  # three weights and a bias each
+
+
+def test_a_single_head_trains_whole(device: torch.device) -> None:
+    model = FlatModel(MLP(input_shape=(3,), heads=(4,), hidden=(6,)), device=device)
+    frozen = frozen_units(model, 1.0, torch.Generator().manual_seed(0))
+    assert frozen.tolist() == [True] * 24 + [False] * 28  # 6 x 3 + 6, then the head's 4 x 6 + 4
+
+
 def test_frozen_units_stay_and_others_move(device: torch.device) -> None:
     model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=(6,)), device=device)
     moved = []

@@ -85,7 +85,7 @@ def test_text_says_what_is_wrong(tmp_path: Path, params: dict[str, int], message
 
 
 def test_text_says_what_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be a text file"):
+    with pytest.raises(ValueError, match="is a folder; must be a file"):
         text(root=str(tmp_path))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):

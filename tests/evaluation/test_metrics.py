@@ -130,9 +130,116 @@ def test_bad_input_is_named() -> None:
         metrics.fwt(R, [0.1])
 
 
-def test_a_task_without_test_samples_is_left_out_with_its_row() -> None:
-    nan = float("nan")
-    full = [[0.9, nan, 0.2], [0.85, nan, 0.25], [0.7, nan, 0.8]]
-    without = [[0.9, 0.2], [0.7, 0.8]]
-    got = metrics.summarise(full, [0.1, nan, 0.1])
-    assert got == pytest.approx(metrics.summarise(without, [0.1, 0.1]))
+BASELINE = [0.9, 0.1, 0.2]
+
+
+def _without(rows: tuple[int, ...] = (), columns: tuple[int, ...] = ()) -> np.ndarray:
+    matrix = R.copy()
+    matrix[list(rows)] = NAN
+    matrix[:, list(columns)] = NAN
+    return matrix
+
+
+# Each number worked by hand from R above; the end is always the last row, whichever task it belongs to.
+LEFT_OUT = {
+    # the last task has no test samples: both others are earlier ones, and are looked at after it
+    "last task": (
+        _without(columns=(2,)),
+        {
+            "accuracy/average": (0.5 + 0.7) / 2,
+            "accuracy/average_incremental": (0.8 + (0.9 + 0.6) / 2 + (0.5 + 0.7) / 2) / 3,
+            "forgetting/chaudhry": ((0.9 - 0.5) + (0.6 - 0.7)) / 2,
+            "forgetting/first": ((0.8 - 0.5) + (0.6 - 0.7)) / 2,
+            "forgetting/peak": ((0.9 - 0.5) + (0.75 - 0.7)) / 2,
+            "bwt": ((0.5 - 0.8) + (0.7 - 0.6)) / 2,
+            "fwt": 0.75 - 0.1,
+        },
+        (0.8 + 0.6) / 2,
+    ),
+    # a middle one: its row still shows task 0 at its best
+    "middle task": (
+        _without(columns=(1,)),
+        {
+            "accuracy/average": (0.5 + 0.4) / 2,
+            "accuracy/average_incremental": (0.8 + 0.9 + (0.5 + 0.4) / 2) / 3,
+            "forgetting/chaudhry": 0.9 - 0.5,
+            "forgetting/first": 0.8 - 0.5,
+            "forgetting/peak": 0.9 - 0.5,
+            "bwt": 0.5 - 0.8,
+            "fwt": 0.3 - 0.2,
+        },
+        (0.8 + 0.4) / 2,
+    ),
+    # the first: after it nothing that was seen can be tested
+    "first task": (
+        _without(columns=(0,)),
+        {
+            "accuracy/average": (0.7 + 0.4) / 2,
+            "accuracy/average_incremental": (0.6 + (0.7 + 0.4) / 2) / 2,
+            "forgetting/chaudhry": 0.6 - 0.7,
+            "forgetting/first": 0.6 - 0.7,
+            "forgetting/peak": 0.75 - 0.7,
+            "bwt": 0.7 - 0.6,
+            "fwt": ((0.75 - 0.1) + (0.3 - 0.2)) / 2,
+        },
+        (0.6 + 0.4) / 2,
+    ),
+    # nothing was measured after task 1: maxima are over the other moments, but when it was learned is unknown
+    "middle moment": (
+        _without(rows=(1,)),
+        {
+            "accuracy/average": (0.5 + 0.7 + 0.4) / 3,
+            "accuracy/average_incremental": (0.8 + (0.5 + 0.7 + 0.4) / 3) / 2,
+            "forgetting/chaudhry": NAN,
+            "forgetting/first": NAN,
+            "forgetting/peak": ((0.8 - 0.5) + (0.75 - 0.7)) / 2,
+            "bwt": NAN,
+            "fwt": NAN,
+        },
+        NAN,
+    ),
+    # no earlier moment stands in for the end
+    "last moment": (
+        _without(rows=(2,)),
+        {
+            "accuracy/average": NAN,
+            "accuracy/average_incremental": NAN,
+            "forgetting/chaudhry": NAN,
+            "forgetting/first": NAN,
+            "forgetting/peak": NAN,
+            "bwt": NAN,
+            "fwt": ((0.75 - 0.1) + (0.3 - 0.2)) / 2,
+        },
+        NAN,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_moments_and_tests_are_left_out_independently_of_each_other(what: str) -> None:
+    matrix, expected, learning = LEFT_OUT[what]
+    assert metrics.summarise(matrix, BASELINE) == pytest.approx(expected, nan_ok=True)
+    assert metrics.learning_accuracy(matrix) == pytest.approx(learning, nan_ok=True)
+
+
+def test_forgetting_is_over_the_moments_that_were_measured() -> None:
+    matrix = np.full((4, 4), 0.5)
+    matrix[:, 0] = [0.7, NAN, 0.9, 0.4]
+    matrix[1] = NAN
+    assert metrics.forgetting_by_task(matrix)[0] == pytest.approx(0.9 - 0.4)
+    matrix[2, 0] = NAN  # others were measured at that moment, this task was not: that is no moment left out
+    assert np.isnan(metrics.forgetting_by_task(matrix)[0])
+
+
+def test_sample_means_weigh_only_tasks_with_test_samples() -> None:
+    tested = _without(columns=(2,))
+    expected = (0.8 + (90 + 180) / 400 + (50 + 210) / 400) / 3
+    assert metrics.average_incremental_accuracy(tested, [100, 300, 0]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="> 0 for each task that was tested"):
+        metrics.average_incremental_accuracy(R, [100, 0, 600])
+
+
+def test_nothing_measured_is_nothing_known() -> None:
+    numbers = metrics.summarise(np.full((2, 2), NAN), [NAN, NAN])
+    assert np.isnan(list(numbers.values())).all()
+    assert np.isnan(metrics.learning_accuracy(np.full((2, 2), NAN)))

@@ -45,6 +45,29 @@ def test_worst_case_weighs_the_present_task_with_the_others_lowest() -> None:
     assert math.isnan(worst_case_accuracy(CURVE[:1], [-1, -1, -1]))
 
 
+def test_a_test_from_before_a_task_was_learned_is_no_low_point() -> None:
+    # task 0 stood at 0.1 before it was learned, and with the test that it was learned with; since then 0.6 at least
+    curve = np.array([[0.1, 0.0], [0.2, 0.0], [0.8, 0.0], [0.6, 0.9]])
+    assert min_accuracy(curve, [1, 3]) == pytest.approx(0.6)
+
+
+def test_a_task_without_test_samples_is_left_out_and_still_makes_the_others_earlier_ones() -> None:
+    # the last one: 0.4 and 0.2 are the others' lowest, and how the present task stands is unknown
+    curve = CURVE.copy()
+    curve[:, 2] = NAN
+    assert min_accuracy(curve, LEARNED) == pytest.approx((0.4 + 0.2) / 2)
+    assert math.isnan(worst_case_accuracy(curve, LEARNED))
+    # an earlier one: 0.4 alone is left, and two tasks have test samples
+    curve = CURVE.copy()
+    curve[:, 1] = NAN
+    assert min_accuracy(curve, LEARNED) == pytest.approx(0.4)
+    assert worst_case_accuracy(curve, LEARNED) == pytest.approx(1.0 / 2 + 1 / 2 * 0.4)
+    # one that has test samples but was not measured since it was learned is unknown, not left out
+    curve = CURVE.copy()
+    curve[5:, 1] = NAN
+    assert math.isnan(min_accuracy(curve, LEARNED))
+
+
 def test_windows_by_hand() -> None:
     # largest drop of neighbours: 0.5, 0.7, none; in three evaluations the same but for the last column
     assert windowed_forgetting(CURVE, 2) == pytest.approx((0.5 + 0.7 + 0.0) / 3)

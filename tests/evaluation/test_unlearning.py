@@ -198,6 +198,10 @@ def test_revival_by_hand() -> None:
         "revival/excess": (0.1 + 0.2 + 0.4) / 3,
     }
     assert numbers == pytest.approx(expected)
+    # how much counts as revived depends on the accuracy before the request
+    assert revival(curve, original=0.6)["revival/delay"] == 2.0
+    assert revival(curve, original=0.6, tau=1.0)["revival/delay"] == 4.0
+    assert revival(curve, original=0.2)["revival/delay"] == 1.0
     never = revival([0.2, 0.1], original=0.9)
     assert math.isnan(never.pop("revival/delay"))
     assert never == pytest.approx({"revival/peak": 0.0, "revival/final": -0.1})

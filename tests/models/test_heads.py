@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.heads import CosineHead, RandomFeatures, SimplexHead, simplex
 from fedcl.models.networks import MLP, LeNet, Network, build_model
@@ -87,7 +88,20 @@ def test_random_features_are_drawn_once_with_the_weights_and_are_no_state() -> N
     torch.testing.assert_close(model.twin()(inputs()).logits, model(inputs()).logits)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "simplex", "random"])
+def test_a_head_on_unit_features_reads_their_direction_alone() -> None:
+    model = FlatModel(mlp(head="unit"))
+    assert [t.name for t in model.spec] == ["hidden.0.weight", "hidden.0.bias", "head.weight", "head.bias"]
+    unit = model.module.get_submodule("unit")
+    features = torch.tensor([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])
+    torch.testing.assert_close(unit(features), torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]))
+    out = model(inputs())
+    torch.testing.assert_close(out.features.norm(dim=1), torch.ones(6))
+    assert isinstance(model.module, MLP)
+    torch.testing.assert_close(out.logits, model.module.head(out.features))
+    assert chain_of(model.module) is None, "a step that is written down knows plain heads only"
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "simplex", "random", "unit"])
 @pytest.mark.parametrize("heads", [(4,), (2, 2)])
 @pytest.mark.parametrize(
     ("network", "shape", "params"),
@@ -116,11 +130,12 @@ def test_every_network_takes_every_head(
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"head": "prototype"}, r"model\.head=prototype: must be one of linear, cosine, simplex, random"),
+        ({"head": "prototype"}, r"model\.head=prototype: must be one of linear, cosine, simplex, random, unit"),
         ({"head": "random"}, r"model\.head_width=None: must be >= 1 with model\.head=random"),
         ({"head": "random", "head_width": 0}, r"model\.head_width=0: must be >= 1"),
         ({"head_width": 5}, r"model\.head_width=5: .*null with others"),
         ({"head": "random", "head_width": 5, "head_scale": 2.0}, "a random head has no scale"),
+        ({"head": "unit", "head_scale": 2.0}, "a unit head has no scale"),
         ({"head_scale": 2.0}, r"model\.head_scale=2\.0: must be null, a linear head has no scale"),
         ({"head": "cosine", "head_scale": 0.0}, r"model\.head_scale=0\.0: must be null or > 0"),
         ({"head": "simplex", "heads": (1,)}, r"model\.head=simplex: needs at least 2 classes"),

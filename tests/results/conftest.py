@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedcl.evaluation import metrics
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 
 MakeRun = Callable[..., Path]
 
@@ -16,7 +16,7 @@ def _record(recorder: Recorder, num_tasks: int, rounds_per_task: int, decay: flo
     """Write a plausible stream: a task is learned while it is there and then fades by ``decay`` a task."""
     rng = np.random.default_rng(seed)
     for task in range(num_tasks):
-        recorder.row(round=-1, phase="test", name="accuracy", value=0.1, task=task)
+        recorder.row(round=-1, phase="test", name="accuracy", value=0.1, task=task, virtual_time=0.0)
     for server_round in range(num_tasks * rounds_per_task):
         now, step = divmod(server_round, rounds_per_task)
         where = {"round": server_round, "virtual_time": 2.5 * (server_round + 1), "after": now}
@@ -49,9 +49,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         path.mkdir(parents=True)
         recorder = Recorder(path)
         recorder.status("running")
-        recorder.write_config("seed: 3\nnum_clients: 12\nlearner:\n  _target_: clients.learners.sgd.Sgd\n", ["seed=3"])
-        recorder.write_env({"seed": 3, "device": "cpu", "cpu": "a processor"})
-        recorder.event("task_started", task=0)
+        config = "seed: 3\nnum_clients: 12\nlearner:\n  _target_: clients.learners.sgd.Sgd\n"
+        write_launch(path, config, ["seed=3"], {"seed": 3, "device": "cpu", "cpu": "a processor"})
+        recorder.event("task_started", task=0, round=-1, virtual_time=0.0)
         _record(recorder, num_tasks, rounds_per_task, decay, seed)
         recorder.event("rejected", round=2, virtual_time=5.0, client="c4", reason="not finite")
         recorder.event("rejected", round=3, virtual_time=7.5, client="c5", reason="shape")

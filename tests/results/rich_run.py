@@ -14,7 +14,7 @@ NAMES = ("late", "$\\bad$", "a<b>&\"'")
 def write_run(path: Path, *, everything: bool = True) -> None:
     """Write a run; without ``everything`` only what most runs have."""
     with Recorder(path) as recorder:
-        recorder.row(round=-1, phase="server", name="flops_per_sample", value=100.0)
+        recorder.row(round=-1, phase="server", name="flops_per_sample", value=100.0, virtual_time=0.0)
         for at in range(4):
             when: dict[str, Any] = {"round": at, "virtual_time": 1.5 * (at + 1), "after": at // 2}
             for task in range(at // 2 + 1):
@@ -31,10 +31,10 @@ def write_run(path: Path, *, everything: bool = True) -> None:
                 recorder.row(phase="server", name=name, value=1000.0 * (at + 1), **when)
         if everything:
             _write_unlearning(recorder)
-            recorder.event("hindsight", round=3, client=NAMES[0], age=2, inverted=0.25, late=0.75)
-            recorder.event("hindsight", round=3, client=NAMES[1], age=2, inverted=0.75, late=1.25)
-        recorder.event("client_failed", round=1, client=NAMES[2], reason="<script>alert(1)</script>")
-        recorder.event("round_skipped", round=2, replies=0)
+            recorder.event("hindsight", round=3, client=NAMES[0], age=2, inverted=0.25, late=0.75, virtual_time=0.0)
+            recorder.event("hindsight", round=3, client=NAMES[1], age=2, inverted=0.75, late=1.25, virtual_time=0.0)
+        recorder.event("client_failed", round=1, client=NAMES[2], reason="<script>alert(1)</script>", virtual_time=0.0)
+        recorder.event("round_skipped", round=2, replies=0, virtual_time=0.0)
         recorder.write_summary({"stability/iteration/min_accuracy": 0.35})
 
 

@@ -47,8 +47,8 @@ def test_a_picture_is_opaque_for_dark_notebooks_and_a_vector_is_not(run: Run) ->
 
 def test_the_heat_map_marks_what_was_not_measured(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0)
-        recorder.row(round=1, phase="test", name="accuracy", value=0.5, task=1, after=1)
+        recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0, virtual_time=0.0)
+        recorder.row(round=1, phase="test", name="accuracy", value=0.5, task=1, after=1, virtual_time=0.0)
     texts = [text.get_text() for text in figures.accuracy_matrix(load(tmp_path)).axes[0].texts]
     assert texts == ["50.0", "\N{EN DASH}", "\N{EN DASH}", "50.0"]
 

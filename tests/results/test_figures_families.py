@@ -104,7 +104,7 @@ def test_ages_are_counted_and_errors_are_means_by_age(run: Run) -> None:
 
 def test_nobody_late_is_told_and_not_drawn(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.row(round=0, phase="train", name="age", value=0, client="0", task=0, after=0)
+        recorder.row(round=0, phase="train", name="age", value=0, client="0", task=0, after=0, virtual_time=0.0)
     with pytest.raises(ValueError, match="no update was late"):
         figures.staleness_histogram(load(tmp_path))
 

@@ -16,7 +16,7 @@ from fedcl.results import html
 from fedcl.results.certificate import About, write
 from fedcl.results.html.elements import Cell, esc, table
 from fedcl.results.html.svg import inline
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.run import load
 from fedcl.server.receipt import Receipt
 from tests.results.rich_run import NAMES, write_run
@@ -64,11 +64,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder.mkdir()
     write_run(folder, everything=False)
     cfg = compose(["learner=er", "seed=5"])
-    (folder / "config.yaml").write_text(to_yaml({**cfg, "name": EVIL, "data": {"root": EVIL}}))
     recorder = Recorder.__new__(Recorder)
     recorder.run_dir = folder
     env = {"packages": {"fedcl": EVIL}, "git": {"sha": "abc", "dirty": True}}
-    recorder.write_env({**env, "launch": {"overrides": ["seed=5", f"name={EVIL}", "run_dir=/old"]}})
+    launch = {"overrides": ["seed=5", f"name={EVIL}", "run_dir=/old"]}
+    write_launch(
+        folder, to_yaml({**cfg, "name": EVIL, "data": {"root": EVIL}}), launch["overrides"], {**env, "launch": launch}
+    )
     recorder.status("done")
     request = ForgetRequest("bob", "client", clients=(EVIL,))
     receipt = Receipt(
@@ -188,7 +190,7 @@ def test_the_reference_stands_beside_the_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "reference"):
         folder.mkdir(exist_ok=True)
         with Recorder(folder) as recorder:
-            recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0)
+            recorder.row(round=0, phase="test", name="accuracy", value=0.5, task=0, after=0, virtual_time=0.0)
             recorder.write_summary({"accuracy/average": 0.5 if folder == tmp_path else 0.375})
     page = Page(html.write(load(tmp_path)).read_text(encoding="utf-8"))
     cells = [text for tag, text in page.text if tag in ("td", "th")]

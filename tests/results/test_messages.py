@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedcl.cli import main
+from fedcl.results import load
 from tests.results.rich_run import write_run
 
 
@@ -34,7 +35,6 @@ def test_a_folder_of_runs_names_one_of_them(tmp_path: Path, capsys: pytest.Captu
         ("env.json", "{"),
         ("events.jsonl", "{'round': 1}\n"),
         ("config.yaml", "seed: [1\n"),
-        ("metrics.parquet", "PAR1 and no more"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +42,14 @@ def test_a_damaged_file_is_named(name: str, text: str, tmp_path: Path, capsys: p
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / name).write_text(text)
     assert said(capsys, "report", tmp_path).startswith(f"fedcl: error: {tmp_path / name}: damaged, it cannot be read")
+
+
+def test_the_lines_stand_in_for_a_damaged_parquet_file(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    whole = load(tmp_path).metrics
+    (tmp_path / "metrics.parquet").write_text("PAR1 and no more")
+    with pytest.warns(UserWarning, match=r"metrics\.parquet: damaged, it cannot be read.*; taking metrics\.jsonl"):
+        assert load(tmp_path).metrics.equals(whole)
 
 
 @pytest.mark.parametrize(

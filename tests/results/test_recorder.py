@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from fedcl.results import schema
-from fedcl.results.recorder import Recorder, create_run_dir, environment, to_parquet, write_atomic
+from fedcl.results.recorder import Recorder, create_run_dir, environment, to_parquet, write_atomic, write_launch
 from fedcl.results.schema import Row
 
 
@@ -53,7 +53,7 @@ def test_parquet_has_the_documented_columns_types_and_exact_values(tmp_path: Pat
 
 def test_row_defaults_are_the_global_model_and_no_task(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.row(round=-1, phase="server", name="rank", value=np.float32(0.5))
+        recorder.row(round=-1, phase="server", name="rank", value=np.float32(0.5), virtual_time=0.0)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert list(line.values()) == [-1, 0.0, "", -1, -1, -1, "server", "rank", 0.5]
 
@@ -61,7 +61,7 @@ def test_row_defaults_are_the_global_model_and_no_task(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_become_missing(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         for value in (float("nan"), float("inf"), 1.0):
-            recorder.row(round=0, phase="train", name="loss", value=value)
+            recorder.row(round=0, phase="train", name="loss", value=value, virtual_time=0.0)
     assert [json.loads(line)["value"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         None,
         None,
@@ -74,7 +74,7 @@ def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         # several of the blocks that the reader of the lines works in
         for i in range(30_000):
-            recorder.row(round=i, phase="test", name="accuracy", value=i / 7, client=f"c{i % 13}")
+            recorder.row(round=i, phase="test", name="accuracy", value=i / 7, client=f"c{i % 13}", virtual_time=0.0)
     first = sha256(tmp_path / "metrics.parquet")
     again = tmp_path / "again.parquet"
     to_parquet(tmp_path / "metrics.jsonl", again, schema.METRIC_COLUMNS)
@@ -109,9 +109,9 @@ def test_a_table_that_does_not_fit_its_offset_is_refused_and_left_as_it_is(tmp_p
         write_rounds(recorder, range(3))
         offsets = recorder.flush()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"metrics.jsonl: has \d+ bytes, the checkpoint expects at least"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl: has \d+ bytes, the checkpoint expects"):
         Recorder(tmp_path, resume_offsets=offsets | {"metrics": offsets["metrics"] + 1})
-    with pytest.raises(ValueError, match="not the end of a line"):
+    with pytest.raises(ValueError, match="are not those of the checkpoint"):
         Recorder(tmp_path, resume_offsets=offsets | {"events": offsets["events"] - 1})
     with pytest.raises(ValueError, match="must name exactly"):
         Recorder(tmp_path, resume_offsets={"metrics": 0})
@@ -150,11 +150,11 @@ def test_closing_twice_is_harmless_and_an_empty_run_has_empty_tables(tmp_path: P
 def test_bad_rows_are_refused_by_name(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     with pytest.raises(ValueError, match="phase='eval': must be one of train, test"):
-        recorder.row(round=0, phase="eval", name="accuracy", value=1.0)
+        recorder.row(round=0, phase="eval", name="accuracy", value=1.0, virtual_time=0.0)
     with pytest.raises(ValueError, match="virtual_time=inf"):
         recorder.row(round=0, phase="test", name="accuracy", value=1.0, virtual_time=float("inf"))
     with pytest.raises(TypeError):
-        recorder.event("fault", where=object())
+        recorder.event("fault", where=object(), round=-1, virtual_time=0.0)
     recorder.close()
     assert (tmp_path / "metrics.jsonl").stat().st_size == 0
     assert (tmp_path / "events.jsonl").stat().st_size == 0
@@ -184,8 +184,7 @@ def test_small_files_are_replaced_whole(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         recorder.status("running")
         recorder.status("done")
-        recorder.write_config("seed: 1\n", ["seed=1", 'data.root="a b"'])
-        recorder.write_env(environment(1, "cpu"))
+        write_launch(tmp_path, "seed: 1\n", ["seed=1", 'data.root="a b"'], environment(1, "cpu"))
     assert (tmp_path / "STATUS").read_text() == "done\n"
     assert (tmp_path / "overrides.yaml").read_text() == '- "seed=1"\n- "data.root=\\"a b\\""\n'
     assert not list(tmp_path.glob(".*"))
@@ -238,6 +237,6 @@ def test_recording_needs_neither_pandas_nor_matplotlib_nor_pyarrow() -> None:
         "import sys; sys.modules.update(dict.fromkeys(['pandas', 'matplotlib', 'pyarrow', 'yaml', 'rich', 'ray']))\n"
         "import tempfile, pathlib, fedcl.results, fedcl.results.progress\n"
         "r = fedcl.results.Recorder(pathlib.Path(tempfile.mkdtemp()))\n"
-        "r.row(round=0, phase='test', name='accuracy', value=1.0); assert r.flush()['metrics'] > 0"
+        "r.row(round=0, phase='test', name='accuracy', value=1.0, virtual_time=0.0); assert r.flush()['metrics'] > 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
 from fedcl.results.run import load
 
@@ -65,8 +65,7 @@ def test_a_run_under_way_and_an_empty_one_have_a_report(make_run: MakeRun, tmp_p
 
 
 def test_paths_and_overrides_are_printed_as_they_are(tmp_path: Path) -> None:
-    with Recorder(tmp_path) as recorder:
-        recorder.write_config("seed: 1\n", ["rounds_per_task=[2,3]", "data.root=/tmp/[bold]"])
+    write_launch(tmp_path, "seed: 1\n", ["rounds_per_task=[2,3]", "data.root=/tmp/[bold]"], {})
     assert "changed: rounds_per_task=[2,3]  data.root=/tmp/[bold]" in terminal_report(load(tmp_path), width=200)
 
 

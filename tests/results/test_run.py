@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 import fedcl.results
+from fedcl.results.caveats import caveats
 from fedcl.results.recorder import Recorder
 from fedcl.results.run import accuracy_matrix
+from fedcl.results.summary import summary
 
 MakeRun = Callable[..., Path]
 
@@ -41,7 +43,7 @@ def test_a_torn_last_line_is_left_out(make_run: MakeRun) -> None:
 
 def test_accuracy_matrix_takes_the_last_global_test_value_of_each_task_end(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        where = {"phase": "test", "name": "accuracy"}
+        where = {"phase": "test", "name": "accuracy", "virtual_time": 0.0}
         recorder.row(round=-1, task=0, after=-1, value=0.11, **where)
         recorder.row(round=-1, task=1, after=-1, value=0.12, **where)
         recorder.row(round=0, task=0, after=0, value=0.5, **where)
@@ -49,8 +51,8 @@ def test_accuracy_matrix_takes_the_last_global_test_value_of_each_task_end(tmp_p
         recorder.row(round=2, task=0, after=1, value=0.4, **where)
         recorder.row(round=2, task=1, after=1, value=0.7, **where)
         recorder.row(round=2, task=0, after=1, value=0.99, client="c1", **where)
-        recorder.row(round=2, task=0, after=1, value=0.98, phase="personal", name="accuracy")
-        recorder.row(round=2, task=0, after=1, value=0.97, phase="test", name="loss")
+        recorder.row(round=2, task=0, after=1, value=0.98, phase="personal", name="accuracy", virtual_time=0.0)
+        recorder.row(round=2, task=0, after=1, value=0.97, phase="test", name="loss", virtual_time=0.0)
         recorder.row(round=2, task=-1, after=1, value=0.96, **where)
     run = fedcl.results.load(tmp_path)
     np.testing.assert_array_equal(run.accuracy_matrix().to_numpy(), [[0.6, np.nan], [0.4, 0.7]])
@@ -63,7 +65,9 @@ def test_a_run_under_way_is_judged_by_the_tasks_it_has_reached(tmp_path: Path) -
     with Recorder(tmp_path) as recorder:
         for after, values in enumerate([[0.9, 0.2, 0.1], [0.6, 0.8, 0.1]]):
             for task, value in enumerate(values):
-                recorder.row(round=after, phase="test", name="accuracy", value=value, task=task, after=after)
+                recorder.row(
+                    round=after, phase="test", name="accuracy", value=value, task=task, after=after, virtual_time=0.0
+                )
     run = fedcl.results.load(tmp_path)
     assert run.accuracy_matrix().shape == (3, 3)
     assert run.headline()["accuracy/average"] == pytest.approx(0.7)
@@ -73,7 +77,7 @@ def test_a_run_under_way_is_judged_by_the_tasks_it_has_reached(tmp_path: Path) -
 
 def test_a_run_without_evaluation_is_empty_but_readable(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
-        recorder.event("fault", round=0)
+        recorder.event("fault", round=0, virtual_time=0.0)
     run = fedcl.results.load(tmp_path)
     assert run.accuracy_matrix().empty
     assert run.baseline() is None
@@ -88,9 +92,36 @@ def test_by_client_is_the_mean_over_tasks_of_each_clients_latest_round(tmp_path:
         for client, server_round, task, value in [
             ("a", 0, 0, 0.1), ("a", 3, 0, 0.4), ("a", 3, 1, 0.6), ("b", 1, 0, 0.9),
         ]:  # fmt: skip
-            recorder.row(round=server_round, phase="personal", name="accuracy", value=value, client=client, task=task)
-        recorder.row(round=9, phase="personal", name="accuracy", value=0.0)
-    assert fedcl.results.load(tmp_path).by_client() == pytest.approx({"a": 0.5, "b": 0.9})
+            where = {"client": client, "task": task, "virtual_time": 0.0}
+            for phase in ("personal", "trained"):
+                recorder.row(round=server_round, phase=phase, name="accuracy", value=value, **where)
+        recorder.row(round=9, phase="personal", name="accuracy", value=0.0, virtual_time=0.0)
+    run = fedcl.results.load(tmp_path)
+    assert run.by_client("trained") == pytest.approx({"a": 0.5, "b": 0.9})
+    # all clients are tested together: one that has left by then has no value, least of all its last one
+    assert run.by_client() == pytest.approx({"a": 0.5})
+
+
+def test_a_lost_evaluation_is_missing_and_no_earlier_one_stands_in(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        for server_round in (1, 3):
+            for client in "abc" if server_round == 1 else "ab":
+                for task in (0, 1)[: server_round // 2 + 1]:
+                    value = 0.1 * server_round + 0.05 * task
+                    where = {"client": client, "task": task, "after": server_round // 2, "virtual_time": 1.0}
+                    recorder.row(round=server_round, phase="personal", name="accuracy", value=value, **where)
+        lost = {"round": 3, "virtual_time": 4.0, "message": "evaluate", "reason": "gone"}
+        recorder.event("client_failed", client="b", **lost)  # of one task; of the other it was heard
+        recorder.event("reply_rejected", client="c", **lost)
+        recorder.event("client_failed", client="a", **(lost | {"message": "train"}))
+    run = fedcl.results.load(tmp_path)
+    assert run.by_client() == pytest.approx({"a": 0.325})
+    assert run.unheard() == {"b", "c"}
+    numbers = summary(tmp_path, 0, 0)
+    assert numbers["personal/accuracy_mean"] == pytest.approx(0.325)
+    assert numbers["clients_unheard"] == 2.0
+    assert numbers["personal/forgetting_mean"] == pytest.approx(0.1 - 0.3)
+    assert any("leaves out 2 clients whose last evaluation was lost: b, c" in text for text in caveats(run))
 
 
 def test_events_have_their_common_fields_first(make_run: MakeRun) -> None:

@@ -66,19 +66,21 @@ def test_scalars_are_means_over_clients_and_lines_by_task() -> None:
 def test_one_that_fails_is_left_out_and_noted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound, broken = Diary(), Diary(breaks_in=1)
     with Recorder(tmp_path) as recorder:
-        trackers = Trackers({"sound": sound, "broken": broken}, recorder)
+        when = {"round": 1, "virtual_time": 2.5}
+        trackers = Trackers({"sound": sound, "broken": broken}, recorder, lambda: when)
         trackers.start(tmp_path, {}, 0)
         for server_round in range(3):
-            recorder.row(round=server_round - 1, phase="server", name="rank", value=-1.0)  # is not of this round
-            recorder.row(round=server_round, phase="server", name="rank", value=float(server_round))
+            # is not of this round
+            recorder.row(round=server_round - 1, phase="server", name="rank", value=-1.0, virtual_time=0.0)
+            recorder.row(round=server_round, phase="server", name="rank", value=float(server_round), virtual_time=0.0)
             trackers.round_over(server_round)
         trackers.finish({}, "done")
     numbers = [{"server/rank": float(r), "virtual_time": 0.0} for r in range(3)]
     assert sound.told == [("start", 0), *enumerate(numbers), "done"]
     assert broken.told == [("start", 0), (0, numbers[0])]
     events = load(tmp_path).events
-    assert events[["kind", "tracker", "error"]].to_numpy().tolist() == [
-        ["tracker_failed", "broken", "ConnectionError: the server is gone"]
+    assert events[["kind", "round", "virtual_time", "tracker", "error"]].to_numpy().tolist() == [
+        ["tracker_failed", 1, 2.5, "broken", "ConnectionError: the server is gone"]
     ]
     assert capsys.readouterr().err.count("trackers=broken failed") == 1
 

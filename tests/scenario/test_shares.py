@@ -166,6 +166,20 @@ def test_scole_draws_classes_again_and_again() -> None:
     assert stream.test_task(3, after=[3]).mask == tasks[3].classes
 
 
+# (1 - i f)^e, f = 0.05: 1, 0.9025, 0.81, 0.7225, 0.64, 0.5625 of e = 2
+@pytest.mark.parametrize(
+    ("num_classes", "entropy", "weights"),
+    [(6, 2.0, [1.0, 0.9025, 0.81, 0.7225, 0.64, 0.5625]), (40, 1.0, [1.0 - i / 40 for i in range(40)])],
+)
+def test_scole_draws_rare_classes_as_often_as_published(num_classes: int, entropy: float, weights: list[float]) -> None:
+    draws = 12_000
+    run = {**RUN, "num_classes": num_classes, "num_tasks": draws, "classes_per_task": 1, "entropy_decrease": entropy}
+    counts = np.bincount([task.classes[0] for task in trained(SCoLe(**run))], minlength=num_classes)
+    expected = draws * np.array(weights) / sum(weights)
+    # four standard deviations of a count
+    assert np.all(np.abs(np.sort(counts)[::-1] - expected) < 4 * np.sqrt(expected) + 1)
+
+
 def test_scole_with_fresh_samples_shows_each_once() -> None:
     stream = SCoLe(**RUN, num_tasks=30, classes_per_task=3, fresh=True)
     drawn = {label for task in trained(stream) for label in task.classes}

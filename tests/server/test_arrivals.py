@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 
 from fedcl.client.plugin import Context, Plugin, State
 from fedcl.server.arrivals import VirtualClock, WallClock
@@ -199,13 +201,14 @@ def test_the_virtual_clock_never_goes_back() -> None:
 
 
 @pytest.mark.parametrize("mode", [{}, {"buffer": 2}, {"deadline": 30.0}], ids=["sync", "buffer", "deadline"])
-def test_the_same_loop_takes_a_wall_clock(build: Any, mode: dict[str, Any]) -> None:
+def test_the_same_loop_takes_a_wall_clock(build: Any, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = itertools.count(1000.0)  # a second passes from each look at the clock to the next
+    monkeypatch.setattr(time, "monotonic", lambda: next(reads))
     system = build(finished_task="keep", **mode)
     system.server.arrivals.clock = WallClock()
-    started = time.monotonic()
     system.play()
     assert system.server.version == 4
-    assert 0.0 < system.server.now <= time.monotonic() - started + 1.0
+    assert 0.0 < system.server.now < next(reads) - 1000.0
     counted = [row for row in system.notes.rows if row["name"] == "num_examples"]
     assert len(counted) == (8 if mode.get("buffer") else 4 + 4 + 3 + 3)  # client 3 has nothing of the second task
 
@@ -224,3 +227,13 @@ def test_ten_thousand_seconds_of_waiting_cost_none(build: Any, monkeypatch: pyte
 
     monkeypatch.setattr(time, "sleep", sleep)
     assert build(device=slow({"2": 2500.0})).play().server.now == 10_000.0
+
+
+def test_a_fault_stands_at_the_time_it_was_known(build: Any) -> None:
+    # a visit takes three steps of two seconds, so that round r is over at 6 (r + 1)
+    system = build(device=lambda client: DeviceProfile(step_seconds=2.0, dropout=1.0 if client == "1" else 0.0)).play()
+    lost = [(event["round"], event["virtual_time"]) for event in system.events("client_failed")]
+    assert lost == [(0, 6.0), (1, 12.0), (2, 18.0), (3, 24.0)]
+    system.exchange._read([Message(RecordDict(), dst_node_id=7, message_type="train")])
+    [event] = system.events("reply_rejected")
+    assert (event["round"], event["virtual_time"]) == (4, 24.0)

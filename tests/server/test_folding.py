@@ -160,7 +160,7 @@ def test_a_block_of_which_a_part_is_left_is_none() -> None:
     assert blocks_of(left) == [0, 0, -1]
 
 
-DROPS = ["num_clients=150", "rounds_per_task=1", "devices=homogeneous", "devices.dropout=0.2", "scenario.num_tasks=2"]
+DROPS = ["num_clients=150", "rounds_per_task=1", "devices=homogeneous", "devices.dropout=0.2"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_run_has_the_same_bits(
         add(self, block)
 
     monkeypatch.setattr(RunningFold, "add", noting)
-    settings = ["rounds_per_task=2", *overrides]
+    settings = ["rounds_per_task=2", "scenario.num_tasks=2", *overrides]
     where_made = metrics_hash(run_experiment("where-made", *settings))
     assert taken
     if overrides is DROPS:

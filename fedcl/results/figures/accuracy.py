@@ -131,7 +131,7 @@ def forgetting_bars(runs: Runs) -> Figure:
     style.title(axes, f"Forgetting of each task{seeds_note(len(found))}")
     style.legend_outside(axes)
     name, table = next(iter(series.items()))
-    told = ", ".join(f"task {task} {100 * value:.1f}" for task, value in table["mean"].items())
+    told = ", ".join(f"task {task} {100 * value:.1f}" for task, value in table["mean"].dropna().items())
     figure.set_label(f"Bars in percentage points. {' '.join(name.split())}: {told}.")
     return figure
 

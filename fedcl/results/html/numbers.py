@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedcl.results.caveats import caveats
 from fedcl.results.html import elements as e
 from fedcl.results.html.elements import Cell
 from fedcl.results.html.sections import class_names, faults_by_client
@@ -41,8 +42,8 @@ def headline(run: Run) -> str:
     values = run.headline()
     beside = run.reference.headline() if run.reference is not None else {}
     idle = [key for key in _IDLE if not (values.get(key) or beside.get(key))]
-    told = [key for key in _CARDS if key in by_key and by_key[key][1] and key not in idle]
-    cards = "".join(_card(_CARDS[key], by_key[key]) for key in told)
+    carded = [key for key in _CARDS if key in by_key and by_key[key][1] and key not in idle]
+    cards = "".join(_card(_CARDS[key], by_key[key]) for key in carded)
     rows = []
     for key, own, reference, difference in shown:
         value, other = _number(values.get(key)), _number(beside.get(key, values.get(f"reference/{key}")))
@@ -51,7 +52,10 @@ def headline(run: Run) -> str:
         rows.append(row[: len(columns)])
     table = e.table("All numbers of summary.json" if run.summary else "Numbers so far", columns, rows)
     note = e.paragraph("docs/metrics.md tells what each number is.")
-    return e.section("results", "Results", f'<ul class="cards">{cards}</ul>', e.details("All numbers", table + note))
+    told = [f'<p class="note">{e.esc(text)}</p>' for text in caveats(run)]
+    return e.section(
+        "results", "Results", f'<ul class="cards">{cards}</ul>', *told, e.details("All numbers", table + note)
+    )
 
 
 def tables(run: Run) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcl.files import write_atomic
+from fedcl.files import write_atomic, write_bytes_atomic
 from fedcl.results import schema
 from fedcl.results.figures import Drawn, draw_all, render
 from fedcl.results.html import elements as e
@@ -70,7 +70,7 @@ def write(run: Run, *, defaults: Mapping[str, Any] | None = None, kinds: Sequenc
     for one in drawn:
         for kind in ("svg", *kinds):
             data = render(one.figure, kind)
-            (folder / f"{one.entry.name}.{kind}").write_bytes(data)
+            write_bytes_atomic(folder / f"{one.entry.name}.{kind}", data)
             if kind == "svg":
                 files[one.entry.name] = data.decode()
     path = run.path / schema.REPORT

@@ -1,0 +1,93 @@
+"""``SHA256SUMS`` in a run's folder: what each file held when the run wrote it, as ``sha256sum -c`` reads it.
+
+It tells of accidents: a bit that flipped, an editor, half a copy. From the start it has the files that say what the run
+is, and its tables and summary from when it is done; while it goes on, its checkpoints have the hashes of the tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fedcl.files import write_atomic, write_bytes_atomic
+from fedcl.results import schema
+from fedcl.rules import ConfigError
+
+_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
+Sums = dict[str, tuple[str, ...]]  # file -> hashes of what it may hold: two while it is being replaced
+
+
+def read(folder: Path) -> Sums:
+    """Return what is known of the files in ``folder``; nothing where there is no list.
+
+    Raises
+    ------
+    ConfigError
+        If the list is damaged.
+    """
+    path = folder / schema.SUMS
+    try:
+        lines = path.read_bytes().decode("ascii").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        lines = []
+    found: Sums = {}
+    for line in lines or [""]:
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ConfigError(f"{path}: damaged; restore it, or remove it: nothing is checked by it then")
+        found[match[2]] = (*found.get(match[2], ()), match[1])
+    return found
+
+
+def write(folder: Path, sums: Mapping[str, Iterable[str]]) -> None:
+    """Replace the list."""
+    lines = [f"{digest}  {name}\n" for name, digests in sums.items() for digest in dict.fromkeys(digests)]
+    write_atomic(folder / schema.SUMS, "".join(lines))
+
+
+def of_texts(texts: Mapping[str, str]) -> Sums:
+    """Return the sums of texts that are to be written."""
+    return {name: (hashlib.sha256(text.encode()).hexdigest(),) for name, text in texts.items()}
+
+
+def begin(folder: Path) -> None:
+    """Let go of what changes while a run goes on: all but the files that say what it is."""
+    known = read(folder)
+    kept = {name: digests for name, digests in known.items() if name in schema.LAUNCH}
+    if kept == known:
+        return
+    if kept:
+        write(folder, kept)
+    else:
+        (folder / schema.SUMS).unlink()
+
+
+def conclude(folder: Path) -> None:
+    """Take in what a run that is done has written."""
+    found = read(folder)
+    for name in schema.WRITTEN:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found[name] = (hashlib.file_digest(file, "sha256").hexdigest(),)
+    write(folder, found)
+
+
+def accept(folder: Path) -> None:
+    """Take the files that say what a run is as they are now, since the user says so."""
+    texts = {name: (folder / name).read_bytes() for name in schema.LAUNCH if (folder / name).is_file()}
+    write(folder, {**read(folder), **{name: (hashlib.sha256(data).hexdigest(),) for name, data in texts.items()}})
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace a file that the list knows, so that a kill at any moment leaves a file that fits its line."""
+    known = read(path.parent)
+    new = of_texts({path.name: text})
+    if path.name in known:
+        write(path.parent, {**known, path.name: (*known[path.name], *new[path.name])})
+    write_bytes_atomic(path, text.encode())
+    if path.name in known:
+        write(path.parent, {**known, **new})
