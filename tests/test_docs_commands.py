@@ -213,7 +213,7 @@ def _start(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 RUNS = list(dict.fromkeys(command for command in _all() if command.words[0] == "run" and len(command.words) > 1))
-QUICK = [command for command in RUNS if "as_published" in str(command)] + RUNS[:: len(RUNS) // 5]
+QUICK = [command for command in RUNS if "as_published" in str(command)] + RUNS[:: len(RUNS) // 3]
 
 
 def _whole_line(command: Command) -> bool:

@@ -95,7 +95,7 @@ def sample(count: int) -> list[tuple[Choices, str]]:
     return [({group: (name := draws.choice(GROUPS[group]))}, f"{group}={name}") for group in [*GROUPS, *GROUPS][:count]]
 
 
-@pytest.mark.parametrize(("choices", "name"), sample(30), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("choices", "name"), sample(15), ids=lambda value: value if isinstance(value, str) else "")
 def test_an_odd_value_is_taken_or_refused_in_one_line(choices: Choices, name: str, files: dict[str, str]) -> None:
     if why := missing(name):
         pytest.skip(why)

@@ -30,7 +30,7 @@ def test_every_combination_the_last_varying_fastest() -> None:
         ("seed=choice(3,5)", ["seed=3", "seed=5"]),
         ("seed=range(0,6,2)", ["seed=0", "seed=2", "seed=4"]),
         ("strategy/optimizer=glob(ad*)", ["strategy/optimizer=adagrad", "strategy/optimizer=adam"]),
-        ("compare_with=learner=er,seed=3", ['compare_with="learner=er,seed=3"']),
+        ("compare_with=learner=er,seed=3", ["compare_with=learner=er,seed=3"]),
     ],
 )
 def test_hydras_grammar(override: str, values: list[str]) -> None:
