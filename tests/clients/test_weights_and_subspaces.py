@@ -89,6 +89,23 @@ def test_frozen_units_stay_and_others_move(device: torch.device) -> None:
 # -- GPM --------------------------------------------------------------------------------------------------------------
 
 
+def test_each_finished_task_raises_the_share_that_a_basis_is_to_hold(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def noting(basis_DK: Tensor, gram_DD: Tensor, share: float) -> Tensor:
+        shares.append(share)
+        return grown(basis_DK, gram_DD, share)
+
+    monkeypatch.setattr("clients.learners.gpm.grown", noting)
+    model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=()), device=device)
+    gpm = GPM(epsilon=0.7, increment=0.2)
+    for _ in range(3):
+        gpm.after_task(context(model, torch.eye(3, device=device)))
+    assert shares == pytest.approx([0.7, 0.9, 1.0])
+
+
 # Energies 6, 3, 1 along the axes. 60 % needs the first; holding it, 90 % of all is 3/4 of what is left: the second.
 def test_bases_grow_to_the_share_worked_by_hand() -> None:
     gram, empty = torch.diag(torch.tensor([6.0, 3.0, 1.0], dtype=torch.float64)), torch.zeros(3, 0, dtype=torch.float64)
