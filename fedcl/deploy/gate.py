@@ -25,7 +25,10 @@ MAX_BODY = 256 << 20  # bytes of one request; Flower sends a model's arrays in p
 HEAD_SECONDS = 20.0  # a connection that has said nothing complete by then is closed
 _KEPT_HEADERS = (b"content-type", b"content-length", b"user-agent")
 _PUBLIC_KEY, _SIGNATURE, _TIMESTAMP = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
-_WHY = {401: "the time that its device signed is not now: is its clock right, or a machine overloaded?"}
+_WHY = {
+    401: "the time that its device signed is not now: is its clock right, or a machine overloaded?",
+    412: "Flower takes the device for connected still, and lets it in 60 s after its last heartbeat",
+}
 _log = logging.getLogger("uvicorn.error")  # the one that Flower's SuperLink shows
 
 Scope = MutableMapping[str, Any]
@@ -78,7 +81,8 @@ class Gate:
     keys
         Whose requests are let through; None: anybody's (a fleet without authentication).
     refused
-        Takes a client whose reply Flower has not taken, and why: nobody else would say so on this machine.
+        Takes a client whom Flower has not let in, or whose reply it has not taken, and why: nobody else would say so on
+        this machine.
     """
 
     def __init__(
@@ -103,8 +107,8 @@ class Gate:
 
     def _watching(self, scope: Scope, send: Send) -> Send:
         """Return ``send``, with an eye on what becomes of a device's reply."""
-        path, headers = scope["path"], dict(scope["headers"])
-        if self._keys is None or not path.rpartition("/")[2].startswith("push-"):
+        route, headers = scope["path"].rpartition("/")[2], dict(scope["headers"])
+        if self._keys is None or not route.startswith(("push-", "activate-")):
             return send
         client = self._keys.owner(base64.b64decode(headers[_PUBLIC_KEY])) or ""
 
@@ -112,7 +116,7 @@ class Gate:
             status = message.get("status", 200)
             if status >= 400:
                 why = "the run is over, or does not take it" if status == 403 else "see the server's log"
-                self._refused(client, f"{status} at {path.rpartition('/')[2]}: {_WHY.get(status, why)}")
+                self._refused(client, f"{status} at {route}: {_WHY.get(status, why)}")
             await send(message)
 
         return watched

@@ -116,6 +116,7 @@ class FleetGrid(Grid):
         wanted = {client: seat for client, seat in self.nodes.items() if client not in left}
         while True:
             self._greet(strict=True)
+            self._watch(())
             missing = sorted((c for c, seat in wanted.items() if seat not in self._node_at), key=client_order)
             if not missing:
                 return
@@ -262,7 +263,7 @@ class FleetGrid(Grid):
                 self._event("reply_refused", client=client, reason=clean(why))
                 self._say(f"error: what client {client} sends is refused: {clean(why)}")
         self._refused = refused
-        if now > self._stalls_at:
+        if waiting and now > self._stalls_at:
             self._stalls_at = now + STALL_SECONDS
             clients = {seat: client for client, seat in self.nodes.items()}
             silent = sorted({clients[self._sent[id_]] for id_ in waiting}, key=client_order)

@@ -347,7 +347,7 @@ def test_why_a_reply_is_refused_is_an_event_and_a_line(
     said = [line.removeprefix("fleet: ") for line in capsys.readouterr().err.splitlines() if line.startswith("fleet: ")]
     joined = [f"{count}/3 devices joined" for count in (1, 2, 3)]
     error = "error: what client 1 sends is refused: 401 at push-messages: is its clock right?"
-    assert said == [*joined, "first message sent", error, "first reply"]
+    assert said == [*joined, error, "first message sent", "first reply"]
     forget_refusals(tmp_path)
     assert refusals() == {}
 
