@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         print(f"fedcl: error: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print("fedcl: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["fedcl: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED

@@ -167,9 +167,9 @@ def _device_config(sent: str, spec: DeviceSpec, store: DeviceStateStore) -> Conf
     kept = store.kept_config(key)
     if kept is not None:
         return kept
-    from fedcl.config import CONFIG_DIR, compose
+    from fedcl.config import CONFIG_DIR, compose, path_keys
 
-    cfg = compose(device_overrides(shlex.split(sent), spec), spec.config_dirs)
+    cfg = compose(device_overrides(shlex.split(sent), spec, path_keys), spec.config_dirs)
     if not spec.trusted_packages:
         refuse_foreign_targets(targets_in(cfg), [CONFIG_DIR, *spec.config_dirs])
     store.keep_config(key, cfg)

@@ -13,8 +13,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedcl.building import TARGET_KEY, build, plugin_directories, plugin_packages, targets_in
-from fedcl.conform import SPECIAL, conform, rule_at
+from fedcl.conform import SPECIAL, conform, rule_at, rules_of
 from fedcl.crosschecks import cross_check
 from fedcl.layers import Groups, Layer, chosen, experiment, fitting, leaves
 from fedcl.overrides import Setting, in_quotes, parse, setting
@@ -96,6 +97,26 @@ def _cached(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     folders = tuple(str(Path(folder).resolve()) for folder in config_dirs)
     return _compose(tuple(overrides), tuple(changes), folders, os.getcwd(), str(CONFIG_DIR))
+
+
+def path_keys(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> frozenset[str]:
+    """Return the dotted keys whose rule is a path, or holds one, in a configuration with the choices of `overrides`.
+
+    Raises ConfigError for a choice that there is not.
+    """
+    roots = tuple(_roots(config_dirs))
+    groups = _groups(roots)
+    choices, _ = chosen(_layers(overrides, (), groups), groups)
+    return frozenset(_paths_in(_schema(roots, tuple(choices.values()))))
+
+
+def _paths_in(node: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    for name, rule in rules_of(node, place).items():
+        if re.search(r"\bpath\b", rule.text):
+            yield f"{place}{name}"
+    for name, value in node.items():
+        if isinstance(value, Mapping) and name not in SPECIAL:
+            yield from _paths_in(value, f"{place}{name}.")
 
 
 def list_choices(kind: str, config_dirs: Sequence[Path] = ()) -> list[tuple[str, str]]:

@@ -93,9 +93,7 @@ def _check_worker_class(place: str, kind: Mapping[str, Any]) -> None:
             raise ConfigError(f"{place}.{name}={kind[name]}: must be a whole number above 1")
     resources = kind.get("resources", {})
     for name in sorted({"CPU", "GPU"} & resources.keys()):
-        raise ConfigError(
-            f"{place}.resources.{name}={resources[name]}: must have another name, not CPU or GPU; use num_cpus, num_gpus"
-        )
+        raise ConfigError(f"{place}.resources.{name}={resources[name]}: must have another name, not CPU or GPU")
 
 
 def _target_fits(cfg: Mapping[str, Any]) -> None:

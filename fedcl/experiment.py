@@ -159,7 +159,10 @@ def with_unlearner(run: Launched, overrides: Sequence[str]) -> Config:
         key = override.partition("=")[0].lstrip("+")
         if key.split(".")[0] != "unlearner" and ".".join(key.split(".")[:2]) not in _SERVING:
             raise ConfigError(f"{override}: here only unlearner, unlearner.* and {', '.join(_SERVING)} can be set")
-    composed = run.compose([*run.launch["overrides"], *overrides])
+    composed = run.compose(run.launch["overrides"], overrides)
+    for text in remarks(run.launch["overrides"], run.config_dirs, overrides):
+        if "left out" in text:
+            print(f"fedcl: {text}", file=sys.stderr)
     settings = {key.partition(".")[2]: composed["unlearning"][key.partition(".")[2]] for key in _SERVING}
     trusted = sorted({*cfg["trusted_packages"], *composed["trusted_packages"]})
     own = {"unlearner": composed["unlearner"], "unlearning": {**cfg["unlearning"], **settings, "requests": []}}

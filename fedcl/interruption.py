@@ -33,8 +33,8 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """Within this block SIGINT and SIGTERM are noted; a second one stops at once.
+def interruptible(*, at_once: bool = False) -> Iterator[Interruption]:
+    """Within this block SIGINT and SIGTERM are noted; a second one stops at once, and with ``at_once`` the first does.
 
     Outside the main thread, where signals cannot be handled, nothing changes.
     """
@@ -44,7 +44,7 @@ def interruptible() -> Iterator[Interruption]:
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if interruption.signal is not None:
+        if at_once or interruption.signal is not None:
             _stop(signum)
         interruption.signal = signum
         print("fedcl: finishing the round; once more stops at once", file=sys.stderr, flush=True)

@@ -52,7 +52,7 @@ def _read(file: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"experiment/{file.name}: {error}") from error
     assert isinstance(plain, dict)
-    own = dict(leaves({key: value for key, value in plain.items() if key != "defaults"}))
+    own = dict(leaves({str(key): value for key, value in plain.items() if key != "defaults"}))
     entries = plain.get("defaults") or []
     if "_self_" not in entries:
         entries = [*entries, "_self_"]

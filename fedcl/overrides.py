@@ -1,4 +1,4 @@
-"""Overrides as they are typed: ``key=value`` in Hydra's grammar, and as plain text where that grammar has no word for it.
+"""Overrides as they are typed: ``key=value`` in Hydra's grammar, and as plain text where that has no word for it.
 
 Hydra knows few signs outside of quotes: no umlaut, no ``~``, no second ``=``. Where the meaning is plain all the same,
 as in ``data.root=~/übung/a=b.npz``, the value is taken as it stands.

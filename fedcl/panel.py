@@ -293,6 +293,9 @@ def marked(dataset: Dataset, trigger: Mapping[str, Any]) -> Dataset:
         raise ConfigError(f"{place}.pixels={pixels}: must be places in 0..{size - 1}")
     if label >= dataset.num_classes:
         raise ConfigError(f"{place}.label={label}: must be in 0..{dataset.num_classes - 1}")
-    x = dataset.test.x.copy()
-    x.reshape(len(x), -1)[:, list(pixels)] = trigger["value"]
+    x, value = dataset.test.x.copy(), trigger["value"]
+    most = np.iinfo(str(x.dtype)).max if x.dtype.kind in "iu" else None
+    if most is not None and not value <= most:
+        raise ConfigError(f"{place}.value={value}: must be <= {most}, the largest of {x.dtype} samples")
+    x.reshape(len(x), size)[:, list(pixels)] = value
     return replace(dataset, test=replace(dataset.test, x=x))

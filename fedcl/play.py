@@ -72,7 +72,8 @@ def play(
         digests = saved[0].get("digests") if saved is not None else None
         recorder = stack.enter_context(Recorder(run_dir, resume_offsets=offsets if resuming else None, digests=digests))
         stack.enter_context(_status(recorder))
-        interruption = stack.enter_context(interruptible())
+        # Flower tells its server app by a signal that all is over: devices then answer nothing more
+        interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
             open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
@@ -197,11 +198,12 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
     report = partition_report(prepared.partition, prepared.dataset.train.y)
     stream, rights = prepared.stream, test_columns(prepared)
     begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if prepared.notes:
+        report["notes"] = list(prepared.notes)
     recorder.event(
         "partition",
         **begin,
         **report,
-        **({"notes": list(prepared.notes)} if prepared.notes else {}),
         tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)],
         test_samples=[len(right) for right in rights],
         constant_accuracy=constant_accuracy(stream, rights),

@@ -99,8 +99,6 @@ def make_server(
     work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
-    if backend.listen is not None:
-        backend.listen(recorder.event)
     exchange = Exchange(
         grid=backend.grid,
         nodes=backend.nodes,
@@ -121,7 +119,7 @@ def make_server(
         make_devices(cfg),
         make_steps(cfg, prepared.dataset, prepared.partition),
     )
-    return Server(
+    server = Server(
         strategy=strategy,
         exchange=exchange,
         arrivals=arrivals,
@@ -138,6 +136,9 @@ def make_server(
         compute=backend.compute,
         unlearning=unlearning,
     )
+    if backend.listen is not None:
+        backend.listen(lambda kind, **fields: recorder.event(kind, **server.when(), **fields))
+    return server
 
 
 def _evaluator(cfg: Config, prepared: Prepared, model: FlatModel) -> Evaluator:

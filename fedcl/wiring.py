@@ -58,6 +58,7 @@ PARTS = tuple(_ROLES)
 _CHANGES_LOSS = (*STEP_HOOKS, "before_round")
 _MOST_CLIENTS = 1_000_000  # where clients are more than samples
 _MOST_TASKS = 10_000
+_MOST_BATCH = 1 << 16
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -101,6 +102,9 @@ def check_dataset(cfg: Config, dataset: Dataset) -> tuple[str, ...]:
     most = _MOST_TASKS if own else min(samples, _MOST_TASKS)
     if isinstance(tasks, int) and tasks > most:
         raise ConfigError(f"scenario.num_tasks={tasks}: must be at most {most}, there being {samples} train samples")
+    batch = cfg["client"]["batch_size"]
+    if batch > max(samples, _MOST_BATCH):  # some engines fill up the last batch
+        raise ConfigError(f"client.batch_size={batch}: must be at most {max(samples, _MOST_BATCH)}")
     if cfg["num_clients"] > max(samples, _MOST_CLIENTS):
         raise ConfigError(
             f"num_clients={cfg['num_clients']}: must be at most {samples}, the train samples there are, or "

@@ -141,11 +141,10 @@ figures.accuracy_by_task(load(here / "rehearsal"))
 #
 # ## Go
 #
-# On the server's machine, and on each device, in this order:
+# On the server's machine, and on each device:
 #
 # ```bash
 # fleet/server/start.sh                  # or its systemd unit
-# fedcl deploy register fleet            # the server learns the devices' keys
 # fleet/devices/0/start.sh               # on each device
 # fedcl deploy run fleet data=npz data.root=server.npz data/partition=local learner=er \
 #     strategy/projection=none scenario.num_tasks=2 rounds_per_task=10

@@ -27,6 +27,9 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
 )
 
+# Two processes share two cores: what they start gets one thread each, as they have themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where tests with tensors run")

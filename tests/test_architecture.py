@@ -16,7 +16,15 @@ CORE = ("fedcl.data", "fedcl.scenario", "fedcl.models", "fedcl.evaluation")
 CONTRACTS = ("fedcl.server", "fedcl.client", "fedcl.results", "fedcl.messages")
 METHODS = ("strategies", "clients")
 CONFIG = (
-    "fedcl.config", "fedcl.layers", "fedcl.overrides", "fedcl.sweep.expansion", "fedcl.cli", "fedcl.server_app", "fedcl.client_app")
+    "fedcl.config",
+    "fedcl.layers",
+    "fedcl.overrides",
+    "fedcl.sweep.expansion",
+    "fedcl.cli",
+    "fedcl.server_app",
+    "fedcl.client_app",
+)
+SUPERLINK = ("fedcl.deploy.superlink", "fedcl.deploy.gate", "fedcl.deploy.bundle")
 APPS = ("fedcl.server_app", "fedcl.client_app")
 # What wires a run, and therefore may see everything but methods.
 OUTER = (
@@ -94,7 +102,7 @@ def forbidden(module: str, imported: str, top: bool) -> str | None:
     library = imported.split(".")[0]
     rules = {
         "ray": ("fedcl.simulation",),
-        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS, "fedcl.bench.flower_app"),
+        "flwr": ("fedcl.messages", "fedcl.server", "fedcl.simulation", *APPS, "fedcl.bench.flower_app", *SUPERLINK),
         "hydra": CONFIG,
         "omegaconf": CONFIG,
         "matplotlib": ("fedcl.results",),

@@ -15,6 +15,7 @@ from fedcl import (
     cli,
     protocol,  # noqa: F401 - imported now it holds the real run, later it might keep the one put in its place below
 )
+from fedcl.launches import Trust
 from fedcl.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,14 +123,14 @@ def test_the_folder_is_the_last_line(
 def test_resume_passes_its_options(command: Callable[..., None], tmp_path: Path) -> None:
     seen: list[object] = []
 
-    def resume(run_dir: Path, force: bool, quiet: bool) -> Path:
-        seen.extend([run_dir, force, quiet])
+    def resume(run_dir: Path, force: bool, quiet: bool, *, trust: Trust) -> Path:
+        seen.extend([run_dir, force, quiet, trust])
         return run_dir
 
     command(resume)
     (tmp_path / "config.yaml").touch()
-    assert cli.main(["resume", str(tmp_path), "--force"]) == 0
-    assert seen == [tmp_path, True, False]
+    assert cli.main(["resume", str(tmp_path), "--force", "--trust", "--config-dir", "my"]) == 0
+    assert seen == [tmp_path, True, False, Trust((Path("my"),), everything=True)]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,11 @@ def _whole_line(command: Command) -> bool:
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=() if command in QUICK else pytest.mark.slow, id=f"{command.page.parent.name}-{command.page.stem}-{place}")
+        pytest.param(
+            command,
+            marks=() if command in QUICK else pytest.mark.slow,
+            id=f"{command.page.parent.name}-{command.page.stem}-{place}",
+        )
         for place, command in enumerate(RUNS)
         if _whole_line(command)
     ],

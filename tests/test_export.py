@@ -84,10 +84,9 @@ def _check_damage(path: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "cut")
 
 
-def test_a_run_without_checkpoints_has_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text("{}\n")
-    (tmp_path / "env.json").write_text('{"launch": {"plugin_paths": []}}')
-    assert main(["export", str(tmp_path)]) == 2
+def test_a_run_without_checkpoints_has_no_model(run_experiment: Play, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_experiment("a", *SMALL, "checkpoint.every=0")
+    assert main(["export", str(folder)]) == 2
     assert "has no checkpoint" in capsys.readouterr().err
 
 

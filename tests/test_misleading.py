@@ -127,7 +127,7 @@ def test_training_that_diverges_ends_in_one_line_again_after_a_resume(
         assert main(command) == 1
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("fedcl: error: round ")
-        assert ": the loss of 4 of 4 clients is nan; lower client.optimizer.lr; " in line
+        assert ": the loss or weights of 4 of 4 clients are nan; lower client.optimizer.lr; " in line
         assert f"{folder}/events.jsonl" in line
         assert (folder / "STATUS").read_text() == "failed\n"
     assert main(["report", str(folder)]) == 0
@@ -138,8 +138,10 @@ def test_the_reason_that_most_clients_share() -> None:
     assert shared_reason(nan, 4) == "the loss of 3 of 4 clients is nan; lower client.optimizer.lr"
     weights = {"0": "tensor net.0.weight holds nan at position 5", "1": "tensor net.2.bias holds inf at position 0"}
     assert shared_reason(weights, 2) == "the weights of 2 of 2 clients are nan; lower client.optimizer.lr"
-    infinite = {"0": "metric loss is inf"}
+    infinite = {"0": "metric loss is inf: must be a number in [0, 1e+38]"}
     assert shared_reason(infinite, 1) == "the loss of 1 of 1 clients is infinite; lower client.optimizer.lr"
+    both = {"0": "metric loss is 2e+38: must be a number in [0, 1e+38]", "1": "model holds 3e+38: must be numbers"}
+    assert shared_reason(both, 3) == "the loss or weights of 2 of 3 clients are too large; lower client.optimizer.lr"
     mixed = {**nan, "9": "no reply in time"}
     assert shared_reason(mixed, 10).endswith("lower client.optimizer.lr, and 1 other reason(s)")
     alike = {"0": "ValueError: 3 rows", "1": "ValueError: 4 rows", "2": "RuntimeError: gone"}

@@ -1,4 +1,4 @@
-"""A user's own code that does not fit: one line that names it, before anything is written; its own faults keep theirs."""
+"""A user's own code that does not fit: one line that names it, with nothing written; faults inside keep theirs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def run(my: Path, kind: str, text: str, capsys: pytest.CaptureFixture[str]) -> t
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
     [
-        ("learner", "own: {_target_: M.OldLoss}", ["learner.own", "OldLoss.loss(self, ctx, batch)", "(self, ctx, batch, out)"]),
+        ("learner", "own: {_target_: M.OldLoss}", ["learner.own", "OldLoss.loss(self, ctx, batch)", "batch, out)"]),
         ("learner", "own: {_target_: M.Positional, weight: 1}", ["learner.own", "Positional", "weight"]),
         ("learner", "own: {_target_: M.OldFinish}", ["learner.own", "finish"]),
         ("strategy/collaboration", "server: {_target_: M.OldFinish}",
@@ -201,7 +201,7 @@ def test_code_that_does_not_fit_is_one_line(
     ("kind", "text", "line"),
     [
         ("learner", "own: {_target_: M.Faulty}", "weight()"),
-        ("data", "defaults: [{partition: iid}, _self_]\nroot: x\nsource: {_target_: M.faulty_source, root: x}", "root + 1"),
+        ("data", "defaults: [{partition: iid}, _self_]\nsource: {_target_: M.faulty_source, root: x}", "root + 1"),
     ],
 )  # fmt: skip
 def test_a_fault_inside_keeps_its_traceback(

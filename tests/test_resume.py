@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from fedcl import files
 from fedcl.cli import main
 from fedcl.config import compose
 from fedcl.experiment import resume, run
-from fedcl.results import checkpoint, load, recorder
+from fedcl.results import checkpoint, load, recorder, sums
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
@@ -32,6 +33,18 @@ MODES = {
     "async": ["async.buffer=1", "devices=tiers", "async.max_age=3"],
     "fedcac": ["async.deadline=0.2", "devices=lognormal", "strategy/collaboration=fedcac", "strategy/projection=none"],
 }
+
+
+TWICE = ["backend=inline", "figures=false", "num_clients=2", "scenario.num_tasks=2", "rounds_per_task=1"]
+TWICE += ["strategy/projection=none", "checkpoint.min_seconds=0", "compare_with='client.epochs=2'"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its reference."""
+    folder = tmp_path_factory.mktemp("pair") / "whole"
+    assert main(["run", "--quiet", *TWICE, f"run_dir={folder}"]) == 0
+    return folder
 
 
 class Killed(BaseException):
@@ -111,6 +124,75 @@ def test_resumed_after_dying_anywhere_equals_uninterrupted(
     kept = ("accuracy/average", "bytes/up", "bytes/down", "staleness/mean", "virtual_time")
     ours, theirs = load(tmp_path / "cut").summary, load(whole).summary
     assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept}
+
+
+def _die_at_write(monkeypatch: pytest.MonkeyPatch, place: str, *, after: bool) -> None:
+    """Die at the first write of the file ``place`` of a run's folder, before it or when it is there."""
+    original = files.write_bytes_atomic
+
+    def write(path: Path, data: bytes) -> None:
+        here = path.as_posix().endswith(f"/cut/{place}")
+        if here and not after:
+            raise Killed
+        original(path, data)
+        if here:
+            raise Killed
+
+    monkeypatch.setattr(files, "write_bytes_atomic", write)
+    monkeypatch.setattr(sums, "write_bytes_atomic", write)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "env.json",
+        "config.yaml",
+        "STATUS",
+        "summary.json",
+        "reference/config.yaml",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "overrides.yaml",
+                "SHA256SUMS",
+                "reference/env.json",
+                "reference/STATUS",
+                "reference/summary.json",
+            )
+        ),
+    ],
+)
+def test_killed_between_any_two_files_a_run_begins_or_is_begun_again(
+    place: str,
+    after: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    uninterrupted_pair: Path,
+) -> None:
+    line = ["run", "--quiet", *TWICE, f"run_dir={tmp_path / 'cut'}"]
+    with monkeypatch.context() as patched:
+        _die_at_write(patched, place, after=after)
+        with pytest.raises(Killed):
+            main(line)
+    if (tmp_path / "cut" / "config.yaml").exists():
+        assert main(["resume", "--quiet", str(tmp_path / "cut")]) == 0
+    else:
+        capsys.readouterr()
+        assert main(["resume", "--quiet", str(tmp_path / "cut")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"start it again with run_dir={tmp_path / 'cut'}" in error
+        assert main(line) == 0  # what little is there is in nobody's way
+    ours, whole = load(tmp_path / "cut"), load(uninterrupted_pair)
+    for one, other in ((ours, whole), (ours.reference, whole.reference)):
+        assert one is not None
+        assert other is not None
+        assert one.status == "done"
+        assert one.metrics.equals(other.metrics)
+    numbers = [key for key in whole.summary if not key.endswith(("wall_time", "clients_per_second"))]
+    assert {key: ours.summary[key] for key in numbers} == {key: whole.summary[key] for key in numbers}
 
 
 def _started(folder: Path, overrides: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedcl.rules import ConfigError
 
 _KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
+_PLACE = re.compile(r"""\W*(/|~|\.{1,2}/|[A-Za-z]:/)""")  # how a path begins that is not just a name
 _TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
 # what a server decides for itself or a device decides for itself: of no use here when it comes from the other side
 _NOT_FOR_DEVICES = (
@@ -112,11 +113,23 @@ def _data(path: Path, value: Any) -> tuple[str, ...]:
     return overrides
 
 
-def device_overrides(sent: Sequence[str], spec: DeviceSpec) -> list[str]:
+def sent_to_devices(overrides: Sequence[str], paths: Collection[str]) -> list[str]:
+    """Return those of a run's overrides that concern devices; none of the keys in ``paths`` is among them."""
+    keys = [text.lstrip("+").partition("=")[0].strip() for text in overrides]
+    return [
+        text
+        for key, text in zip(keys, overrides, strict=True)
+        if re.split(r"[./]", key)[0] not in _NOT_FOR_DEVICES and key not in paths
+    ]
+
+
+def device_overrides(
+    sent: Sequence[str], spec: DeviceSpec, path_keys: Callable[[Sequence[str], Sequence[Path]], Collection[str]]
+) -> list[str]:
     """Return the overrides of a run as this device takes them: names and plain values, in its own configuration.
 
     Data are the device's own where its ``client.yaml`` says so; nothing that came over the wire names a path on it, a
-    module or a ``_target_``.
+    module or a ``_target_``. ``path_keys`` is :func:`fedcl.config.path_keys`.
 
     Raises
     ------
@@ -124,16 +137,20 @@ def device_overrides(sent: Sequence[str], spec: DeviceSpec) -> list[str]:
         If an override is none that a server may send.
     """
     taken = []
-    for text in sent:
+    for text in sent_to_devices(sent, ()):
         key, sign, value = text.lstrip("+").partition("=")
         top = re.split(r"[./]", key)[0]
-        if top in _NOT_FOR_DEVICES or (top == "data" and spec.data is not None):
+        if top == "data" and spec.data is not None:
             continue
         if not sign or not _KEY.fullmatch(key) or top in ("trusted_packages", "hydra") or "_target_" in text:
             raise ValueError(f"override {text!r}: no server may set this on a device")
-        if any(sign in value for sign in ("{", "${", "\\")) or key == "data.root":
+        if any(sign in value for sign in ("{", "$", "\\")) or _PLACE.match(value):
             raise ValueError(f"override {text!r}: a device takes names and plain values only")
         taken.append(text)
+    paths = path_keys(taken, spec.config_dirs)
+    for text in taken:
+        if text.lstrip("+").partition("=")[0] in paths:
+            raise ValueError(f"override {text!r}: no server may name a path on a device")
     own = [*(spec.data or ()), f"device={spec.device}", "compare_with=null", "backend=flower"]
     return [*taken, *own, f"trusted_packages=[{','.join(spec.trusted_packages)}]"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,9 @@ def _opened(files: Sequence[Path], root: str) -> Iterator[tuple[str, Any]]:
         raise ValueError("data=folder: needs the package pillow: pip install 'fedcl[sim]'") from error
     for file in files:
         name = f"{file.parent.name}/{file.name}"
-        with (
-            opened(file, root, "is damaged or no image", name=name) as stream,
-            Image.open(stream, formats=_FORMATS) as image,
-        ):
+        with opened(file, root, "is damaged or no image", name=name) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is a stricter one
+            image = Image.open(stream, formats=_FORMATS)
             if image.width * image.height > MOST_PIXELS:
                 sides = f"{image.height}x{image.width}"
                 raise ConfigError(f"data.root={root}: {name} is {sides}; must have {MOST_PIXELS} pixels at most")

@@ -110,7 +110,8 @@ def read_idx(folder: Path, name: str, *, ndim: int, limit: int | None) -> NDArra
     place = f"data.root={folder}: {path.name}"
     with opened(path, folder) as packed:
         zipped = path.suffix == ".gz"
-        size = os.fstat(packed.fileno()).st_size * (_DEFLATE if zipped else 1)
+        size = os.fstat(packed.fileno()).st_size
+        size = size * _DEFLATE if zipped else size - 4 - 4 * ndim
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=packed)) if zipped else packed
         head = stream.read(4 + 4 * ndim)
         if head[:4] != bytes((0, 0, _UINT8_CODE, ndim)):

@@ -103,7 +103,7 @@ def _ranged(
     halves = [x for x in (train, test) if x.size]
     low, high = min((float(x.min()) for x in halves), default=0.0), max((float(x.max()) for x in halves), default=0.0)
     shown = f"values {low:g}..{high:g} stored as {train.dtype}"
-    if max(-low, high) > np.finfo(np.float32).max:
+    if max(-low, high) > float(np.finfo(np.float32).max):
         raise ConfigError(f"data.root={root}: {shown}: must be within what float32 holds")
     notes: list[str] = []
     if train.dtype == test.dtype == np.uint8:

@@ -75,7 +75,7 @@ def text(
     if not halves[0]:
         raise ValueError(
             f"data.root={root}: no speaker says enough for data.source.window={window} in both halves; "
-            f"{len(speeches)} lines match data.source.speaker={speaker!r}"
+            f"test_fraction={test_fraction}, {len(speeches)} lines match data.source.speaker={speaker!r}"
         )
     meta: list[Meta] = [{"speaker": np.array(owner)} for owner in owners]
     kind = np.uint8 if len(codes) <= 256 else np.float32

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS, SERVER_DAYS = 3650, 825  # browsers and Apple's TLS refuse servers' certificates of more than 825 days
@@ -31,6 +31,14 @@ def new_device_key(private: Path, public: Path) -> None:
     _write_secret(private, key.private_bytes(serialization.Encoding.PEM, form, nothing))
     encoded = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     public.write_bytes(encoded + b"\n")
+
+
+def new_signing_key(private: Path) -> ed25519.Ed25519PublicKey:
+    """Make the key that signs bundles for devices, in OpenSSH's format; return its public half."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    form, nothing = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    _write_secret(private, key.private_bytes(serialization.Encoding.PEM, form, nothing))
+    return key.public_key()
 
 
 def _write_secret(path: Path, data: bytes) -> None:

@@ -19,12 +19,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcl.client.device import DeviceSpec, read_spec
+from fedcl.deploy.bundle import KEY, TRUSTED, is_trusted
 from fedcl.deploy.certificates import general_name
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import environment, refusal, unreachable
 from fedcl.rules import ConfigError
 
-FLOWER = "1.41"
+FLOWER = ("1.41", "1.42")
 _SERVER = re.compile(r"--superlink \[?([^\s\]]+)\]?:(\d+)")
 _SOON = datetime.timedelta(days=14)
 
@@ -59,11 +60,10 @@ def check(folder: Path) -> list[Finding]:
 
 def _software() -> Iterator[Finding]:
     version = importlib.metadata.version("flwr")
-    right = version.startswith(FLOWER + ".")
-    yield Finding(
-        f"flwr {version}" + ("" if right else f": must be {FLOWER}.*, on the server and on each device"), not right
-    )
-    for command in ("flwr", "flower-superlink", "flower-supernode"):
+    right = version.startswith(tuple(f"{one}." for one in FLOWER))
+    wanted = "" if right else f": must be {' or '.join(f'{one}.*' for one in FLOWER)}, on the server and on each device"
+    yield Finding(f"flwr {version}{wanted}", not right)
+    for command in ("flwr", "flower-superexec", "flower-supernode"):
         if shutil.which(command, path=environment()["PATH"]) is None:
             yield Finding(f"{command}: no such command; install fedcl, and put its environment's bin on PATH", True)
 
@@ -74,6 +74,7 @@ def _server(fleet: Fleet) -> Iterator[Finding]:
     else:
         yield from _certificates(fleet)
         yield from _keys(fleet)
+    yield from _bundle(fleet)
     yield from _port(fleet)
 
 
@@ -134,6 +135,16 @@ def _private(file: Path) -> Iterator[Finding]:
         yield Finding(f"{file}: others can read this secret; chmod 600 {file}", True)
 
 
+def _bundle(fleet: Fleet) -> Iterator[Finding]:
+    for name in fleet.devices:
+        file = fleet.device(name) / TRUSTED
+        if file.is_file() and not is_trusted(fleet.server, file):
+            why = "its server's bundle was not signed by that key; it will run nothing"
+            yield Finding(f"device {name}: {TRUSTED}: {why}", True)
+    if (fleet.ca / KEY).is_file():
+        yield from _private(fleet.ca / KEY)
+
+
 def _keys(fleet: Fleet) -> Iterator[Finding]:
     for name in fleet.devices:
         if not (fleet.server / "keys" / f"{name}.pub").is_file():
@@ -143,18 +154,22 @@ def _keys(fleet: Fleet) -> Iterator[Finding]:
 def _port(fleet: Fleet) -> Iterator[Finding]:
     why = unreachable(fleet)
     if why is None:
-        yield Finding(f"the server answers at {fleet.where}")
+        control = refusal("127.0.0.1", fleet.control_port, None)
+        yield Finding(
+            control or f"the server answers at {fleet.where}, and at {fleet.control} here", control is not None
+        )
         return
     if not why.startswith("nothing listens"):
         yield Finding(why, True)
         return
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", fleet.port))
-        except OSError as error:
-            yield Finding(f"port {fleet.port} cannot be used: {error.strerror}", True)
-        else:
-            yield Finding(f"{why}: the server is not started, its port is free")
+    for host, port in (("", fleet.port), ("127.0.0.1", fleet.control_port)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                yield Finding(f"port {port} cannot be used: {error.strerror}", True)
+                return
+    yield Finding(f"{why}: the server is not started, its ports are free")
 
 
 def _device(folder: Path, fleet: Fleet | None) -> Iterator[Finding]:
@@ -163,6 +178,8 @@ def _device(folder: Path, fleet: Fleet | None) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding(str(error), True)
         return
+    if not (folder / TRUSTED).is_file():
+        yield Finding(f"device {spec.client}: {folder / TRUSTED} is missing", True)
     if fleet is None or not fleet.insecure:
         yield from _device_key(folder, spec, fleet)
     if spec.state.exists() and not spec.state.is_dir():

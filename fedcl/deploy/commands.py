@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedcl.deploy.layout import PORT, Fleet
+from fedcl.deploy.layout import CONTROL_PORT, PORT, Fleet
 
 _EXAMPLES = """\
 examples:
   fedcl deploy local -n 3 learner=er            server and three devices on this machine, with TLS and keys
   fedcl deploy init fleet --devices 3 --address 192.168.1.10
   fedcl deploy check fleet
-  fedcl deploy register fleet                   once the server is started
+  fedcl deploy register fleet                   whom the started server admits
   fedcl deploy run fleet data/partition=local rounds_per_task=5
   fedcl deploy resume fleet
 """
+_NOT_BEGUN = "the run had not begun"
 _LOUD = """\
 *******************************************************************************
 *  --insecure: NO TLS AND NO AUTHENTICATION. Whoever is in this network can   *
@@ -34,8 +38,9 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     init = actions.add_parser("init", help="write everything that a small fleet needs")
     init.add_argument("folder", type=Path, metavar="DIR")
     init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
-    init.add_argument("--address", default="127.0.0.1", help="name or IP address by which devices reach the server")
-    init.add_argument("--port", type=int, default=PORT, help=f"the server's only port; {PORT}")
+    init.add_argument("--address", help="name or IP address by which devices reach the server; this machine alone")
+    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
+    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
     init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
     init.add_argument(
         "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
@@ -46,7 +51,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check)
 
-    register = actions.add_parser("register", help="let the started server know the devices' keys, before they start")
+    register = actions.add_parser("register", help="say whose keys the started server admits")
     register.add_argument("folder", type=Path, metavar="DIR")
     register.set_defaults(command=_register)
 
@@ -64,6 +69,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     local = actions.add_parser("local", help=about, parents=[configs, *parents])
     local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="how many devices; 3")
     local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder there")
+    local.add_argument("--resume", action="store_true", help="go on with the last run of the fleet in --dir")
     local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     local.set_defaults(command=_local)
@@ -79,13 +85,20 @@ def _init(args: argparse.Namespace) -> None:
     fleet = init(
         args.folder,
         devices=args.devices,
-        address=args.address,
+        address=args.address or "127.0.0.1",
         port=args.port,
+        control_port=args.control_port,
         insecure=args.insecure,
         own_certificates=args.own_certificates,
     )
     if args.own_certificates and not args.insecure:
         print(f"put ca.crt, server.crt and server.key into {fleet.server}, and ca.crt into each device's folder")
+    if args.address is None:
+        print("without --address only this machine can reach the server; devices elsewhere need its name or address")
+    print("next:")
+    for command in (fleet.server / "start.sh", fleet.device(fleet.devices[0]) / "start.sh"):
+        print(f"  {shlex.quote(str(command))}")
+    print(f"  fedcl deploy run {shlex.quote(str(fleet.folder))}")
     print(fleet.folder)
 
 
@@ -100,27 +113,34 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _register(args: argparse.Namespace) -> None:
-    from fedcl.deploy.submit import refuse_unreachable, register
+    from fedcl.deploy.gate import read_keys
+    from fedcl.deploy.submit import refuse_unreachable
 
     fleet = _load(args.folder)
     refuse_unreachable(fleet)
-    if not fleet.insecure:
-        register(fleet)
-    print(f"{len(fleet.devices)} devices may join")
+    if fleet.insecure:
+        print("any device may join")
+        return
+    clients = sorted(read_keys(fleet.server / "keys").values())
+    print(f"{len(clients)} devices may join: {', '.join(clients)}")
 
 
 def _run(args: argparse.Namespace) -> None:
     from fedcl.deploy.submit import submit
 
     fleet = _load(args.folder)
-    _conclude(submit(fleet, args.overrides, quiet=args.quiet, config_dirs=args.config_dir), args.quiet)
+    with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
+        run_dir = submit(fleet, args.overrides, quiet=args.quiet, config_dirs=args.config_dir)
+    _conclude(run_dir, args.quiet)
 
 
 def _resume(args: argparse.Namespace) -> None:
     from fedcl.deploy.submit import resume
 
     fleet = _load(args.folder)
-    _conclude(resume(fleet, args.run_dir, quiet=args.quiet, config_dirs=args.config_dir), args.quiet)
+    with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
+        run_dir = resume(fleet, args.run_dir, quiet=args.quiet, config_dirs=args.config_dir)
+    _conclude(run_dir, args.quiet)
 
 
 def _local(args: argparse.Namespace) -> None:
@@ -129,8 +149,36 @@ def _local(args: argparse.Namespace) -> None:
     if args.insecure:
         print(_LOUD, file=sys.stderr)
     how = {"folder": args.folder, "insecure": args.insecure, "quiet": args.quiet, "config_dirs": args.config_dir}
-    run_dir = local(args.devices, args.overrides, **how)
+    with _resumable(f"fedcl deploy local -n {args.devices} --resume {_named(args.config_dir)}--dir {{fleet}}"):
+        run_dir = local(args.devices, args.overrides, going_on=args.resume, **how)
     _conclude(run_dir, args.quiet)
+
+
+def _named(config_dirs: Sequence[Path]) -> str:
+    return (
+        "".join(f"--config-dir {shlex.quote(str(folder))} " for folder in config_dirs)
+        .replace("{", "{{")
+        .replace("}", "}}")
+    )
+
+
+@contextmanager
+def _resumable(command: str) -> Iterator[None]:
+    """Answer a signal with the command that goes on with the run."""
+    from fedcl.deploy.submit import Stopped, settle
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_NOT_BEGUN) from stop
+    except Stopped as stop:
+        begun = settle(stop.run_dir)
+        text = command.format(fleet=shlex.quote(str(stop.fleet)))
+        hint = f"go on with: {text}" if begun else _NOT_BEGUN
+        if isinstance(stop.cause, KeyboardInterrupt):
+            raise KeyboardInterrupt(hint) from stop
+        print(f"fedcl: terminated; {hint}", file=sys.stderr)
+        raise stop.cause from stop
 
 
 def _load(folder: Path) -> Fleet:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from fedcl import __version__
-from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate
-from fedcl.deploy.layout import NODE_PORT, Fleet
+from fedcl.deploy.bundle import KEY, TRUSTED, sign, trusted
+from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate, new_signing_key
+from fedcl.deploy.layout import CONTROL_PORT, NODE_PORT, Fleet
 from fedcl.rules import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -32,10 +34,8 @@ clientapp = "fedcl.client_app:app"
 
 [tool.flwr.app.config]
 overrides = ""
-config_dirs = ""
 run = ""
 attempt = 0
-resume = ""
 """
 _CLIENT = """\
 # What this device is and has. The server never names a path on it.
@@ -58,9 +58,9 @@ Wants=network-online.target
 
 [Service]
 # where the commands of the environment lie into which fedcl was installed
-Environment=PATH=/opt/fedcl/bin:/usr/local/bin:/usr/bin:/bin
+Environment=PATH={bin}:/usr/local/bin:/usr/bin:/bin
 WorkingDirectory={folder}
-ExecStart=/bin/sh {folder}/start.sh
+ExecStart=/bin/sh "{folder}/start.sh"
 Restart=always
 RestartSec=5
 KillMode=control-group
@@ -76,7 +76,14 @@ WORKDIR /fleet
 
 
 def init(
-    folder: Path, *, devices: int, address: str, port: int, insecure: bool = False, own_certificates: bool = False
+    folder: Path,
+    *,
+    devices: int,
+    address: str,
+    port: int,
+    control_port: int = CONTROL_PORT,
+    insecure: bool = False,
+    own_certificates: bool = False,
 ) -> Fleet:
     """Write a fleet's folder and return it.
 
@@ -89,12 +96,18 @@ def init(
         raise ConfigError(f"--devices {devices}: must be at least 1")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: must be new or empty")
-    fleet = Fleet(folder.resolve(), address, port, tuple(str(i) for i in range(devices)), insecure)
-    for path in (fleet.server / "keys", fleet.server / "app", fleet.server / "flwr", *map(fleet.device, fleet.devices)):
+    names = tuple(str(i) for i in range(devices))
+    fleet = Fleet(folder.resolve(), address, port, control_port, names, insecure)
+    for path in (fleet.server / "keys", fleet.server / "flwr", *map(fleet.device, fleet.devices)):
         path.mkdir(parents=True)
+    fleet.ca.mkdir(mode=0o700)
     if not insecure:
         _write_certificates(fleet, own=own_certificates)
     _write_server(fleet)
+    public = new_signing_key(fleet.ca / KEY)
+    sign(fleet.server, fleet.ca / KEY)
+    for name in fleet.devices:
+        (fleet.device(name) / TRUSTED).write_text(trusted(public))
     for place, name in enumerate(fleet.devices):
         _write_device(fleet, name, NODE_PORT + place)
     _write_compose(fleet)
@@ -104,7 +117,6 @@ def init(
 
 def _write_certificates(fleet: Fleet, *, own: bool) -> None:
     if not own:
-        fleet.ca.mkdir(mode=0o700)
         new_authority(fleet.ca / "ca.key", fleet.ca / "ca.crt")
         new_server_certificate(fleet.ca, fleet.server / "server.key", fleet.server / "server.crt", fleet.address)
         for place in (fleet.server, *map(fleet.device, fleet.devices)):
@@ -113,16 +125,13 @@ def _write_certificates(fleet: Fleet, *, own: bool) -> None:
         new_device_key(fleet.device(name) / "key", fleet.server / "keys" / f"{name}.pub")
 
 
-def superlink_command(fleet: Fleet) -> list[str]:
+def server_command(fleet: Fleet) -> list[str]:
     """Return the command that starts the server, to be run in its folder."""
-    host = "127.0.0.1" if fleet.address in _LOOPBACK else "0.0.0.0"
-    secure = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
-    return [
-        "flower-superlink",
-        *(["--insecure"] if fleet.insecure else [*secure, "--enable-supernode-auth"]),
-        *("--host", host, "--port", str(fleet.port), "--database", "state.db"),
-        "--disable-runtime-dependency-installation",
-    ]
+    everywhere = "::" if ":" in fleet.address else "0.0.0.0"
+    host = ("::1" if ":" in fleet.address else "127.0.0.1") if fleet.address in _LOOPBACK else everywhere
+    ports = ["--port", str(fleet.port), "--control-port", str(fleet.control_port)]
+    insecure = ["--insecure"] if fleet.insecure else []
+    return ["python", "-m", "fedcl.deploy.superlink", "--host", host, *ports, *insecure]
 
 
 def supernode_command(fleet: Fleet) -> list[str]:
@@ -131,7 +140,7 @@ def supernode_command(fleet: Fleet) -> list[str]:
     return [
         "flower-supernode",
         *(["--insecure"] if fleet.insecure else secure),
-        *("--superlink", fleet.where),
+        *("--superlink", fleet.where, "--trusted-entities", TRUSTED, "--host", "127.0.0.1"),
     ]
 
 
@@ -142,14 +151,20 @@ def _script(path: Path, command: str) -> None:
 
 
 def _write_server(fleet: Fleet) -> None:
-    _script(fleet.server / "start.sh", shlex.join(superlink_command(fleet)))
-    (fleet.server / "app" / "pyproject.toml").write_text(_APP)
-    (fleet.server / "app" / "README.md").write_text("Names the apps of an installed fedcl.\n")
-    reach = "insecure = true" if fleet.insecure else f'root-certificates = "{fleet.server / "ca.crt"}"'
-    connection = f'[superlink]\ndefault = "fleet"\n\n[superlink.fleet]\naddress = "{fleet.where}"\n{reach}\n'
-    (fleet.server / "flwr" / "config.toml").write_text(connection)
-    unit = _UNIT.format(what="fedcl server (Flower SuperLink)", folder="/opt/fedcl/server")
+    _script(fleet.server / "start.sh", shlex.join(server_command(fleet)))
+    write_app(fleet.server / "app")
+    lines = ["[superlink]", 'default = "fleet"', "", "[superlink.fleet]", f'address = "{fleet.control}"']
+    (fleet.server / "flwr" / "config.toml").write_text("\n".join([*lines, "insecure = true", ""]))  # on loopback
+    here, folder = (str(one).replace("%", "%%") for one in (Path(sys.executable).parent, fleet.server))
+    unit = _UNIT.format(what="fedcl server (Flower SuperLink)", folder=folder, bin=here)
     (fleet.server / "fedcl-server.service").write_text(unit)
+
+
+def write_app(folder: Path) -> None:
+    """Write the app that Flower packs and sends to devices: two small files that name fedcl's own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pyproject.toml").write_text(_APP)
+    (folder / "README.md").write_text("Names the apps of an installed fedcl.\n")
 
 
 def _write_device(fleet: Fleet, name: str, port: int) -> None:
@@ -157,7 +172,9 @@ def _write_device(fleet: Fleet, name: str, port: int) -> None:
     (folder / "client.yaml").write_text(_CLIENT.format(name=name))
     rest = f'--port "${{FEDCL_NODE_PORT:-{port}}}" --node-config "spec=\\"$PWD/client.yaml\\""'
     _script(folder / "start.sh", f"{shlex.join(supernode_command(fleet))} {rest}")
-    unit = _UNIT.format(what=f"fedcl device {name} (Flower SuperNode)", folder="/opt/fedcl/device")
+    unit = _UNIT.format(
+        what=f"fedcl device {name} (Flower SuperNode)", folder="/opt/fedcl/device", bin="/opt/fedcl/bin"
+    )
     (folder / "fedcl-device.service").write_text(unit)
 
 
@@ -167,6 +184,7 @@ def _write_compose(fleet: Fleet) -> None:
     folders = {"server": "server", **{f"device-{name}": f"devices/{name}" for name in fleet.devices}}
     for service, folder in folders.items():
         lines += [f"  {service}:", "    build: .", "    network_mode: host", "    restart: unless-stopped"]
-        lines += [f"    volumes: ['./{folder}:/fleet']", "    command: ['/bin/sh', '/fleet/start.sh']"]
+        runs = f", './runs:{fleet.folder}/runs'" if service == "server" else ""  # where `fedcl deploy run` reads them
+        lines += [f"    volumes: ['./{folder}:/fleet'{runs}]", "    command: ['/bin/sh', '/fleet/start.sh']"]
     (fleet.folder / "compose.yaml").write_text("\n".join([*lines, ""]))
     (fleet.folder / "Dockerfile").write_text(_DOCKERFILE.format(version=__version__))

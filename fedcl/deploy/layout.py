@@ -14,25 +14,34 @@ from fedcl.files import write_atomic
 from fedcl.rules import ConfigError
 
 PORT = 8443
+CONTROL_PORT = 8444  # on loopback: by it fedcl deploy and its runs reach the server on its own machine
 NODE_PORT = 9094  # of the first device's runtime; those after it count on, so that several fit one machine
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,253}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """A fleet's folder: ``address`` and ``port`` are where devices reach the server; ``insecure`` leaves out TLS."""
+    """A fleet's folder.
+
+    ``address`` and ``port`` are where devices reach the server, ``control_port`` is where this machine alone does;
+    ``insecure`` leaves out TLS.
+    """
 
     folder: Path
     address: str
     port: int
+    control_port: int
     devices: tuple[str, ...]
     insecure: bool = False
 
     def __post_init__(self) -> None:
         if not _HOST.fullmatch(self.address):
             raise ConfigError(f"address={self.address}: must be a host's name or IP address")
-        if not 1 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port}: must be in 1..65535")
+        for name in ("port", "control_port"):
+            if not 1 <= (port := getattr(self, name)) <= 65535:
+                raise ConfigError(f"{name}={port}: must be in 1..65535")
+        if self.port == self.control_port:
+            raise ConfigError(f"control_port={self.control_port}: must be another than port")
 
     @property
     def server(self) -> Path:
@@ -54,9 +63,15 @@ class Fleet:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{host}:{self.port}"
 
+    @property
+    def control(self) -> str:
+        """Host and port on loopback, as Flower's commands take them."""
+        return f"127.0.0.1:{self.control_port}"
+
     def save(self) -> None:
         """Write ``fleet.yaml``."""
-        raw = {"address": self.address, "port": self.port, "insecure": self.insecure, "devices": list(self.devices)}
+        raw = {"address": self.address, "port": self.port, "control_port": self.control_port}
+        raw |= {"insecure": self.insecure, "devices": list(self.devices)}
         write_atomic(self.folder / "fleet.yaml", yaml.safe_dump(raw, sort_keys=False))
 
     @classmethod
@@ -74,7 +89,12 @@ class Fleet:
         try:
             raw = yaml.safe_load(file.read_text(encoding="utf-8"))
             devices = tuple(str(name) for name in raw["devices"])
-            return cls(folder.resolve(), str(raw["address"]), int(raw["port"]), devices, raw["insecure"] is True)
+            if "control_port" not in raw:
+                raise ConfigError(f"{file}: made by an older fedcl, whose server admits strangers; make a new fleet")
+            ports = int(raw["port"]), int(raw["control_port"])
+            return cls(folder.resolve(), str(raw["address"]), *ports, devices, raw["insecure"] is True)
+        except ConfigError:
+            raise
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{file}: damaged: {error!r}") from error
 

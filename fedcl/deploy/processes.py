@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +22,7 @@ from fedcl.rules import ConfigError
 
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
+_TAG = "FEDCL_STARTED_BY"  # an environment variable that children inherit
 _UNKNOWN_AUTHORITY = (7, 18, 19, 20, 21)  # OpenSSL's X509_V_ERR_*: a signature or an issuer that ca.crt does not hold
 
 
@@ -30,10 +33,14 @@ def environment() -> dict[str, str]:
 
 
 class Processes:
-    """Processes started from a fleet's folders, each with a log and a process group of its own; a context manager."""
+    """Processes started from a fleet's folders, each with a log and a process group of its own; a context manager.
+
+    At its end none of them is left, nor any that they started: Flower starts some in groups of their own. On a system
+    without ``/proc`` those are left to themselves; Flower's end when the one that started them has.
+    """
 
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
+        self.fleet, self._tag = fleet, secrets.token_hex(16)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start_server(self) -> None:
@@ -63,7 +70,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment(), **(extra or {})},
+                env={**environment(), _TAG: self._tag, **(extra or {})},
                 start_new_session=True,
             )
 
@@ -89,8 +96,46 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in [*self.running]:
-            self.stop(name)
+        with undisturbed():
+            for process in self.running.values():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while (left := self._left()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            for name in [*self.running]:
+                self.stop(name, hard=True)
+            while left := self._left():  # one more may have been started meanwhile
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.1)
+
+    def _left(self) -> list[int]:
+        """Return the processes that are alive of those started here and of those that they started."""
+        for process in self.running.values():
+            process.poll()
+        wanted, found = f"{_TAG}={self._tag}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile, or is another user's
+                zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if not zombie and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no signal interrupt this block: it takes seconds, and what it has not ended would stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def unreachable(fleet: Fleet, *, seconds: float = 5.0) -> str | None:
@@ -123,9 +168,16 @@ def refusal(address: str, port: int, authority: Path | None, *, seconds: float =
 
 def free_port() -> int:
     """Return a port of this machine on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return as many ports of this machine on which nothing listens now, each another."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def tail(file: Path, lines: int = 15) -> str:

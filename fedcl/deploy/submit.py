@@ -8,22 +8,38 @@ import secrets
 import shlex
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from fedcl.deploy.bundle import KEY, sign
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
-from fedcl.deploy.processes import environment, tail, unreachable
+from fedcl.deploy.processes import environment, refusal, tail, undisturbed, unreachable
 from fedcl.files import write_atomic
+from fedcl.nodes import forget_refusals, write_order
 from fedcl.results import reading
 from fedcl.rules import ConfigError
 
 CONNECTION = "fleet"  # the name of the server in server/flwr/config.toml
 _STARTED = re.compile(r"run (\d{6,})", re.IGNORECASE)
 _ENDED = ("finished",)
+_SHOWN = ("round ", "fleet: ", "fedcl: ")  # how lines begin that a user wants to see
+BEGIN_SECONDS = 600.0
+GIVE_UP_SECONDS = 30.0
+LEAVE_SECONDS = 60.0  # Flower's server app asks every 24 s or so whether its run goes on
 NOTICE_SECONDS = 100.0  # Flower misses two heartbeats of 30 s before it gives up a ServerApp
+
+
+class Stopped(BaseException):
+    """A signal ended a fleet's run in ``run_dir``; ``cause`` is what the signal raised."""
+
+    def __init__(self, cause: BaseException, fleet: Path, run_dir: Path) -> None:
+        super().__init__(str(run_dir))
+        self.cause, self.fleet, self.run_dir = cause, fleet, run_dir
 
 
 def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: Sequence[Path] = ()) -> Path:
@@ -82,20 +98,25 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
     if launch.flower_run and _stays_active(fleet, launch.flower_run, quiet=quiet):
         raise ConfigError(f"{folder}: still running; stop it with: flwr stop {launch.flower_run} {CONNECTION}")
     again = replace(launch, attempt=launch.attempt + 1)
-    settings = {"overrides": shlex.join(given), "resume": str(folder)}
-    if config_dirs:
-        settings["config_dirs"] = shlex.join(str(one.resolve()) for one in config_dirs)
+    named = shlex.join(str(one.resolve()) for one in config_dirs)
+    settings = {"overrides": shlex.join(given), "config_dirs": named, "resume": str(folder)}
     _play(fleet, again, settings, quiet=quiet)
     return folder
 
 
 def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
     """Submit, follow to the end, and raise unless the run is done."""
+    from fedcl.client.device import sent_to_devices
+    from fedcl.config import path_keys
+
     refuse_unreachable(fleet)
-    if not fleet.insecure:
-        register(fleet)
+    sign(fleet.server, fleet.ca / KEY)
+    forget_refusals(fleet.server)
     write_launch(fleet, launch)
-    texts = {**settings, "run": launch.run}
+    write_order(fleet.server, launch.run, settings)
+    given, folders = shlex.split(settings["overrides"]), shlex.split(settings.get("config_dirs", ""))
+    sent = shlex.join(sent_to_devices(given, path_keys(given, [Path(folder) for folder in folders])))
+    texts = {"overrides": sent, "run": launch.run}  # what Flower takes to every device
     lines = [f"{key} = {json.dumps(value)}" for key, value in texts.items()] + [f"attempt = {launch.attempt}"]
     run_config = fleet.server / "run.toml"
     write_atomic(run_config, "\n".join([*lines, ""]))
@@ -103,24 +124,36 @@ def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool
     log.parent.mkdir(exist_ok=True)
     command = ["flwr", "run", str(fleet.server / "app"), CONNECTION, "--run-config", str(run_config), "--stream"]
     before = _status(Path(launch.run_dir))
-    number = _follow(fleet, launch, command, log, quiet=quiet)
+    try:
+        number = _follow(fleet, launch, command, log, quiet=quiet)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise Stopped(stop, fleet.folder, Path(launch.run_dir)) from stop
     status = _status(Path(launch.run_dir))
     if status != "done":
         if status == "" or (status == before and launch.attempt == 0):
+            with suppress(ConfigError, subprocess.TimeoutExpired):  # it may have ended by itself
+                flwr(fleet, "stop", number, CONNECTION)
             raise ConfigError(f"the run did not begin:\n{tail(log)}")
         hint = f"go on with: fedcl deploy resume {fleet.folder}"
         raise ConfigError(f"the run ended early (Flower's run {number}); {hint}\n{tail(log)}")
 
 
 def _follow(fleet: Fleet, launch: Launch, command: Sequence[str], log: Path, *, quiet: bool) -> str:
-    """Write down what the run says until it ends, show its progress, and return Flower's number of it."""
+    """Write down what the run says until it ends, show how far it is, and return Flower's number of it."""
     number = ""
     env = {**environment(), **flower_environment(fleet)}
     with (
         log.open("a", encoding="utf-8") as file,
         subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the run in order
         ) as process,
+        _starting(process, file) as begun,
     ):
         assert process.stdout is not None  # piped above
         try:
@@ -131,14 +164,57 @@ def _follow(fleet: Fleet, launch: Launch, command: Sequence[str], log: Path, *, 
                 if not number and found:
                     number = found[1]
                     write_launch(fleet, replace(launch, flower_run=number))
-                if not quiet and line.startswith("round "):
-                    print(line, end="", file=sys.stderr, flush=True)
+                if line.startswith(_SHOWN):
+                    begun.set()
+                    if not quiet:
+                        print(line, end="", file=sys.stderr, flush=True)
         except BaseException:
-            process.terminate()
-            if number:
-                flwr(fleet, "stop", number, CONNECTION)
+            with undisturbed():
+                _stop(fleet, process, number)
             raise
     return number
+
+
+@contextmanager
+def _starting(process: subprocess.Popen[str], log: IO[str]) -> Iterator[threading.Event]:
+    """Within this block end ``process`` if the run's own process does not start in time: nobody else would say so."""
+    begun, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + BEGIN_SECONDS
+        while time.monotonic() < deadline:
+            if begun.is_set() or over.wait(1.0):
+                return
+        log.write(
+            f"the run's process has not started within {BEGIN_SECONDS:.0f} s: Flower starts it again every 30 s where "
+            "that was too short; is this machine overloaded? see the server's log\n"
+        )
+        process.terminate()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield begun
+    finally:
+        over.set()
+        thread.join()
+
+
+def _stop(fleet: Fleet, process: subprocess.Popen[str], number: str) -> None:
+    """End a run that is being followed, on the server too; one that was just handed in is waited for to be known."""
+    if not number and process.stdout is not None and process.poll() is None:
+        late = threading.Timer(GIVE_UP_SECONDS, process.terminate)
+        late.start()
+        for line in process.stdout:
+            found = _STARTED.search(line)
+            if found:
+                number = found[1]
+                break
+        late.cancel()
+    process.terminate()
+    if number:
+        with suppress(ConfigError, subprocess.TimeoutExpired):  # the server may be gone, and the run with it
+            flwr(fleet, "stop", number, CONNECTION)
 
 
 def flower_environment(fleet: Fleet) -> dict[str, str]:
@@ -167,27 +243,11 @@ def flwr(fleet: Fleet, *arguments: str) -> str:
         text=True,
         timeout=120,
         check=False,
+        start_new_session=True,
     )
     if done.returncode:
         raise ConfigError(f"flwr {' '.join(arguments)}: {(done.stdout + done.stderr).strip()[-800:]}")
     return done.stdout
-
-
-def register(fleet: Fleet) -> None:
-    """Let the server know the devices' public keys; those it knows stay."""
-    marker = fleet.server / "registered.json"
-    known: list[str] = json.loads(marker.read_text()) if marker.is_file() else []
-    for key in sorted((fleet.server / "keys").glob("*.pub")):
-        text = key.read_text(encoding="utf-8").strip()
-        if text in known:
-            continue
-        try:
-            flwr(fleet, "supernode", "register", str(key), CONNECTION)
-        except ConfigError as error:
-            if "already" not in str(error).lower():
-                raise
-        known.append(text)
-        write_atomic(marker, json.dumps(known))
 
 
 def _stays_active(fleet: Fleet, number: str, *, quiet: bool) -> bool:
@@ -213,9 +273,22 @@ def _is_active(fleet: Fleet, number: str) -> bool:
 
 def refuse_unreachable(fleet: Fleet) -> None:
     """Refuse to go on without a server; ConfigError says why it cannot be reached."""
-    why = unreachable(fleet)
+    why = unreachable(fleet) or refusal("127.0.0.1", fleet.control_port, None)
     if why is not None:
         raise ConfigError(f"{why}; start it with: {fleet.server / 'start.sh'}; see also: fedcl deploy check")
+
+
+def settle(run_dir: Path, *, seconds: float = LEAVE_SECONDS) -> bool:
+    """Wait until a run that was stopped has noted so, and return whether it can be gone on with.
+
+    Without ``seconds`` its process is known to have ended, and what it could not note any more is noted here.
+    """
+    deadline = time.monotonic() + seconds
+    while (status := _status(run_dir)) == "running" and time.monotonic() < deadline:
+        time.sleep(0.3)
+    if status == "running" and seconds == 0:
+        write_atomic(run_dir / "STATUS", "interrupted\n")
+    return status != ""
 
 
 def _status(run_dir: Path) -> str:

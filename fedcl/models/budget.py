@@ -13,7 +13,7 @@ from fedcl.memory import free_memory, gib
 from fedcl.rules import ConfigError
 
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.eye})
-_MOST_TENSORS = 10_000
+_MOST_TENSORS = 5_000
 _COPIES = 4  # of the weights that training holds at least: the model, its gradients, an update, the server's
 
 

@@ -40,18 +40,18 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
             layer.set_generator(torch.Generator())
     outside = _outside_the_vector(module)
     before = {place: tensor.clone() for place, tensor in outside.items()}
-    drawn, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    drawn, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         with torch.no_grad():
             out = module(torch.zeros((2, *input_shape)))
         moved = (
             not torch.equal(drawn, torch.get_rng_state())
-            or repr(numpy_state) != repr(np.random.get_state())
+            or repr(numpy_state) != repr(np.random.get_state())  # noqa: NPY002
             or python_state != random.getstate()
         )
     finally:
         torch.set_rng_state(drawn)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
     if moved:
         raise ValueError(

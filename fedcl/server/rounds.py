@@ -226,33 +226,31 @@ def _update(flight: Flight, reply: Reply, task: Task, version: int) -> Update:
     return update_of(flight.request, reply, task, base, model=model, target=flight.out.target, age=age)
 
 
+_DIVERGED = re.compile(r"(?:metric (loss) is|(?:tensor \S+|model) holds) (-?inf|nan|\S*)")
+
+
 def shared_reason(reasons: Mapping[str, str], clients: int) -> str:
     """Return what most replies of a round failed for, and for how many of its ``clients``; ``reasons`` are by client.
 
-    A loss or weights that are no sound numbers are one reason, whichever tensor shows it: training has diverged.
+    Loss and weights that are no sound numbers are one reason, whichever shows it first: training has diverged.
     """
-    if not reasons:
-        return f"none of {clients} clients failed"
     kinds: dict[str, list[str]] = defaultdict(list)
     for reason in reasons.values():
-        kinds[_kind(reason)].append(reason)
+        # others are alike where only their numbers differ
+        kinds["" if _DIVERGED.match(reason) else re.sub(r"[-+.\d]+", "#", reason)].append(reason)
+    if not kinds:
+        return f"none of {clients} clients failed"
     kind, alike = max(kinds.items(), key=lambda item: len(item[1]))
     others = "" if len(kinds) == 1 else f", and {len(kinds) - 1} other reason(s)"
-    if kind in ("loss", "weights"):
-        shown = " ".join(alike)
-        value = "nan" if re.search(r"\bnan\b", shown) else "infinite" if re.search(r"\binf\b", shown) else "too large"
-        verb = "is" if kind == "loss" else "are"
-        return f"the {kind} of {len(alike)} of {clients} clients {verb} {value}; lower client.optimizer.lr{others}"
-    return f"{len(alike)} of {clients} clients: {alike[0]}{others}"
-
-
-def _kind(reason: str) -> str:
-    """Return the same for reasons that are alike: what is no number, or the words without their numbers."""
-    if reason.startswith("metric loss is "):
-        return "loss"
-    if re.match(r"(tensor \S+|model) holds ", reason):
-        return "weights"
-    return re.sub(r"[-+.\d]+", "#", reason)
+    if kind:
+        return f"{len(alike)} of {clients} clients: {alike[0]}{others}"
+    found = [match for match in map(_DIVERGED.match, alike) if match is not None]
+    parts = {"loss" if match[1] else "weights" for match in found}
+    values = {match[2] for match in found}
+    value = "nan" if "nan" in values else "infinite" if values & {"inf", "-inf"} else "too large"
+    verb = "is" if parts == {"loss"} else "are"
+    what = " or ".join(sorted(parts))
+    return f"the {what} of {len(alike)} of {clients} clients {verb} {value}; lower client.optimizer.lr{others}"
 
 
 def updates(arrived: Sequence[Arrived]) -> list[Contribution]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.crosschecks import is_local
 from fedcl.data.dataset import Dataset, Partition
+from fedcl.nodes import owners, refusals
 from fedcl.rules import ConfigError
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
@@ -133,6 +135,9 @@ def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool,
         code=__version__,
         timeout=backend["client_timeout"],
         max_bytes=backend["max_message_mb"] << 20,
+        owner=owners(),
+        say=lambda line: print(f"fleet: {line}", file=sys.stderr, flush=True),
+        refusals=refusals,
     )
     wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
     fleet.join(at_least=wanted, seconds=backend["join_seconds"], left=left)

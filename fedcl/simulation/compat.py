@@ -1,4 +1,7 @@
-"""Every touch of Flower's private parts, in one place, with what breaks when Flower moves them."""
+"""Every touch of Flower's private parts, in one place, with what breaks when Flower moves them.
+
+The server's own process, :mod:`fedcl.deploy.superlink`, touches what SuperLink is made of.
+"""
 
 from __future__ import annotations
 

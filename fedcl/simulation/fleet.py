@@ -25,6 +25,8 @@ JOIN_SECONDS = 300.0
 ERASE_SECONDS = 120.0
 POLL_SECONDS = 0.5
 PROBE_SECONDS = 120.0
+LOOK_SECONDS = 5.0
+STALL_SECONDS = 180.0
 
 
 class FleetGrid(Grid):
@@ -44,6 +46,13 @@ class FleetGrid(Grid):
         Seconds after which a message counts as lost, however alive its device; None: Flower's time to live, 12 hours.
     max_bytes
         A reply with more bytes is refused.
+    say
+        Takes the lines that tell whoever waits how far the devices are.
+    refusals
+        Returns why the server refused devices' requests lately, by client.
+    owner
+        Returns the client whose key a node has, or None; whoever says that it is another one is turned away. None:
+        nodes are believed.
     """
 
     def __init__(
@@ -55,9 +64,12 @@ class FleetGrid(Grid):
         code: str = "",
         timeout: float | None = None,
         max_bytes: int = 1 << 29,
+        owner: Callable[[int], str | None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        refusals: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._grid, self._note, self._code = grid, note, code
-        self._timeout, self._max_bytes = timeout, max_bytes
+        self._timeout, self._max_bytes, self._owner = timeout, max_bytes, owner
         ordered = sorted(clients, key=client_order)
         self.nodes: Mapping[str, int] = {client: FIRST_SEAT + place for place, client in enumerate(ordered)}
         self.samples: dict[str, int] = {}
@@ -70,6 +82,10 @@ class FleetGrid(Grid):
         self._probes: dict[str, str] = {}  # hellos sent behind a message -> that message
         self._failed: dict[str, tuple[int, Error]] = {}
         self._metadata: dict[str, Metadata] = {}
+        self._say, self._refusals = say, refusals
+        self._told: set[str] = set()  # what is said once
+        self._refused: dict[str, str] = {}
+        self._look_at = self._stalls_at = 0.0  # when to look at refusals; when it has been silent for too long
         self._unheard: list[tuple[str, dict[str, Any]]] = []  # events from before anybody listened
         self._listener: Callable[..., None] | None = None
 
@@ -137,20 +153,29 @@ class FleetGrid(Grid):
             except ValueError as error:  # a node that does not say who it is, in words of fedcl's, is nobody to us
                 self._event("hello_rejected", node=str(node), reason=clean(str(error)))
                 return
+            if not self._is_of(node, client):
+                whose = self._owner(node) if self._owner is not None else None
+                key = "a key that is nobody's" if whose is None else f"the key of client {whose}"
+                self._event("hello_rejected", node=str(node), reason=f"calls itself client {client}, and has {key}")
+                return
             seat = self.nodes.get(client)
             if seat is None:
                 self._others.add(client)
             elif code != self._code:
                 why = f"client {client} has fedcl {code}, the server {self._code}"
-            elif self._node_at.get(seat, node) != node and self._node_at[seat] in alive:
+            elif (taken := self._node_at.get(seat, node)) != node and taken in alive and self._is_of(taken, client):
                 why = f"two nodes call themselves client {client!r}"
             else:
                 self._node_at[seat] = node
                 self.samples[client] = samples
+                self._say(f"{len(self._node_at)}/{len(self.nodes)} devices joined")
         if why is not None and strict and node in alive:
             raise ConfigError(why)
         if why is not None:
             self._greeted.discard(node)  # asked again when something is sent next
+
+    def _is_of(self, node: int, client: str) -> bool:
+        return self._owner is None or self._owner(node) == client
 
     # -- Flower's Grid ------------------------------------------------------------------------------------------------
 
@@ -192,6 +217,8 @@ class FleetGrid(Grid):
                 message_id = str(pushed[0])
                 self._sent[message_id] = seat
                 self._probe_at[message_id] = (time.monotonic() + PROBE_SECONDS, PROBE_SECONDS)
+                self._say_once("first message sent")
+                self._stalls_at = time.monotonic() + STALL_SECONDS
             else:
                 message_id = f"unsent-{seat}-{time.monotonic_ns()}"
                 why = "the device is not connected" if node is None else "Flower could not take the message"
@@ -206,12 +233,40 @@ class FleetGrid(Grid):
         replies = [self._failure(id_, *self._failed.pop(id_)) for id_ in asked if id_ in self._failed]
         waiting = [id_ for id_ in asked if id_ in self._sent]
         if waiting:
+            self._watch(waiting)
             passed = self._passed(waiting)
-            replies += [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+            came = [self._checked(reply) for reply in self._grid.pull_messages(waiting)]
+            if came:
+                self._say_once("first reply")
+                self._stalls_at = time.monotonic() + STALL_SECONDS
+            replies += came
             for id_ in passed & self._sent.keys():
                 gone = Error(NODE_UNAVAILABLE, "the device was started anew, and has lost the message")
                 replies.append(self._failure(id_, self._sent.pop(id_), gone))
         return replies
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self._say(line)
+
+    def _watch(self, waiting: Sequence[str]) -> None:
+        """Tell of replies that are refused, and of a long silence."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        refused = dict(self._refusals())
+        for client, why in refused.items():
+            if self._refused.get(client) != why:
+                self._event("reply_refused", client=client, reason=clean(why))
+                self._say(f"error: what client {client} sends is refused: {clean(why)}")
+        self._refused = refused
+        if now > self._stalls_at:
+            self._stalls_at = now + STALL_SECONDS
+            clients = {seat: client for client, seat in self.nodes.items()}
+            silent = sorted({clients[self._sent[id_]] for id_ in waiting}, key=client_order)
+            self._say(f"no reply for {STALL_SECONDS:.0f} s; waiting for clients {', '.join(silent)}; see their logs")
 
     def _passed(self, waiting: Sequence[str]) -> set[str]:
         """Return the messages behind which a later one has been answered: a node works on one after the other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import Any
 
 from fedcl.building import add_plugin_paths
 from fedcl.locking import hold
+from fedcl.overrides import in_quotes, parse, setting
 from fedcl.results import schema
-from fedcl.rules import ConfigError
+from fedcl.rules import ConfigError, parse_rule
 from fedcl.sweep.expansion import Job, expand
 from fedcl.sweep.index import Entry, Index
 from fedcl.sweep.processes import Jobs
@@ -58,7 +60,9 @@ def sweep(
         _refuse_foreign_folders(index, config_dirs)
     asked = list(index.entries) if goes_on else _asked(index, rest, config_dirs)
     todo = [entry for entry in asked if not index.is_done(entry)]
-    _check(index, todo, trust=trust or not goes_on)
+    for text in _check(index, todo, trust=trust or not goes_on):
+        if not quiet:
+            print(f"fedcl: {text}", file=sys.stderr)
     _make(folder)
     # its jobs hold it, too, so that one that outlived its sweep is not started a second time
     with hold(folder, "a sweep, or a job of one,") as held:
@@ -101,14 +105,22 @@ def _sweep_dir(overrides: Sequence[str]) -> tuple[list[str], Path | None]:
     """Part ``sweep_dir`` from the overrides; ConfigError if they set a job's own folder."""
     rest, folder = [], None
     for text in overrides:
-        key, _, value = text.partition("=")
+        key = text.partition("=")[0]
         if key == "run_dir":
             raise ConfigError(f"{text}: each job of a sweep has a folder of its own; set sweep_dir, where these are")
         if key == "sweep_dir":
-            folder = Path(value.strip("'\""))
+            folder = _named(text)
         else:
             rest.append(text)
     return rest, folder
+
+
+def _named(text: str) -> Path:
+    rule, override = parse_rule("path", "sweep_dir"), parse(text)
+    value = None if override.is_sweep_override() else setting(override, text, rule).value
+    if not rule.accepts(value):
+        raise ConfigError(f"{text}: must be one path; as text, write {in_quotes(text)}")
+    return Path(os.path.expandvars(str(value))).expanduser()
 
 
 def _new_folder() -> Path:
@@ -129,19 +141,23 @@ def _make(folder: Path) -> None:
         raise ConfigError(f"sweep_dir={folder}: cannot be made: {error.strerror}") from error
 
 
-def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> None:
-    """Compose every configuration, then build what each needs but for another seed, before any job is started."""
-    from fedcl.config import compose  # here and below: help must not wait for them
+def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
+    """Compose every configuration, then build what each needs but for another seed, before any job is started.
+
+    What is to be said of the configurations is returned, once each.
+    """
+    from fedcl.config import compose, remarks  # here and below: help must not wait for them
     from fedcl.launches import Trust
 
     dirs = [Path(folder) for folder in index.config_dirs]
     if trust:
         add_plugin_paths(dirs)  # a sweep that goes on was not given them
-    cfgs = []
+    cfgs, said = [], []
     for entry in entries:
         try:
             cfg = compose(entry.overrides, dirs)
             Trust(tuple(dirs), trust).refuse_foreign(cfg, index.folder)
+            said += remarks(entry.overrides, dirs)
         except ConfigError as error:
             raise ConfigError(f"job {entry.name}: {error}") from error
         if cfg["protocol"]["name"] != "none":
@@ -149,6 +165,7 @@ def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> None:
             raise ConfigError(f"protocol={name}: is many runs of its own, and no job of a sweep; use fedcl run for it")
         cfgs.append((entry, cfg))
     _check_fit(cfgs, dirs)
+    return list(dict.fromkeys(said))
 
 
 def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path]) -> None:

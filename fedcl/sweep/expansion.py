@@ -17,7 +17,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Glob, Override
 
 from fedcl.config import list_choices
-from fedcl.overrides import in_quotes, parse
+from fedcl.overrides import parse
 from fedcl.rules import ConfigError
 
 _MAX_NAME = 120  # bytes that a folder's name may have, with room for what is put after it

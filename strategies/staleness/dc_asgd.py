@@ -59,9 +59,11 @@ class DCASGD(Staleness):
         self.strength, self.lr = strength, lr
         self.adaptive, self.momentum = adaptive, momentum
         self._mean_square = torch.zeros(0, dtype=torch.float64)
+        self._buffers = slice(0, 0)
 
     def setup(self, spec: Spec) -> None:
-        """Make room for the moving mean."""
+        """Make room for the moving mean, and learn where the buffers are, which have no curvature."""
+        self._buffers = slice(spec.size - sum(tensor.size for tensor in spec if tensor.kind == "buffer"), spec.size)
         self._mean_square = torch.zeros(spec.size if self.adaptive else 0, dtype=torch.float64)
 
     def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
@@ -76,7 +78,9 @@ class DCASGD(Staleness):
         if update.age == 0:
             return update
         drift = view.model_of(update.client).double() - update.base.double()
-        return rebased(update, compensated(update.delta, drift, strength, self.lr), view)
+        change = compensated(update.delta, drift, strength, self.lr)
+        change[self._buffers] = update.delta[self._buffers]
+        return rebased(update, change, view)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving mean."""

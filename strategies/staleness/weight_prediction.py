@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcl.models.flat import Spec
 from fedcl.requests import ForgetRequest, Residual
 from fedcl.server.contracts import ServerView, Staleness, Update
 from fedcl.server.strategy import exact_sum
@@ -47,7 +48,12 @@ class WeightPrediction(Staleness):
         self._version = 0
         self._step: Tensor | None = None  # moving mean of steps a version (P,) float64
         self._ages: dict[str, int] = {}
+        self._buffers = slice(0, 0)
         self._sent: dict[float, Tensor] = {}  # predictions of the present version: equal ones travel as one message
+
+    def setup(self, spec: Spec) -> None:
+        """Learn where the buffers are: running statistics are no weights, and a variance foretold may be below 0."""
+        self._buffers = slice(spec.size - sum(tensor.size for tensor in spec if tensor.kind == "buffer"), spec.size)
 
     def outgoing(self, model: Tensor, client: str, view: ServerView) -> Tensor:
         """Return the model as it is expected to be at the client's answer, float32 (P,)."""
@@ -64,6 +70,7 @@ class WeightPrediction(Staleness):
         model, passed = view.global_model, view.version - self._version
         if self._last is not None and passed > 0:
             step = (model.double() - self._last.double()) / passed
+            step[self._buffers] = 0.0
             keep = self.momentum**passed
             self._step = step if self._step is None else keep * self._step + (1 - keep) * step
         if self._last is None or passed > 0:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from fedcl.building import targets_in
 from fedcl.client.device import (
@@ -15,8 +19,9 @@ from fedcl.client.device import (
     read_spec,
     refuse_foreign_targets,
     relabel,
+    sent_to_devices,
 )
-from fedcl.config import CONFIG_DIR, compose
+from fedcl.config import CONFIG_DIR, compose, path_keys
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.rules import ConfigError
 from fedcl.scenario.task import Task
@@ -63,7 +68,7 @@ def test_a_missing_spec_is_named(tmp_path: Path) -> None:
 def test_a_device_takes_its_own_data_and_device_whatever_the_server_says(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, "client: 0\ndata: [data=npz, data.root=/mine.npz]\ndevice: cpu\n")
     sent = ["data=mnist", "data/partition=local", "data.root=/etc", "device=cuda", "run_dir=/tmp/x", "learner=[er,ewc]"]
-    taken = device_overrides(sent, spec)
+    taken = device_overrides(sent, spec, path_keys)
     assert "data.root=/mine.npz" in taken
     assert "learner=[er,ewc]" in taken
     assert not {"data=mnist", "data.root=/etc", "device=cuda", "run_dir=/tmp/x"} & set(taken)
@@ -80,12 +85,71 @@ def test_a_device_takes_its_own_data_and_device_whatever_the_server_says(tmp_pat
         "hydra.run.dir=/tmp",
         "~learner",
         "data.root=/etc/passwd",
+        "data.root=passwd",
+        "data.source.root=passwd",
+        "model.pretrained=/any/path",
+        "model.pretrained=any.safetensors",
+        "+model.pretrained=any.safetensors",
+        "model.pretrained='any.safetensors'",
+        "learner.er.policy=$HOME",
+        "learner.er.policy=~/x",
+        "learner.er.policy='../x'",
+        "learner.er.policy=[/x]",
     ],
 )
 def test_a_server_cannot_name_code_paths_or_secrets(tmp_path: Path, sent: str) -> None:
     spec = spec_of(tmp_path, "client: 0\n")
-    with pytest.raises(ValueError, match=r"override"):
-        device_overrides([sent], spec)
+    with pytest.raises(ValueError, match=r"override|keys cannot be added"):
+        device_overrides([sent], spec, path_keys)
+
+
+NAMES_A_FILE = re.compile(r"(^|_)(root|path|paths|file|files|dir|dirs|folder|folders|cache|pretrained|weights|csv)$")
+
+
+def test_every_key_of_every_yaml_that_names_a_file_says_so_in_its_rule() -> None:
+    from fedcl.conform import SPECIAL, rules_of
+
+    def keys(node: Any, place: str) -> Iterator[tuple[str, Any, str]]:
+        rules = rules_of(node, place)
+        for key, value in node.items():
+            if key in SPECIAL or key in ("defaults", "_target_"):
+                continue
+            yield f"{place}.{key}", value, rules[key].text if key in rules else ""
+            if isinstance(value, dict):
+                yield from keys(value, f"{place}.{key}")
+
+    declared, found = set(), set()
+    for file in sorted(CONFIG_DIR.rglob("*.yaml")):
+        if file.parent.name == "experiment":
+            continue  # values for keys that other files declare
+        for place, value, rule in keys(yaml.safe_load(file.read_text()) or {}, file.stem):
+            texts = value if isinstance(value, list) else [value]
+            looks = any(isinstance(text, str) and _looks_like_a_file(text) for text in texts)
+            if NAMES_A_FILE.search(place.rpartition(".")[2]) or looks:
+                found.add(place)
+            if re.search(r"\bpath\b", rule):
+                declared.add(place)
+    assert found - declared == set()
+    assert {"mlp.pretrained", "npz.root", "npz.source.root", "trace.path"} <= declared
+
+
+def _looks_like_a_file(text: str) -> bool:
+    return (
+        text.startswith(("/", "./", "../", "~"))
+        or re.search(r"\.(npz|csv|pt|safetensors|json|txt|yaml)$", text) is not None
+    )
+
+
+def test_a_server_sends_no_path(tmp_path: Path) -> None:
+    given = [
+        "model.pretrained=/any/path",
+        "data=npz",
+        "data.root=/srv/x.npz",
+        "run_dir=/srv/run",
+        "learner=er",
+        "seed=1",
+    ]
+    assert sent_to_devices(given, path_keys(given)) == ["data=npz", "learner=er", "seed=1"]
 
 
 def test_a_target_that_no_yaml_of_ours_has_is_refused() -> None:

@@ -137,6 +137,21 @@ def test_importances_of_tasks_are_added(device: torch.device) -> None:
 # -- SI ---------------------------------------------------------------------------------------------------------------
 
 
+# One step: g = (1, 2), dtheta = (-2, -0.5): path = (2, 1), way^2 = (4, 0.25); Omega = 2 / 4.5 and 1 / 0.75.
+def test_the_way_counts_squared(device: torch.device) -> None:
+    model = linear(device)
+    ctx = context(model, torch.ones(1, 2, device=device), {0: (0, 1)})
+    si = SI(damping=0.5)
+    si.before_round(ctx)
+    gradient = torch.tensor([[1.0, 2.0], [0.0, 0.0]], device=device)
+    si.after_backward(ctx, [gradient, torch.zeros(2, device=device)])
+    with torch.no_grad():
+        model.flat[:2] += torch.tensor([-2.0, -0.5], device=device)
+    si.after_step(ctx)
+    si.after_task(ctx)
+    assert si.state()["importance"][:2].tolist() == pytest.approx([2 / 4.5, 1 / 0.75])
+
+
 # Two steps: g = (2, -1), dtheta = (-0.5, 0.5), then g = (1, 1), dtheta = (-0.5, 0.5); all else stands still.
 # path = (1 + 0.5, 0.5 - 0.5), way = (-1, 1); Omega = 1.5 / (1 + 0.5) = 1 and 0.
 def test_the_path_integral_worked_by_hand(device: torch.device) -> None:

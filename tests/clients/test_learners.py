@@ -60,7 +60,10 @@ def test_replay_remembers_classes_that_fine_tuning_forgets(
 
 @pytest.mark.parametrize(
     ("name", "scenario", "training"),
-    [("ewc", DomainPermuted, {"lr": 0.2}), ("lwf", TaskIncremental, {"lr": 0.1, "momentum": 0.9})],
+    [
+        pytest.param("ewc", DomainPermuted, {"lr": 0.2}, marks=pytest.mark.slow),
+        ("lwf", TaskIncremental, {"lr": 0.1, "momentum": 0.9}),
+    ],
 )
 def test_regularisers_remember_what_fine_tuning_forgets(
     handwritten: Dataset, make_client: Callable[..., Any], name: str, scenario: type[Any], training: dict[str, float]

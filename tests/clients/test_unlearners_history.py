@@ -291,6 +291,15 @@ def test_the_bound_holds(leaver: str) -> None:
     assert method.promise().startswith("certified (1, 0.01)")
 
 
+# lr x lambda = 0.05; b's 8 samples make the fewest steps of a round: 2 epochs of 2 batches
+def test_a_round_contracts_as_often_as_its_laziest_client_steps() -> None:
+    method = SIFU()
+    clients = world(method, CONVEX)
+    clients.round(("a", "b", "c"), 0)
+    clients.round(("a", "c"), 1)
+    assert [one.factor for one in method._path.rounds] == pytest.approx([0.95**4, 0.95**6])
+
+
 def test_a_group_is_more_than_its_members() -> None:
     one = Round(0.5, {"a": 0.2, "b": 0.3, "c": 0.5}, {"a": 1.0, "b": 2.0, "c": 1.0}, {})
     assert one.moved(["a"]) == pytest.approx(0.2 / 0.8)

@@ -56,6 +56,14 @@ def test_half_of_the_units_with_their_biases(device: torch.device) -> None:
     assert full[24:].sum() == 0  # heads
 
 
+# of 6 units 0.3 x 6 = 1.8 and 0.4 x 6 = 2.4
+@pytest.mark.parametrize(("share", "units"), [(0.0, 0), (0.3, 2), (0.4, 2), (1.0, 6)])
+def test_the_number_of_frozen_units_is_the_nearest(device: torch.device, share: float, units: int) -> None:
+    model = FlatModel(MLP(input_shape=(3,), heads=(4,), hidden=(6,)), device=device)
+    frozen = frozen_units(model, share, torch.Generator().manual_seed(0))
+    assert int(frozen.sum()) == units * 4  # three weights and a bias each
+
+
 def test_a_single_head_trains_whole(device: torch.device) -> None:
     model = FlatModel(MLP(input_shape=(3,), heads=(4,), hidden=(6,)), device=device)
     frozen = frozen_units(model, 1.0, torch.Generator().manual_seed(0))
@@ -79,6 +87,23 @@ def test_frozen_units_stay_and_others_move(device: torch.device) -> None:
 
 
 # -- GPM --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_finished_task_raises_the_share_that_a_basis_is_to_hold(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def noting(basis_DK: Tensor, gram_DD: Tensor, share: float) -> Tensor:
+        shares.append(share)
+        return grown(basis_DK, gram_DD, share)
+
+    monkeypatch.setattr("clients.learners.gpm.grown", noting)
+    model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=()), device=device)
+    gpm = GPM(epsilon=0.7, increment=0.2)
+    for _ in range(3):
+        gpm.after_task(context(model, torch.eye(3, device=device)))
+    assert shares == pytest.approx([0.7, 0.9, 1.0])
 
 
 # Energies 6, 3, 1 along the axes. 60 % needs the first; holding it, 90 % of all is 3/4 of what is left: the second.

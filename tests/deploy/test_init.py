@@ -14,17 +14,19 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from fedcl.deploy.bundle import sign
 from fedcl.deploy.check import check
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
-from fedcl.deploy.processes import free_port
+from fedcl.deploy.processes import free_ports
 from fedcl.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path, **options: object) -> Fleet:
-    given = {"devices": 2, "address": "127.0.0.1", "port": free_port()} | options
+    port, control_port = free_ports(2)
+    given = {"devices": 2, "address": "127.0.0.1", "port": port, "control_port": control_port} | options
     return init(folder, **given)  # type: ignore[arg-type]
 
 
@@ -36,7 +38,8 @@ def test_a_fleet_is_written_and_read_again(tmp_path: Path) -> None:
     certificate.verify_directly_issued_by(authority)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "farm.example" in names.get_values_for_type(x509.DNSName)
-    for secret in (fleet.ca / "ca.key", fleet.server / "server.key", fleet.device("0") / "key"):
+    secrets = (fleet.ca / "ca.key", fleet.server / "server.key", fleet.ca / "bundle.key", fleet.device("0") / "key")
+    for secret in secrets:
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     assert not (fleet.device("0") / "ca.key").exists()
     public = serialization.load_ssh_public_key((fleet.server / "keys" / "1.pub").read_bytes())
@@ -52,10 +55,15 @@ def test_every_way_to_start_runs_the_same_script(tmp_path: Path) -> None:
         assert service["command"] == ["/bin/sh", "/fleet/start.sh"]
         assert (fleet.folder / service["volumes"][0].split(":")[0] / "start.sh").is_file()
     unit = (fleet.device("0") / "fedcl-device.service").read_text()
-    assert "ExecStart=/bin/sh /opt/fedcl/device/start.sh" in unit
+    assert 'ExecStart=/bin/sh "/opt/fedcl/device/start.sh"' in unit
+    unit = (fleet.server / "fedcl-server.service").read_text()
+    assert f'ExecStart=/bin/sh "{fleet.server}/start.sh"' in unit
     for folder in (fleet.server, fleet.device("0"), fleet.device("1")):
         subprocess.run(["/bin/sh", "-n", str(folder / "start.sh")], check=True, timeout=20)
-    assert "--enable-supernode-auth" in (fleet.server / "start.sh").read_text()
+    assert "python -m fedcl.deploy.superlink --host 127.0.0.1 " in (fleet.server / "start.sh").read_text()
+    for name in fleet.devices:  # a device runs nothing that this fleet's server has not signed
+        script = (fleet.device(name) / "start.sh").read_text()
+        assert "--trusted-entities trusted.yaml --host 127.0.0.1 " in script
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
@@ -72,7 +80,7 @@ def test_wrong_options_are_refused(tmp_path: Path, key: str, value: object) -> N
 
 def test_own_certificates_leave_room_that_check_asks_for(tmp_path: Path) -> None:
     fleet = make(tmp_path / "fleet", own_certificates=True)
-    assert not (fleet.folder / "ca").exists()
+    assert [file.name for file in fleet.ca.iterdir()] == ["bundle.key"]
     said = [finding.text for finding in check(fleet.folder) if finding.wrong]
     assert any(text.endswith("server.crt: is missing; PEM") for text in said)
     other = make(tmp_path / "other")
@@ -81,6 +89,20 @@ def test_own_certificates_leave_room_that_check_asks_for(tmp_path: Path) -> None
     for name in fleet.devices:
         shutil.copy(other.server / "ca.crt", fleet.device(name) / "ca.crt")
     assert not [finding.text for finding in check(fleet.folder) if finding.wrong]
+
+
+def test_a_signing_key_that_devices_do_not_trust_is_named(tmp_path: Path) -> None:
+    fleet, other = make(tmp_path / "fleet"), make(tmp_path / "other")
+    shutil.copy(other.device("1") / "trusted.yaml", fleet.device("1") / "trusted.yaml")
+    (fleet.device("0") / "trusted.yaml").unlink()
+    said = "\n".join(finding.text for finding in check(fleet.folder) if finding.wrong)
+    assert "device 1: trusted.yaml: its server's bundle was not signed by that key" in said
+    assert f"device 0: {fleet.device('0') / 'trusted.yaml'} is missing" in said
+    shutil.rmtree(other.ca)  # as it should be once the fleet is made
+    assert not [finding.text for finding in check(other.folder) if finding.wrong]
+    (other.server / "app" / "README.md").write_text("another")
+    with pytest.raises(ConfigError, match=r"bundle\.key: this bundle is not signed yet, and the key cannot be read"):
+        sign(other.server, other.ca / "bundle.key")
 
 
 def test_a_certificate_for_another_host_is_named(tmp_path: Path) -> None:
@@ -108,6 +130,10 @@ def test_the_command_line_is_loud_about_insecure_and_plain_about_mistakes(tmp_pa
     made = call("init", str(tmp_path / "bare"), "--devices", "1", "--insecure")
     assert made.returncode == 0
     assert "NO TLS AND NO AUTHENTICATION" in made.stderr
+    assert "without --address only this machine can reach the server" in made.stdout
+    fleet = tmp_path / "bare"
+    start = [f"  {fleet / 'server' / 'start.sh'}", f"  {fleet / 'devices' / '0' / 'start.sh'}"]
+    assert made.stdout.splitlines()[1:] == ["next:", *start, f"  fedcl deploy run {fleet}", str(fleet)]
     run = call("run", str(tmp_path / "bare"), "rounds_per_task=1")
     assert run.returncode == 2
     assert "NO TLS AND NO AUTHENTICATION" in run.stderr

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet
-from fedcl.deploy.processes import Processes, free_port
+from fedcl.deploy.processes import Processes
+from tests.deployment.fleets import ended, new_fleet
 
 MakeFleet = Callable[..., Fleet]
 
@@ -21,7 +20,7 @@ def make_fleet(tmp_path: Path) -> MakeFleet:
     """Return a function that writes a fleet on loopback, at a port that is free."""
 
     def make(devices: int = 3, name: str = "fleet", **options: bool) -> Fleet:
-        return init(tmp_path / name, devices=devices, address="127.0.0.1", port=free_port(), **options)
+        return new_fleet(tmp_path / name, devices, **options)
 
     return make
 
@@ -29,23 +28,8 @@ def make_fleet(tmp_path: Path) -> MakeFleet:
 @pytest.fixture
 def up(end_processes: Callable[[str], None], tmp_path: Path) -> Iterator[Callable[[Fleet], Processes]]:
     """Return a function that gives a fleet's processes, all ended by id afterwards, and their children too."""
-    if not Path("/proc").is_dir():
-        pytest.skip("finds the processes it started through /proc")
-    tag = f"FEDCL_TEST_TAG={tmp_path}"
-    os.environ["FEDCL_TEST_TAG"] = str(tmp_path)
-    opened: list[Processes] = []
-
-    def open_(fleet: Fleet) -> Processes:
-        opened.append(Processes(fleet))
-        return opened[-1]
-
-    try:
+    with ended(tmp_path, end_processes) as open_:
         yield open_
-        for processes in opened:
-            processes.__exit__(None, None, None)
-    finally:
-        del os.environ["FEDCL_TEST_TAG"]
-        end_processes(tag)
 
 
 @pytest.fixture

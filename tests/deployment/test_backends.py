@@ -12,7 +12,6 @@ import pytest
 
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import register
 from fedcl.results import load
 
 pytestmark = [pytest.mark.deployment, pytest.mark.ray, pytest.mark.flower, pytest.mark.timeout(900)]
@@ -67,7 +66,6 @@ def test_four_backends_give_one_metrics_file(
 
     processes = up(fleet)
     processes.start_server()
-    register(fleet)
     for name in fleet.devices:
         processes.start_device(name)
     deployed = fedcl("deploy", "run", str(fleet.folder), *data, "data/partition=local", *SMALL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedcl.deploy.layout import Fleet
-from fedcl.deploy.processes import Processes, free_port
+from fedcl.deploy.processes import Processes, free_ports
 from fedcl.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,8 @@ def test_a_reader_who_follows_the_page_gets_a_finished_run(
         given = [sys.executable, "-m", *words, *more]
         return subprocess.run(given, capture_output=True, text=True, timeout=560, check=False)
 
-    made = follow("fedcl deploy init", "--port", str(free_port()))
+    port, control_port = free_ports(2)
+    made = follow("fedcl deploy init", "--port", str(port), "--control-port", str(control_port))
     assert made.returncode == 0, made.stderr
     fleet = Fleet.load(tmp_path / "fleet")
     written = re.findall(r"\| `fleet/([\w/]+)`", PAGE)
@@ -60,9 +61,9 @@ def test_a_reader_who_follows_the_page_gets_a_finished_run(
     assert command("fleet/server/start.sh") == ["fleet/server/start.sh"]
     assert command("fleet/devices/0/start.sh") == ["fleet/devices/0/start.sh"]
     processes.start_server()
-    assert follow("fedcl deploy register").stdout == "3 devices may join\n"
     for name in fleet.devices:
         processes.start_device(name)
+    assert follow("fedcl deploy register").stdout == "3 devices may join: 0, 1, 2\n"
     short = ["scenario.num_tasks=1", "rounds_per_task=1", "strategy/projection=none", "figures=false"]
     done = follow("fedcl deploy run", *short)
     assert done.returncode == 0, done.stdout + done.stderr

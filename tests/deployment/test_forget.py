@@ -17,7 +17,7 @@ import pytest
 from fedcl.client.file_state import FileStateStore
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.submit import submit
 from fedcl.results import load
 from fedcl.rules import ConfigError
 
@@ -97,7 +97,6 @@ def test_samples_a_class_and_a_client_out_of_reach_are_forgotten_while_a_run_goe
     split(fleet)
     processes = up(fleet)
     processes.start_server()
-    register(fleet)
     for name in fleet.devices:
         processes.start_device(name)
     folder = fleet.folder / "runs" / "forget"
@@ -150,7 +149,6 @@ def test_messages_and_replies_that_are_too_large_cost_themselves(
     tight.write_text(tight.read_text() + "max_message_mb: 1\n")
     processes = up(fleet)
     processes.start_server()
-    register(fleet)
     for name in fleet.devices:
         processes.start_device(name)
     overrides = ["data=npz", f"data.root={samples}", "data/partition=local", *SMALL, "scenario=joint"]

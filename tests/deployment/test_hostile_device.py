@@ -10,7 +10,7 @@ import pytest
 
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.submit import submit
 from fedcl.results import Run, load
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
@@ -87,7 +87,6 @@ def test_a_device_that_sends_anything_costs_its_own_replies(
         spec.write_text(spec.read_text() + f'config_dirs: ["{hostile if name == "1" else honest}"]\n')
     processes = up(fleet)
     processes.start_server()
-    register(fleet)
     for name in fleet.devices:
         processes.start_device(name)
     own = ["data=npz", f"data.root={samples}", "evaluation.personal=true"]

@@ -11,7 +11,7 @@ import pytest
 
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.submit import submit
 from fedcl.results import load
 from tests.deployment.link import Link
 
@@ -46,7 +46,6 @@ def test_a_slow_link_makes_updates_late_and_a_cut_one_comes_back(
     slow, fragile = links(fleet, "1"), links(fleet, "2")
     processes = up(fleet)
     processes.start_server()
-    register(fleet)
     for name in fleet.devices:
         processes.start_device(name)
     folder = fleet.folder / "runs" / "late"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from fedcl.deploy.certificates import new_device_key
 from fedcl.deploy.layout import Fleet, read_launches
 from fedcl.deploy.processes import Processes
-from fedcl.deploy.submit import CONNECTION, flwr, register, submit
+from fedcl.deploy.submit import CONNECTION, flwr, submit
 from fedcl.results import load
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
@@ -27,7 +29,6 @@ Up = Callable[[Fleet], Processes]
 
 def start(processes: Processes) -> None:
     processes.start_server()
-    register(processes.fleet)
     for name in processes.fleet.devices:
         processes.start_device(name)
 
@@ -55,7 +56,6 @@ def test_killed_devices_cost_their_replies_and_come_back_one_as_another_node(
         key = fleet.device("2") / "key"
         key.unlink()
         new_device_key(key, fleet.server / "keys" / "2.pub")
-        register(fleet)
         for name in ("1", "2"):
             processes.start_device(name)
 
@@ -109,20 +109,87 @@ def test_a_killed_server_is_resumed_to_the_numbers_of_an_undisturbed_run(
     assert metrics_hash(folder) == metrics_hash(inline)
 
 
-@pytest.mark.slow
-def test_local_takes_down_what_it_brought_up(
-    tmp_path: Path, samples: Path, fedcl: Fedcl, end_processes: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def local(
+    tmp_path: Path, samples: Path, end_processes: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return a function that starts ``fedcl deploy local`` in a session of its own, with two devices and their logs."""
     monkeypatch.setenv("FEDCL_TEST_TAG", str(tmp_path))
     monkeypatch.setenv("FEDCL_DATA", str(samples.parent))
-    folder = tmp_path / "run"
-    given = [f"run_dir={folder}", "rounds_per_task=1", *SMALL]
-    done = fedcl("deploy", "local", "-n", "2", "--dir", str(tmp_path / "fleet"), *given)
-    left = [int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and tagged(pid, tmp_path)]
+    started: list[subprocess.Popen[str]] = []
+
+    def start_local(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "fedcl", "deploy", "local", "-n", "2", "--dir", str(tmp_path / "fleet")]
+        process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start_local
     end_processes(f"FEDCL_TEST_TAG={tmp_path}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert load(folder).status == "done"
-    assert left == []
+    for process in started:
+        process.communicate()
+
+
+def alive(tmp_path: Path) -> list[str]:
+    """Return the commands of the processes that inherited this test's mark."""
+    found = [pid for pid in Path("/proc").glob("[0-9]*") if int(pid.name) != os.getpid() and tagged(pid, tmp_path)]
+    return [(pid / "cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in found]
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Return what a process says until it says ``text``."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"{text!r} never came:\n{said}")
+
+
+JOINT = ["scenario=joint", "strategy/projection=none", "learner=er", "figures=false", "client.optimizer.lr=0.1"]
+LINES = ["server up at", "2 devices started", "the run's process has started", "1/2 devices joined"]
+LINES += ["2/2 devices joined", "first message sent", "first reply"]
+
+
+def test_a_signal_ends_a_local_fleet_whole_and_says_how_to_go_on(
+    tmp_path: Path, local: Callable[..., subprocess.Popen[str]]
+) -> None:
+    folder = tmp_path / "run"
+    process = local(f"run_dir={folder}", "rounds_per_task=50", *JOINT)
+    said = read_until(process, "round 1/50")
+    told = [line.removeprefix("fleet: ") for line in said.splitlines() if line.startswith("fleet: ")]
+    assert [line for line, start in zip(told, LINES, strict=True) if line.startswith(start)] == told
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 130, rest
+    (line,) = [line for line in rest.splitlines() if not line.startswith("round ")]
+    assert line == f"fedcl: interrupted; go on with: fedcl deploy local -n 2 --resume --dir {tmp_path / 'fleet'}"
+    assert (folder / "STATUS").read_text() == "interrupted\n"
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["server up", "the run's process has started", "first message sent"])
+def test_a_signal_at_any_time_leaves_no_process(
+    tmp_path: Path, local: Callable[..., subprocess.Popen[str]], at: str
+) -> None:
+    folder = tmp_path / "run"
+    process = local(f"run_dir={folder}", "rounds_per_task=2", *JOINT)
+    read_until(process, at)
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 143, rest
+    assert "Traceback" not in rest
+    assert alive(tmp_path) == []
+    assert not (folder / "STATUS").is_file() or (folder / "STATUS").read_text() == "interrupted\n"
+    if at == "first message sent":
+        assert f"fedcl deploy local -n 2 --resume --dir {tmp_path / 'fleet'}" in rest
+        done = local("--resume")
+        _, rest = done.communicate(timeout=500)
+        assert done.returncode == 0, rest
+        assert load(folder).status == "done"
+        assert alive(tmp_path) == []
 
 
 def tagged(process: Path, tmp_path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder that somebody sends is data: no code comes from it, or from where it alone points, without ``--trust``."""
+"""A run's folder that somebody sends is data: no code comes from it or from where it points without ``--trust``."""
 
 from __future__ import annotations
 

@@ -83,6 +83,13 @@ def test_a_malformed_configuration_is_answered_without_torch(override: str, answ
     ("overrides", "names"),
     [
         (["num_clients=100000"], "num_clients=100000"),
+        (["num_clients=100000000"], "num_clients=100000000: must be at most 1438"),
+        (["num_clients=1439"], "num_clients=1439: must be in [1, 1438]"),
+        (["num_clients=2000", "data.partition.min_samples=0"], "num_clients=2000: must be in [1, 1438]"),
+        (["num_clients=100000000", "data/partition=dirichlet_client"], "1000000 where clients share samples"),
+        (["scenario=domain_permuted", "scenario.num_tasks=1000000000"], "scenario.num_tasks=1000000000: must be at"),
+        (["scenario=scole", "scenario.num_tasks=1439"], "scenario.num_tasks=1439: must be at most 1438"),
+        (["client.batch_size=1000000000000"], "client.batch_size=1000000000000: must be at most 65536"),
         (["num_clients=1440", "data/partition=iid"], "num_clients=1440"),
         (["num_clients=5000", "data/partition=shards"], "num_clients=5000"),
         (["scenario.num_tasks=3"], "scenario.num_tasks=3"),

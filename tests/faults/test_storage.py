@@ -137,6 +137,51 @@ def test_a_read_only_folder_is_refused_before_anything_runs(tmp_path: Path, caps
     assert "run_dir" in capsys.readouterr().err
 
 
+READ_ONLY = """
+import json, sys
+from fedcl.cli import main
+from fedcl.results.html import page
+page.draw_all = lambda run: ([], {})  # pictures take longer than all the rest
+for words in json.loads(sys.argv[1]):
+    print("status", main(words), flush=True)
+"""
+_BIND = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="mounts a folder read-only, in a name space of its own",
+)
+def test_a_read_only_folder_is_looked_at_and_otherwise_refused(finished: Path, tmp_path: Path) -> None:
+    """Root, too, writes to nothing that is mounted read-only."""
+    run, before = str(finished), {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    looking = [["compare", run], ["export", run, "--out", str(tmp_path / "model")]]
+    refused = {
+        "report.html": ["report", run],
+        "SHA256SUMS": ["resume", run, "--quiet", "--force"],
+        "config.yaml": ["forget", run, "--class", "1"],
+        "model.safetensors": ["export", run],
+        "new": [*RUN, f"run_dir={run}/new"],
+        "longer": ["extend", run, "--quiet", "scenario.num_tasks=5", "rounds_per_task=2", f"run_dir={run}/longer"],
+    }
+    script = [sys.executable, "-c", READ_ONLY, json.dumps([*looking, *refused.values()])]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", _BIND, run, *script],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == ["status 0"] * 2 + ["status 2"] * len(refused), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("fedcl: error")]
+    assert len(errors) == len(refused)
+    assert [name for name, error in zip(refused, errors, strict=True) if name not in error] == []
+    assert "Traceback" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
 # -- changed files ----------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +222,35 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_falls_back_to_the_one_before(
         state, clients = Checkpoints(finished).load()
     assert state["server"]["next_round"] == 4
     assert clients
+
+
+@pytest.mark.parametrize("table", ["metrics", "timings", "events"])
+def test_a_bit_of_a_table_that_a_run_would_go_on_with_is_noticed(
+    table: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a run that is not done, a number that is still a number: only a hash can tell."""
+    (finished / "STATUS").write_text("running\n")
+    (finished / "SHA256SUMS").unlink()
+    for parquet in finished.glob("*.parquet"):
+        parquet.unlink()
+    path = finished / f"{table}.jsonl"
+    data = path.read_bytes()
+    at = next(i for i in range(len(data) // 2, len(data)) if data[i : i + 1] in b"2345678")
+    path.write_bytes(data[:at] + b"9" + data[at + 1 :])
+    assert main(["resume", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path}: its first" in error
+    assert "fedcl resume then starts the run anew" in error
+    assert path.read_bytes() == data[:at] + b"9" + data[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.parquet", "timings.parquet"])
+def test_what_can_be_made_again_is(name: str, finished: Path) -> None:
+    before = (finished / name).read_bytes()
+    (finished / name).write_bytes(before.replace(b"1", b"2", 1))
+    assert main(["resume", str(finished), "--quiet"]) == 0
+    assert (finished / name).read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["", "round_000099\n", "../../elsewhere\n", "/etc\n", "round_000004/../..\n"])

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
 from fedcl.results.run import load
+from fedcl.rules import ConfigError
 
 MakeRun = Callable[..., Path]
 
@@ -67,6 +71,27 @@ def test_a_run_under_way_and_an_empty_one_have_a_report(make_run: MakeRun, tmp_p
 def test_paths_and_overrides_are_printed_as_they_are(tmp_path: Path) -> None:
     write_launch(tmp_path, "seed: 1\n", ["rounds_per_task=[2,3]", "data.root=/tmp/[bold]"], {})
     assert "changed: rounds_per_task=[2,3]  data.root=/tmp/[bold]" in terminal_report(load(tmp_path), width=200)
+
+
+@pytest.mark.parametrize("sign", ["\U0001f600", "\u00fc", "\u4e2d"])
+def test_any_character_of_an_override_is_written_read_and_shown(sign: str, tmp_path: Path) -> None:
+    """Also as versions before wrote it: one beyond the basic plane as two escapes."""
+    write_launch(tmp_path, f"name: '{sign}'\n", [f"name={sign}"], {"launch": {"overrides": [f"name={sign}"]}})
+    for _ in range(2):
+        run = load(tmp_path)
+        assert run.overrides == run.env["launch"]["overrides"] == [f"name={sign}"]
+        assert f"changed: name={sign}" in terminal_report(run)
+        (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
+        (tmp_path / "overrides.yaml").write_text(f"- {json.dumps(f'name={sign}')}\n")
+        (tmp_path / "env.json").write_text(json.dumps(run.env))
+
+
+def test_half_a_character_is_damage(tmp_path: Path) -> None:
+    write_launch(tmp_path, "name: a\n", ["name=a"], {})
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / "overrides.yaml").write_text('- "name=\\ud83d"\n')
+    with pytest.raises(ConfigError, match=r"overrides\.yaml: damaged"):
+        load(tmp_path)
 
 
 def test_many_tasks_are_pointed_to_instead_of_printed(make_run: MakeRun) -> None:

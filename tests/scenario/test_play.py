@@ -125,7 +125,14 @@ def test_a_run_with_shuffled_tasks_has_its_matrix(tmp_path: Path) -> None:
     assert not math.isnan(result.summary["accuracy/average"])
 
 
-@pytest.mark.parametrize("name", ["spread_fot", "spread_glfc", "spread_fedweit", "spread_target"])
+SPREADS = [
+    "spread_fot",
+    "spread_glfc",
+    *(pytest.param(f"spread_{n}", marks=pytest.mark.slow) for n in ("fedweit", "target")),
+]
+
+
+@pytest.mark.parametrize("name", SPREADS)
 def test_presets_spread_tasks_as_they_say(name: str) -> None:
     if why := missing("data=cifar100_subset"):
         pytest.skip(why)

@@ -18,6 +18,7 @@ from fedcl.client.device_state import DeviceStateStore
 from fedcl.config import compose
 from fedcl.experiment import resume, run
 from fedcl.messages import hello_reply
+from fedcl.nodes import SERVER_FOLDER, bind_node, forget_refusals, note_refusal, open_nodes, refusals, write_order
 from fedcl.results import load
 from fedcl.rules import ConfigError
 from fedcl.simulation.compat import identity
@@ -288,6 +289,67 @@ def test_nodes_that_do_not_say_who_they_are_are_ignored_with_an_event(
     assert rejected["node"].tolist() == ["300", "301"]
     assert rejected["reason"].str.contains("not an answer to fedcl's hello|client id '../../x'").all()
     assert metrics_hash(beset) == metrics_hash(run_experiment("inline", *SHORT, *plain, "data.partition.alpha=0.3"))
+
+
+def test_who_calls_itself_another_client_than_its_key_says_is_turned_away(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SERVER_FOLDER, str(tmp_path))
+    open_nodes(tmp_path, bound=True)
+    for node, client in ((98, "2"), (99, "1"), (100, "0"), (101, "1"), (102, "2")):  # 98 and 99 have older keys
+        bind_node(tmp_path, node, client)
+    bind_node(tmp_path, 97, "7")
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=finetune", "strategy/projection=none"]
+    grid = grid_of(devices, overrides)
+    grid.specs |= {97: devices["0"], 98: devices["2"], 99: devices["0"]}  # they are asked before the others
+    run = load(on_devices(grid, overrides))
+    rejected = run.events[run.events["kind"] == "hello_rejected"].sort_values("node")
+    said = dict(zip(rejected["node"], rejected["reason"], strict=True))
+    assert said == {
+        "97": "calls itself client 0, and has the key of client 7",
+        "98": "calls itself client 2, and has a key that is nobody's",
+        "99": "calls itself client 0, and has a key that is nobody's",
+    }
+    assert {node for node, kind in grid.seen if kind != "hello"} == {100, 101, 102}
+    assert run.status == "done"
+
+
+def test_a_server_that_names_a_path_on_a_device_is_refused_there(tmp_path: Path, devices: dict[str, Path]) -> None:
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
+    grid = grid_of(devices, [*overrides, "model.pretrained=/any/path"])
+    with pytest.raises(ConfigError, match=r"override 'model\.pretrained=/any/path'"):
+        on_devices(grid, overrides)
+
+
+def test_a_servers_process_does_what_was_written_down_there_and_nothing_else(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SERVER_FOLDER, str(tmp_path))
+    short = [*SHORT, *DEVICES, "learner=finetune", "strategy/projection=none"]
+    grid = grid_of(devices, [*short, f"run_dir={tmp_path / 'theirs'}"])
+    with pytest.raises(ConfigError, match="run='r1': this server was not told of such a run"):
+        run_app(grid, grid.run_config)
+    write_order(tmp_path, "r1", {"overrides": shlex.join([*short, f"run_dir={tmp_path / 'ours'}"])})
+    run_app(grid, grid.run_config)
+    assert load(tmp_path / "ours").status == "done"
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_why_a_reply_is_refused_is_an_event_and_a_line(
+    tmp_path: Path, devices: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SERVER_FOLDER, str(tmp_path))
+    note_refusal(tmp_path, "1", "401 at push-messages: is its clock right?")
+    overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}", "learner=finetune", "strategy/projection=none"]
+    run = load(on_devices(grid_of(devices, overrides), overrides))
+    refused = run.events[run.events["kind"] == "reply_refused"]
+    assert refused[["client", "reason"]].values.tolist() == [["1", "401 at push-messages: is its clock right?"]]
+    said = [line.removeprefix("fleet: ") for line in capsys.readouterr().err.splitlines() if line.startswith("fleet: ")]
+    joined = [f"{count}/3 devices joined" for count in (1, 2, 3)]
+    error = "error: what client 1 sends is refused: 401 at push-messages: is its clock right?"
+    assert said == [*joined, "first message sent", error, "first reply"]
+    forget_refusals(tmp_path)
+    assert refusals() == {}
 
 
 def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, Path]) -> None:

@@ -47,7 +47,8 @@ def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: Play, 
     assert metrics_hash(_ray(tmp_path / "two", 2, *overrides)) == inline
 
 
-@pytest.mark.parametrize("name", ["fedcac", pytest.param("scaffold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedcac", "scaffold"])
 def test_personal_models_and_payloads_cross_processes(
     name: str, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
 ) -> None:

@@ -52,6 +52,14 @@ def late(view: Any, client: str, model: float, age: int, n: int = 10) -> Update:
     return Update(client, 0, GLOBAL, 0, start, start + model, n, float(n), 0, 0, age)
 
 
+def test_a_clients_age_is_the_mean_over_its_updates() -> None:
+    view: Any = View()
+    part = FedAT()
+    for age in (0, 3, 6, 1):
+        part.combine([late(view, "a", 1.0, age)], view)
+    assert part.state_dict()["ages"] == {"a": [pytest.approx(2.5), 4]}
+
+
 def test_tiers_are_averaged_apart_and_mixed_by_how_rarely_they_come() -> None:
     view: Any = View()
     start, part = view.global_model.double(), FedAT(tiers=2, retier_every=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, build_model
@@ -106,6 +106,22 @@ def test_what_comes_in_as_it_is(build: Callable[[], Staleness]) -> None:
     assert ready(build()).admit([update], View()) == [update]
 
 
+STATISTICS = Spec.of(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))  # four parameters, then mean and variance
+
+
+def test_statistics_are_no_weights_to_compensate_or_to_foretell() -> None:
+    compensating, foretelling = DCASGD(strength=3.0, lr=0.5), WeightPrediction(horizon=2.0)
+    for part in (compensating, foretelling):
+        part.setup(STATISTICS)
+    (update,) = compensating.admit([make(1)], View(spec=STATISTICS))
+    assert torch.equal(update.delta[4:], CHANGE.double()[4:])
+    assert not torch.equal(update.delta[:4], CHANGE.double()[:4])
+    foretelling.outgoing(OLD, "a", View(OLD, version=1))
+    sent = foretelling.outgoing(NOW, "a", View(NOW, version=2))
+    torch.testing.assert_close(sent[:4], (NOW + 2 * (NOW - OLD))[:4])
+    assert torch.equal(sent[4:], NOW[4:])
+
+
 def test_factors_by_hand() -> None:
     assert exponential(20, 20.0) == 0.5
     assert sigmoid(10, 0.25, 10.0) == 0.5
@@ -171,14 +187,15 @@ def test_delay_compensation_is_exact_to_first_order_on_a_known_curvature() -> No
     assert torch.allclose(update.delta, torch.full((6,), -0.1 * float(h * (w + d)), dtype=torch.float64), atol=1e-6)
 
 
-def test_the_adaptive_strength_by_hand() -> None:
-    part = ready(DCASGD(strength=2.0, adaptive=True, momentum=0.75))
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_the_adaptive_strength_by_hand(lr: float) -> None:
+    part = ready(DCASGD(strength=2.0, lr=lr, adaptive=True, momentum=0.75))
     part.admit([make(0)], View())
     (update,) = part.admit([make(1)], View())
     square = CHANGE.double() ** 2
-    mean = 0.75 * (0.25 * square) + 0.25 * square
+    mean = (0.75 * (0.25 * square) + 0.25 * square) / lr**2  # of gradients, which are changes over lr
     strength = 2.0 / (mean + 1e-7).sqrt()
-    assert torch.allclose(update.delta, CHANGE.double() - strength * square * (NOW - OLD).double(), atol=1e-6)
+    assert torch.allclose(update.delta, CHANGE.double() - strength / lr * square * (NOW - OLD).double(), atol=1e-6)
 
 
 def test_prediction_follows_the_model_by_its_mean_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Task
-from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, disagreement, synthesise
+from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, _moments, disagreement, synthesise
 from tests.toy import configure, play, write_files
 
 HOW = Synthesis(samples=12, iterations=150, batch_size=16, latent=4, hidden=16, lr=0.01, adversarial=0.0, moments=0.1)
@@ -31,6 +32,12 @@ def test_disagreement_by_hand() -> None:
     assert float(disagreement(teacher, teacher, columns)) == 0.0
 
 
+# mean 2 and standard deviation 1; mean 0 and standard deviation 3; normalised
+@pytest.mark.parametrize(("x", "distance"), [([1.0, 2.0, 3.0], 4.0), ([-3.0, 0.0, 3.0], 4.0), ([-1.0, 0.0, 1.0], 0.0)])
+def test_moments_are_held_against_normalised_inputs(x: list[float], distance: float) -> None:
+    assert float(_moments(torch.tensor(x))) == pytest.approx(distance)
+
+
 def test_samples_are_what_the_teacher_takes_them_for(device: torch.device) -> None:
     model = network()
     groups = [[0, 2], [1, 3]]
@@ -45,6 +52,18 @@ def test_samples_are_what_the_teacher_takes_them_for(device: torch.device) -> No
     assert float((said == asked).double().mean()) >= 0.75
     again = synthesise(model, (5,), model.vector(), model.vector() * 0, groups, HOW, seed=1)
     assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+def test_samples_are_sought_on_which_teacher_and_student_disagree() -> None:
+    model, student = network(), network()
+    student.flat.zero_()
+    apart = []
+    for adversarial in (0.0, 3.0):
+        how = replace(HOW, adversarial=adversarial, moments=1.0, iterations=60, samples=64)
+        made = synthesise(model, (5,), model.vector(), student.vector(), [[0, 1, 2, 3]], how, seed=1)
+        said = student(made[INPUTS]).logits.detach()
+        apart.append(float(disagreement(made[LOGITS], said, made[COLUMNS].bool())))
+    assert apart[1] > 1.3 * apart[0]
 
 
 def test_distillation_by_hand(device: torch.device) -> None:

@@ -25,7 +25,7 @@ def as_published(
     """Draw both halves from the legacy generator started from ``seed``, each anew, which makes the mixtures the same.
 
     Class c of a client gets int(size q_c + 1/2) samples, the last one what is left, drawn without replacement where
-    there are enough. Clients do not know of each other and may share samples. ``rng`` and the meta columns are not used.
+    there are enough. Clients do not know of each other and may share samples. ``rng`` and meta columns are not used.
     """
     halves = [
         _half(y, size, np.random.RandomState(seed), num_clients, num_classes, alpha)

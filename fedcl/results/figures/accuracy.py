@@ -84,7 +84,7 @@ def accuracy_by_task(runs: Runs, *, over: Literal["round", "virtual_time"] = "ro
         axes.plot(x, means["mean"], color=style.INK, linewidth=3.0, zorder=1.9, label="mean of tasks\nreached")
     _mark_boundaries(axes, tables[0], place)
     style.percent_axis(axes)
-    end = max(place.values())
+    end = max(place.values()) or 1.0  # nothing but the untrained model has been tested
     axes.set(xlim=(-0.02 * end, 1.02 * end), ylim=(-0.02, 1.02))
     axes.grid(visible=False, axis="x")
     if over == "round":
