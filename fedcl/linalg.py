@@ -52,7 +52,8 @@ def definite(symmetric_DD: Tensor) -> Tensor:
     """
     energies, directions = _retried(torch.linalg.eigh, (symmetric_DD + symmetric_DD.T) / 2)
     least = (1e-12 * energies.abs().max()).clamp_min(1e-12)
-    return ((directions * energies.clamp_min(least)) @ directions.T).to(symmetric_DD)
+    found: Tensor = (directions * energies.clamp_min(least)) @ directions.T
+    return found.to(symmetric_DD)
 
 
 def sketch_spectrum(sketch_DQ: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,7 @@ def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
 
 def cholesky(gram_DD: Tensor) -> Tensor:
     """Return the lower triangular factor of a Gram matrix, or of the definite matrix next to what is none."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram_DD)
     return torch.linalg.cholesky(definite(gram_DD)) if int(info) else factor
 
