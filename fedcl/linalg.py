@@ -45,6 +45,17 @@ def gram_spectrum(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
     return energies.flip(0).clamp_min(0.0).to(gram_DD), directions.flip(1).to(gram_DD)
 
 
+def definite(symmetric_DD: Tensor) -> Tensor:
+    """Return the positive definite matrix next to a symmetric one: eigenvalues are at least 1e-12 of the largest.
+
+    Sums of clients' Gram matrices are definite with any ridge; what clients send instead need not be.
+    """
+    energies, directions = _retried(torch.linalg.eigh, (symmetric_DD + symmetric_DD.T) / 2)
+    least = (1e-12 * energies.abs().max()).clamp_min(1e-12)
+    found: Tensor = (directions * energies.clamp_min(least)) @ directions.T
+    return found.to(symmetric_DD)
+
+
 def sketch_spectrum(sketch_DQ: Tensor) -> tuple[Tensor, Tensor]:
     """Return (squared singular values (m,), descending; left directions (D, m)) of a sketch, m = min(D, Q).
 

@@ -174,3 +174,13 @@ def test_leading_of_a_spectrum_that_is_not_whole() -> None:
     assert leading(energies, 0.7, total=10.0) == 2
     assert leading(energies, 0.9, total=10.0) == 3
     assert leading(energies, 0.9, total=0.0) == 0
+
+
+def test_the_definite_matrix_next_to_one_that_is_none() -> None:
+    turned = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    energies = torch.tensor([4.0, 1.0, 0.0, -3.0], dtype=torch.float64)
+    definite = linalg.definite((turned * energies) @ turned.T)
+    found = torch.linalg.eigvalsh(definite).flip(0)
+    torch.testing.assert_close(found, torch.tensor([4.0, 1.0, 4e-12, 4e-12], dtype=torch.float64), rtol=0, atol=1e-14)
+    for hopeless in (torch.zeros(3, 3, dtype=torch.float64), torch.full((3, 3), -1e18, dtype=torch.float64)):
+        assert int(torch.linalg.cholesky_ex(linalg.definite(hopeless))[1]) == 0

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from clients.learners.closed_form import ClosedForm, Train, features, write_heads
 from fedcl.client.plugin import Context
 from fedcl.fields import Form, TensorField
+from fedcl.linalg import definite
 from fedcl.models.flat import FlatModel
 
 GRAM = "gram"  # the question whose answers the server adds up
@@ -64,7 +65,9 @@ class RanPAC(ClosedForm):
         gram = sums["gram"]
         scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
         regular = gram + self.ridge * scale * torch.eye(len(gram), dtype=gram.dtype)
-        weight_FC = torch.linalg.solve(regular, sums["cross"])
+        weight_FC, info = torch.linalg.solve_ex(regular, sums["cross"])
+        if int(info) or not bool(torch.isfinite(weight_FC).all()):  # what some client sent is no Gram matrix
+            weight_FC = torch.linalg.solve(definite(regular), sums["cross"])
         write_heads(model, weight_FC.T, torch.zeros(weight_FC.shape[1]), sums["counts"] > 0)
 
 

@@ -27,6 +27,7 @@ from clients.unlearners.sparing import (
     GRAM,
     Spared,
     add_gram,
+    cholesky,
     half,
     input_sums,
     layers_of,
@@ -213,7 +214,7 @@ class Reteach(Unlearner):
             return None
         gram, cross = whole(total(answers, GRAM)), total(answers, "cross")
         gram.diagonal().add_(self.ridge * gram.diagonal().mean())
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()
+        return torch.cholesky_solve(cross, cholesky(gram)).float()
 
     def metrics(self) -> dict[str, float]:
         """Return the leavers' steps in all."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clients.fot import layer_rows
 from clients.unlearners.steps import BATCH
 from fedcl.client.unlearner import Samples
+from fedcl.linalg import definite
 from fedcl.models.flat import FlatModel
 from fedcl.randomness import torch_generator
 
@@ -127,6 +128,13 @@ def input_sums(model: FlatModel, samples: Samples) -> dict[str, Tensor]:
     return {name: half(gram) for name, gram in sums.items()}
 
 
+def cholesky(gram_DD: Tensor) -> Tensor:
+    """Return the lower triangular factor of a Gram matrix, or of the definite matrix next to what is none."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(gram_DD)
+    return torch.linalg.cholesky(definite(gram_DD)) if int(info) else factor
+
+
 def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Tensor]:
     """Return, by layer, M = (A + epsilon tr(A)/D I)^-1 of all clients' sums, scaled to a mean diagonal of 1."""
     matrices = {}
@@ -135,7 +143,7 @@ def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Ten
         energy = gram.diagonal().mean()
         if energy > 0:
             gram.div_(energy).diagonal().add_(epsilon)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            inverse = torch.cholesky_inverse(cholesky(gram))
         else:
             inverse = torch.eye(len(gram), dtype=gram.dtype)
         matrices[key.removeprefix(f"{GRAM}/")] = (inverse / inverse.diagonal().mean()).float()

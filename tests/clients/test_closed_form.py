@@ -203,3 +203,12 @@ def test_any_clients_are_as_good_as_one(
     for together, apart in zip(*models, strict=True):
         torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)  # one sum in another order, rounded once
     assert not torch.equal(models[0][0], models[0][-1])
+
+
+@pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.full((3, 3), -1e18), torch.eye(3) - 2])
+def test_a_gram_matrix_that_is_none_stops_no_run(gram: Tensor) -> None:
+    model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=()))
+    counts = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    cross = torch.ones(3, 2, dtype=torch.float64)
+    RanPAC().solve(model, {"gram": gram.double(), "cross": cross, "counts": counts})
+    assert bool(torch.isfinite(model.flat).all())
