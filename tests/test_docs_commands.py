@@ -183,7 +183,9 @@ def _starts(command: Command, folder: Path) -> list[str] | str:
     if words[0] == "sweep":
         return [*words, *(f"{key}={value}" for key, value in SHORT.items() if not _given(words, key))]
     backend = [] if any(word.startswith("backend") for word in words) else ["backend=inline"]
-    return [*words, *backend, *BRIEF, *([] if _given(words, "run_dir") else ["run_dir=run"])]
+    # what tunes needs a number to compare
+    brief = BRIEF[:1] if any(word.startswith("protocol=") for word in words) else BRIEF
+    return [*words, *backend, *brief, *([] if _given(words, "run_dir") else ["run_dir=run"])]
 
 
 def _given(words: list[str], key: str) -> bool:
@@ -209,6 +211,9 @@ def _start(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         status = cli.main(words)
+    for name, module in list(sys.modules.items()):  # the next page may have another module of this name
+        if str(getattr(module, "__file__", None)).startswith(f"{folder}{os.sep}my{os.sep}"):
+            del sys.modules[name]
     assert status == 0, f"{command.page}: fedcl {shlex.join(words)}: {said.getvalue()[-2000:]}"
 
 
