@@ -165,7 +165,8 @@ def _tried(plan: Mapping[str, Any], launch: Launch, folder: Path, candidate: Seq
         summary = launch.play(folder / f"seed_{seed}", [*settings, f"seed={seed}"])
         if plan["metric"] not in summary:
             raise ConfigError(f"protocol.metric={plan['metric']}: not in the summary, which has {', '.join(summary)}")
-        values.append(summary[plan["metric"]])
+        value = summary[plan["metric"]]
+        values.append(math.nan if value is None else value)
     return {"settings": list(candidate), "values": values, "mean": statistics.fmean(values)}
 
 

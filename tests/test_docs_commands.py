@@ -155,7 +155,8 @@ def _configurations(args: argparse.Namespace) -> list[list[str]]:
 
 # What stands for files of the reader's own, and what is there instead: with the data that FEDCL_DATA names.
 STANDS_FOR = {"/data/mnist": "{data}/mnist", "data.root=DIR": "data.root={data}/fashion_mnist"}
-NEEDS_MORE = {"backend.address": "a Ray cluster", "gpus_per_worker": "a GPU", "worker_classes": "a Ray cluster"}
+NEEDS_MORE = {"backend.address": "a Ray cluster", "gpus_per_worker": "a GPU", "worker_classes": "a Ray cluster",
+              "protocol=two_phase": "whole runs: the test of the README plays it"}  # fmt: skip
 # Numbers that make a run long before its first round is over, or that only its later rounds need.
 BRIEF = ["figures=false", "evaluation.every=0"]
 
