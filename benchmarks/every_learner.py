@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fedcl import experiment
-from fedcl.config import compose, list_choices
+from fedcl.config.compose import compose, list_choices
+from fedcl.config.value_rules import ConfigError
 from fedcl.results.intervals import half_width
-from fedcl.rules import ConfigError
+from fedcl.runs import experiment
 from fedcl.server.rounds import RoundFailed
 
 Numbers = dict[str, float]

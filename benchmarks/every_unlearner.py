@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.every_learner import rewrite, spread
-from fedcl.config import compose, list_choices
+from fedcl.assembly import load_dataset, make_model, make_unlearner
+from fedcl.base.randomness import numpy_generator
+from fedcl.base.tree import clone
+from fedcl.config.compose import compose, list_choices
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.evaluation.predictions import accuracy, backdoor_success, predict
 from fedcl.models.flat import FlatModel
-from fedcl.prepared import Prepared, make_server
-from fedcl.randomness import numpy_generator
-from fedcl.replay import SilentRecord, make_unlearning
-from fedcl.rules import ConfigError
+from fedcl.runs.retrained import SilentRecord, make_unlearning
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.server.loop import Server
-from fedcl.server.receipt import Receipt
 from fedcl.simulation.backend import open_backend
-from fedcl.tree import clone
-from fedcl.wiring import load_dataset, make_model, make_unlearner
+from fedcl.unlearning.receipt import Receipt
 
 AT, AFTER = 30, (3, 10)  # the round of the request, and how many rounds later its effect is looked at again
 BACKDOOR = 9  # the class that the leaver's marked samples are called

@@ -18,8 +18,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.every_learner import Numbers, Row, rewrite, spread
-from fedcl import experiment
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.runs import experiment
 
 Kept = dict[str, dict[str, Any]]  # row -> {"settings", "runs": {seed: numbers}}
 

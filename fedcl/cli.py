@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from fedcl import __version__
-from fedcl.building import add_plugin_paths
 from fedcl.commands import add as add_commands
+from fedcl.config.instantiate import add_plugin_paths
+from fedcl.config.value_rules import ConfigError, RunFailed
 from fedcl.deploy.commands import add as add_deploy
-from fedcl.rules import ConfigError, RunFailed
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141, 143
 

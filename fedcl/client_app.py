@@ -18,19 +18,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcl import __version__
-from fedcl.building import add_plugin_paths, targets_in
+from fedcl.assembly import client_ids, client_runtime, load_dataset, simulated_data, split_dataset
+from fedcl.base.interruption import client_fault
+from fedcl.base.tree import pack, unpack
 from fedcl.client.device import Agreement, DeviceData, DeviceSpec, device_overrides, read_spec, refuse_foreign_targets
 from fedcl.client.device import relabel as with_global_labels
 from fedcl.client.device_state import DeviceStateStore
-from fedcl.client.plugin import State
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
-from fedcl.interruption import client_fault
+from fedcl.config.compose import Config
+from fedcl.config.instantiate import add_plugin_paths, targets_in
+from fedcl.contracts.learner import State
+from fedcl.contracts.requests import ForgetNote, Residual, residuals_json
 from fedcl.messages import CHANGES_STATE, Reply, Request, content_bytes, hello_reply, reply_content, requests
 from fedcl.messages.arrays import record_tensors, tensors_record
-from fedcl.requests import ForgetNote, Residual, residuals_json
-from fedcl.tree import pack, unpack
-from fedcl.wiring import Config, client_ids, client_runtime, load_dataset, simulated_data, split_dataset
 
 app = ClientApp()
 
@@ -76,7 +77,7 @@ class ContextStateStore:
 @functools.lru_cache(maxsize=2)
 def _runtime(overrides: str) -> ClientRuntime:
     """Build what runs visits: once a process, not once a message."""
-    from fedcl.config import compose
+    from fedcl.config.compose import compose
 
     torch.set_num_threads(1)
     cfg = compose(shlex.split(overrides))
@@ -167,7 +168,7 @@ def _device_config(sent: str, spec: DeviceSpec, store: DeviceStateStore) -> Conf
     kept = store.kept_config(key)
     if kept is not None:
         return kept
-    from fedcl.config import CONFIG_DIR, compose, path_keys
+    from fedcl.config.compose import CONFIG_DIR, compose, path_keys
 
     cfg = compose(device_overrides(shlex.split(sent), spec, path_keys), spec.config_dirs)
     if not spec.trusted_packages:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedcl.nodes import SERVER_FOLDER, read_order
+from fedcl.simulation.nodes import SERVER_FOLDER, read_order
 
 app = ServerApp()
 # devices keep the states of the last few visits only: a server that is resumed must not be older than that
@@ -31,10 +31,10 @@ def main(grid: Grid, context: Context) -> None:
     ConfigError
         If a server's folder says nothing of this run.
     """
-    from fedcl import experiment
-    from fedcl.building import add_plugin_paths
-    from fedcl.config import compose
-    from fedcl.launches import Trust
+    from fedcl.config.compose import compose
+    from fedcl.config.instantiate import add_plugin_paths
+    from fedcl.results.launches import Trust
+    from fedcl.runs import experiment
 
     run = str(context.run_config.get("run", ""))
     print("fleet: the run's process has started", file=sys.stderr, flush=True)

@@ -69,7 +69,7 @@ write(
 
 import torch
 
-from fedcl.client.plugin import Batch, Phase, Plugin
+from fedcl.contracts.learner import Batch, Phase, Plugin
 
 
 class Keepsakes(Plugin):
@@ -131,7 +131,7 @@ write(
     '''\
 """The weighted mean of the clients' changes, none of them longer than a bound."""
 
-from fedcl.server.contracts import Collaboration
+from fedcl.contracts.strategy import Collaboration
 
 
 class Clipped(Collaboration):

@@ -92,8 +92,8 @@ Run = Callable[..., Path]
 @pytest.fixture
 def run_experiment(tmp_path: Path) -> Run:
     """Return a function that composes overrides, runs them inline and without a reference, and returns the folder."""
-    from fedcl.config import compose
-    from fedcl.experiment import run
+    from fedcl.config.compose import compose
+    from fedcl.runs.experiment import run
 
     def play(name: str, *overrides: str, config_dirs: Sequence[Path] = ()) -> Path:
         fixed = ["backend=inline", "compare_with=null", "figures=false", f"run_dir={tmp_path / name}"]

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedcl import (
-    __version__,
-    cli,
-    protocol,  # noqa: F401 - imported now it holds the real run, later it might keep the one put in its place below
-)
-from fedcl.launches import Trust
-from fedcl.rules import ConfigError
+from fedcl import __version__, cli
+from fedcl.config.value_rules import ConfigError
+from fedcl.results.launches import Trust
+from fedcl.runs import two_phase  # noqa: F401 - imported now it holds the real run, later it might keep the one put in its place below
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,11 +89,13 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]]
     """Put a run of one's own where the real one would be wired: these tests are of `main` alone."""
 
     def put(run: Callable[..., object]) -> None:
-        module = types.ModuleType("fedcl.experiment")
+        module = types.ModuleType("fedcl.runs.experiment")
         module.run = module.resume = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "fedcl.experiment", module)
-        monkeypatch.setattr("fedcl.experiment", module, raising=False)
-        monkeypatch.setattr("fedcl.config.compose", lambda overrides, dirs: CFG | {"overrides": list(overrides)})
+        monkeypatch.setitem(sys.modules, "fedcl.runs.experiment", module)
+        monkeypatch.setattr("fedcl.runs.experiment", module, raising=False)
+        monkeypatch.setattr(
+            "fedcl.config.compose.compose", lambda overrides, dirs: CFG | {"overrides": list(overrides)}
+        )
 
     return put
 

@@ -19,9 +19,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from fedcl.config import ConfigError, compose, config_hash, kinds, list_choices
-from fedcl.prepared import Prepared
-from fedcl.tree import equal
+from fedcl.base.tree import equal
+from fedcl.config.compose import ConfigError, compose, config_hash, kinds, list_choices
+from fedcl.runs.setup import Prepared
 from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
 
 # State and payload keys that may stay as they are while nothing goes wrong and nobody is forgotten.

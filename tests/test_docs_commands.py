@@ -20,7 +20,7 @@ import pytest
 
 from fedcl import cli
 from fedcl.bench import BENCHES
-from fedcl.config import compose, kinds
+from fedcl.config.compose import compose, kinds
 from fedcl.sweep.expansion import expand
 from tests.toy import missing
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from fedcl.cli import main
-from fedcl.config import compose, list_choices, remarks
-from fedcl.rules import ConfigError
+from fedcl.config.compose import compose, list_choices, remarks
+from fedcl.config.value_rules import ConfigError
 from tests.toy import missing
 
 EXPERIMENTS = [name for name, _ in list_choices("experiment")]

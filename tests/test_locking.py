@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedcl import locking
 from fedcl.cli import main
-from fedcl.locking import Held, hold
-from fedcl.results import load
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
+from fedcl.results import load, locking
+from fedcl.results.locking import Held, hold
 
 SMALL = ["compare_with=null", "figures=false", "num_clients=3", "scenario.num_tasks=2", "rounds_per_task=2"]
 SMALL += ["strategy/projection=none", "checkpoint.min_seconds=0", "unlearner=continue_without"]
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no su
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedcl.locking import hold
+from fedcl.results.locking import hold
 with hold(Path(sys.argv[1])):
     {then}
     print("held", flush=True)

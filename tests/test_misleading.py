@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedcl.cautions import cautions, constant_accuracy, test_columns
 from fedcl.cli import main
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.evaluation.predictions import correct
 from fedcl.models.flat import FlatModel
-from fedcl.prepared import Prepared
 from fedcl.results import load
 from fedcl.results.caveats import caveats
 from fedcl.results.target import TargetAccuracy
-from fedcl.rules import ConfigError
+from fedcl.runs.cautions import cautions, constant_accuracy, test_columns
+from fedcl.runs.setup import Prepared
 from fedcl.server.measurement import Measurement
 from fedcl.server.rounds import shared_reason
 
@@ -174,9 +174,9 @@ class Diary:
 
 def test_a_model_with_finite_weights_and_outputs_that_are_none_does_not_look_like_chance() -> None:
     cfg, prepared = prepare("scenario=class_incremental", "scenario.num_tasks=2")
-    from fedcl import wiring
+    from fedcl import assembly
 
-    model: FlatModel = wiring.make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    model: FlatModel = assembly.make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
     initial, diary = model.vector().clone(), Diary()
     measurement = Measurement(diary, prepared.stream, Evaluator(prepared.dataset, prepared.stream, model))
     stage = prepared.schedule.stage(1)

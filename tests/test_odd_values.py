@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl import config
-from fedcl.config import ConfigError, compose, kinds, list_choices
-from fedcl.conform import SPECIAL, rules_of
-from fedcl.experiment import check
-from fedcl.overrides import Setting, parse
+from fedcl.config.compose import ConfigError, compose, kinds, list_choices
+from fedcl.config.conform import SPECIAL, rules_of
+from fedcl.config.overrides import Setting, parse
+from fedcl.runs.experiment import check
 from tests.toy import PARTS, Choices, label, missing, overrides_of, write_files
 
 ODD = ["nan", "inf", "-1", "0", "1" + 30 * "0", "true", "''", "x", "[]", "[nan]", "{}", "[{id: 1}]", "null", "😀",
@@ -33,7 +32,7 @@ TOGETHER: list[Choices] = STOCK + [
 
 @functools.cache
 def _schema(choices: tuple[str, ...]) -> Mapping[str, Any]:
-    return config._schema((Path(config.CONFIG_DIR),), choices)
+    return compose._schema((Path(compose.CONFIG_DIR),), choices)
 
 
 def schema_of(choices: Choices) -> Mapping[str, Any]:
@@ -117,9 +116,9 @@ def test_every_odd_value_of_every_key(choices: Choices, files: dict[str, str]) -
         for value in ODD:
             text = f"{key}={value}"
             # what the rules refuse is told by them alone; the rest has to be put together
-            told = config._misfit(config._read(Setting(text, key, parse(text)), schema), schema, GROUPS_OF_FILES)
+            told = compose._misfit(compose._read(Setting(text, key, parse(text)), schema), schema, GROUPS_OF_FILES)
             judge(choices, key, value, told or refusal(choices, key, value, files))
 
 
-GROUPS_OF_FILES = config._groups((Path(config.CONFIG_DIR),))
+GROUPS_OF_FILES = compose._groups((Path(compose.CONFIG_DIR),))
 assert set(PARTS) <= GROUPS.keys()

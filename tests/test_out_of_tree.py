@@ -17,7 +17,7 @@ SMALL = ["backend=inline", "num_clients=3", "rounds_per_task=1", "scenario.num_t
 PART = '''
 from torch import Tensor
 
-from fedcl.server.contracts import Collaboration, Fold, GLOBAL, ServerView, Target
+from fedcl.contracts.strategy import Collaboration, Fold, GLOBAL, ServerView, Target
 
 
 class HalfStep(Collaboration):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcl.config import ConfigError, compose
-from fedcl.overrides import as_text, in_quotes, parse
+from fedcl.config.compose import ConfigError, compose
+from fedcl.config.overrides import as_text, in_quotes, parse
 from fedcl.sweep import _sweep_dir
 from fedcl.sweep.expansion import expand
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedcl.client.plugin import Phase, Plugin
+from fedcl.contracts.learner import Phase, Plugin
 from fedcl.data.dataset import Partition
 from fedcl.models.networks import Dropout, Network
-from fedcl.server.contracts import GLOBAL, Collaboration
+from fedcl.contracts.strategy import GLOBAL, Collaboration
 
 
 class OldLoss(Plugin):

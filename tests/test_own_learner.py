@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl.client.plugin import Plugin
+from fedcl.contracts.learner import Plugin
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP
 from fedcl.results.checkpoint import Checkpoints

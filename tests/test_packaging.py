@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedcl import __version__
-from fedcl.config import CONFIG_DIR
+from fedcl.config.compose import CONFIG_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,6 +95,6 @@ def test_the_wheel_runs_away_from_the_checkout(tmp_path: Path) -> None:
     )
     assert "run an experiment" in helped.stdout
     shown = subprocess.check_output(
-        [python, "-c", "import fedcl.config as c; print(c.CONFIG_DIR); c.compose([])"], text=True, cwd=tmp_path
+        [python, "-c", "import fedcl.config.compose as c; print(c.CONFIG_DIR); c.compose([])"], text=True, cwd=tmp_path
     )
     assert Path(shown.strip()) == packages / "configs"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedcl.cli import main
-from fedcl.config import ConfigError, compose, remarks
+from fedcl.config.compose import ConfigError, compose, remarks
 
 
 def test_scaffold_with_momentum_is_refused_before_anything_is_written(

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.config import compose
+from fedcl.assembly import learner_factories
+from fedcl.base.tree import equal, pack, unpack
+from fedcl.config.compose import compose
+from fedcl.contracts.learner import Payload
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import PAYLOAD, VISIT
 from fedcl.messages.arrays import record_tensors
-from fedcl.prepared import Prepared, make_server
-from fedcl.replay import make_unlearning
+from fedcl.runs.retrained import make_unlearning
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
-from fedcl.tree import equal, pack, unpack
-from fedcl.wiring import learner_factories
 from tests.toy_files import write_sources
 
 Choices = dict[str, str]  # group -> choice

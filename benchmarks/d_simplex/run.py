@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from benchmarks.every_learner import Numbers, Row
 from benchmarks.rows import Bench, Column, Table, main
-from fedcl.prepared import Prepared
+from fedcl.assembly import make_model
+from fedcl.contracts.strategy import GLOBAL
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.run import load
-from fedcl.server.contracts import GLOBAL
-from fedcl.wiring import make_model
+from fedcl.runs.setup import Prepared
 
 HEADS = (
     Row("linear", ("model.head=linear",)),

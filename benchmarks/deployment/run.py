@@ -22,17 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from fedcl.config import compose
+from fedcl.assembly import load_dataset, split_dataset
+from fedcl.config.compose import compose
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes, free_port
 from fedcl.deploy.submit import register, submit
-from fedcl.experiment import run
-from fedcl.forget import Asked, forget
 from fedcl.results import load
-from fedcl.verify import verify
-from fedcl.wiring import load_dataset, split_dataset
-from tests.deployment.link import Link
+from fedcl.runs.experiment import run
+from fedcl.runs.forget import Asked, forget
+from fedcl.runs.verify import verify
+from tests.deploy.link import Link
 
 HERE = Path(__file__).resolve().parent
 KILLED, SLOW, LEAVES = "0", "1", "2"

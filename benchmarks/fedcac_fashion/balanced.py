@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fedcl.config import compose
-from fedcl.experiment import run
+from fedcl.config.compose import compose
+from fedcl.runs.experiment import run
 
 HERE = Path(__file__).resolve().parent
 GROUP = "strategy/collaboration"

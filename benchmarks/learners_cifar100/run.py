@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.every_learner import Bench, Part, Row, main
-from fedcl.config import compose
+from fedcl.config.compose import compose
 from fedcl.data.assembly import resolve
 
 FEDERATED = ("fedavg",)

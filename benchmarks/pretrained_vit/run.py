@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.every_learner import Row
 from benchmarks.rows import Bench, Column, Table, main, play
-from fedcl.export import export
+from fedcl.runs.export import export
 
 PRETRAINING = (
     "experiment=pretrained_vit", "data=fashion_mnist", "data.source.train_limit=4000", "data/partition=iid",

@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedcl.assembly import client_runtime, local_training, simulated_data
+from fedcl.base.randomness import torch_generator
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Staleness, Update
 from fedcl.messages import Request
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Dropout, Network, Output, build_model
-from fedcl.prepared import Prepared
-from fedcl.randomness import torch_generator
+from fedcl.runs.setup import Prepared
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, LocalWork, Staleness, Update
 from fedcl.server.selection import select
 from fedcl.server.state import at_once
-from fedcl.wiring import client_runtime, local_training, simulated_data
 from strategies.staleness.dc_asgd import DCASGD
 from strategies.staleness.gradient_inversion import GradientInversion
 from strategies.staleness.weighting import Weighting

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
+from fedcl.assembly import client_runtime, simulated_data
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.contracts.strategy import ServerView, Staleness, Update
 from fedcl.messages import Request
-from fedcl.prepared import Prepared, make_server
 from fedcl.results.recorder import Recorder
-from fedcl.server.contracts import ServerView, Staleness, Update
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import open_backend
-from fedcl.wiring import client_runtime, simulated_data
 from strategies.staleness.rebase import rebased
 
 HERE = Path(__file__).resolve().parent

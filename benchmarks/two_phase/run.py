@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.every_learner import rewrite, spread
-from fedcl.config import compose
-from fedcl.protocol import BEST, RESULT, two_phase
+from fedcl.config.compose import compose
+from fedcl.runs.two_phase import BEST, RESULT, two_phase
 
 HERE = Path(__file__).resolve().parent
 METRIC = "accuracy/average"

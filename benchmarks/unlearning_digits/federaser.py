@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.every_learner import rewrite, spread
 from benchmarks.every_unlearner import AT, Bench, Numbers, case, centre_checks, compact, poison, requests
-from fedcl.config import compose
-from fedcl.prepared import Prepared
-from fedcl.wiring import load_dataset
+from fedcl.assembly import load_dataset
+from fedcl.config.compose import compose
+from fedcl.runs.setup import Prepared
 
 FOLDER = Path(__file__).parent
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.every_learner import rewrite, spread
 from benchmarks.every_unlearner import AT, SEQUENCE, Bench, Numbers, case, centre_checks, compact, trained
-from fedcl.config import compose
+from fedcl.assembly import load_dataset, make_model
+from fedcl.config.compose import compose
 from fedcl.evaluation.predictions import hits, predict
 from fedcl.models.flat import FlatModel
-from fedcl.prepared import Prepared
-from fedcl.wiring import load_dataset, make_model
+from fedcl.runs.setup import Prepared
 
 HERE = Path(__file__).parent
 BENCH = Bench("unlearning_digits", HERE, label=3, mark=centre_checks(4), high=16)

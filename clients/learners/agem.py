@@ -16,9 +16,9 @@ from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.policies import Policy
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 
 # R = replayed samples, C = logit columns, T = tasks
 

@@ -1,6 +1,6 @@
 """What closed-form heads share: features come from the model, the head from sums over all clients' samples.
 
-The contract is :meth:`fedcl.client.plugin.Plugin.solve`: clients answer with plain sums in float64, the server adds
+The contract is :meth:`fedcl.contracts.learner.Plugin.solve`: clients answer with plain sums in float64, the server adds
 them up and writes the head, so that the head is the one that a single client with all the data would have.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedcl.client.plugin import Context, Phase, Plugin
-from fedcl.fields import Form, TensorField
+from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.learner import Context, Phase, Plugin
 from fedcl.models.flat import FlatModel
 
 CLASS_SUMS: Form = {  # what `class_sums` returns

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.contracts.learner import Context, Phase, Plugin
 
 
 class EMA(Plugin):

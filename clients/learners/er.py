@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.policies import Policy
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clients.learners.er import ER
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context
 from fedcl.client.policies import Policy
+from fedcl.contracts.learner import Batch, Context
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 from fedcl.client.scope import check_scope, in_scope
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.networks import Output
 
 # B = batch, F = features, P = parameters

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from clients.learners.er import masks_by_task
-from clients.local_sgd import descend
+from clients.strategies.local_sgd import descend
 from fedcl.client.buffer import ReplayBuffer, Replayed
 from fedcl.client.erasing import erase
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
 from fedcl.client.scope import check_scope, in_scope
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
-from fedcl.requests import ForgetRequest, Residual
 
 # P = length of the flat vector, M = samples in memory, B = batch, T = tasks, C = logit columns
 

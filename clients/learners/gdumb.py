@@ -13,8 +13,8 @@ from torch import Tensor
 from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 
 # M = samples in memory, C = logit columns, T = tasks
 

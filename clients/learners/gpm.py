@@ -14,9 +14,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from clients.fot import layer_rows
-from fedcl.client.plugin import Context, Phase, Plugin, State
-from fedcl.linalg import extend_basis, gram_spectrum, leading, project_out, project_out_gram
+from clients.strategies.fot import layer_rows
+from fedcl.base.linalg import extend_basis, gram_spectrum, leading, project_out, project_out_gram
+from fedcl.contracts.learner import Context, Phase, Plugin, State
 
 # D = inputs of a layer and 1 for its bias, K = directions in a basis, M = rows: samples, or patches of samples
 _BATCH = 256

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.contracts.learner import Context, Phase, Plugin
 from fedcl.models.flat import FlatModel
 
 # P = parameter elements

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clients.learners.quadratic import penalty
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
 from fedcl.client.scope import check_scope, in_scope
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 

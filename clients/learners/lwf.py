@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.networks import Output
 
 # B = batch, C = logit columns, K = columns of one group

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clients.learners.closed_form import CLASS_SUMS, ClosedForm, Train, class_sums, write_heads
-from fedcl.client.plugin import Context
-from fedcl.fields import Form
+from fedcl.contracts.fields import Form
+from fedcl.contracts.learner import Context
 from fedcl.models.flat import FlatModel
 
 Distance = Literal["cosine", "euclidean", "unit_euclidean"]

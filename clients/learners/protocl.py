@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clients.learners.closed_form import CLASS_SUMS, ClosedForm, Train, class_sums, write_heads
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, Payload
-from fedcl.fields import Form
+from fedcl.contracts.fields import Form
+from fedcl.contracts.learner import Batch, Context, Payload
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
 

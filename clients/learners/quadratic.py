@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import Form, TensorField
+from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.learner import Payload
 from fedcl.models.flat import FlatModel
 
 # P = parameter elements, A = anchors

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clients.learners.closed_form import ClosedForm, Train, features, write_heads
-from fedcl.client.plugin import Context
-from fedcl.fields import Form, TensorField
-from fedcl.linalg import definite
+from fedcl.base.linalg import definite
+from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.learner import Context
 from fedcl.models.flat import FlatModel
 
 GRAM = "gram"  # the question whose answers the server adds up

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from clients.learners.ewc import FisherKind, fisher_diagonal
-from clients.local_sgd import gradients
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State
+from clients.strategies.local_sgd import gradients
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 
 # P = parameter elements
 _TINY = 1e-12

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from clients.learners.er import ER
 from clients.learners.er_ace import halves, joint_cross_entropy
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context
 from fedcl.client.policies import Policy
+from fedcl.contracts.learner import Batch, Context
 from fedcl.models.networks import Output
 
 # B = batch, C = logit columns, F = features

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcl.client.plugin import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 from fedcl.models.networks import Output
-from fedcl.randomness import torch_generator
-from fedcl.requests import ForgetRequest, Residual
 
 # N = samples of the task, B = batch, V = augmented views, H, W = height, width
 

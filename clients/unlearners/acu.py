@@ -18,13 +18,13 @@ from torch import Tensor
 
 from clients.learners.closed_form import features_of
 from clients.learners.ranpac import GRAM, GRAM_SUMS, gram_sums
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
-from fedcl.fields import Form
+from fedcl.contracts.fields import Form
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 Way = Literal["subtract", "rebuild"]
 Sums = dict[str, Tensor]

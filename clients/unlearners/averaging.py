@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.steps import answers_of, check
-from fedcl.client.unlearner import Unlearner, UnlearnView
-from fedcl.fields import Form
+from fedcl.contracts.fields import Form
+from fedcl.contracts.requests import ForgetRequest, Forgotten
+from fedcl.contracts.strategy import GLOBAL
+from fedcl.contracts.unlearner import Unlearner, UnlearnView
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Forgotten
-from fedcl.server.contracts import GLOBAL
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 
 def moved(model: Tensor, answers: Sequence[Answer]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clients.unlearners.averaging import Together
 from clients.unlearners.steps import BATCH, allowed, answered, gradients, optimizer, settings
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
 from fedcl.models.flat import FlatModel
 
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
-from fedcl.fields import TensorField
+from fedcl.contracts.fields import TensorField
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel, Spec
-from fedcl.requests import ForgetRequest
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 STEP = "activations"
 _FORGET, _RETAIN = "forget", "retain"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedcl.client.unlearner import Unlearner, UnlearnView
-from fedcl.requests import ForgetRequest
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.unlearner import Unlearner, UnlearnView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedcl.server.contracts import Target
+    from fedcl.contracts.strategy import Target
 
 
 class ContinueWithout(Unlearner):

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.local_rounds import Lesson, Lessons, Trained, play_round, train_lesson
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Forgotten, Residual
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
 
 CALIBRATE = "calibrate"
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from clients.unlearners.averaging import Averaged, users_of
 from clients.unlearners.steps import answered, check, descend, epochs_of, settings, sgd
-from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
+from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedcl.server.contracts import Target
+    from fedcl.contracts.strategy import Target
 
 
 class FineTune(Averaged):

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from fedcl.client.plugin import Batch
-from fedcl.client.unlearner import Local, Samples, UnlearnContext
-from fedcl.fields import MAX_EXAMPLES, Form, TensorField
+from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
+from fedcl.contracts.learner import Batch
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 from fedcl.models.flat import FlatModel, TensorSpec
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer
+    from fedcl.contracts.strategy import Answer
 
 Kind = Literal["per_sample", "official"]
 Loss = Literal["cross_entropy", "output_norm"]

@@ -21,13 +21,13 @@ from clients.unlearners.steps import (
     settings,
     sgd,
 )
-from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
-from fedcl.fields import Form
+from fedcl.contracts.fields import Form
+from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedcl.server.contracts import Target
+    from fedcl.contracts.strategy import Target
 
 
 class GradientAscent(Averaged):

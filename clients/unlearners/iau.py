@@ -11,12 +11,12 @@ from torch import Tensor
 
 from clients.unlearners.averaging import edited_targets, num_parameters, users_of
 from clients.unlearners.steps import BATCH, Adam, cross_entropy, gradients
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
-from fedcl.fields import Form, TensorField
-from fedcl.requests import ForgetRequest
+from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 ANSWER: Form = {
     "retain": TensorField(("model",), "float64"),

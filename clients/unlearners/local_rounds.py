@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedcl import fields
-from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, UnlearnView
+from fedcl.client.loop import masked_cross_entropy, sgd_step
+from fedcl.contracts import fields
+from fedcl.contracts.learner import LocalTraining
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
+    from fedcl.contracts.strategy import Update
     from fedcl.scenario.task import Stream
-    from fedcl.server.contracts import Update
 
 MODEL = "model"
 

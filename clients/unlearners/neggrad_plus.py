@@ -11,13 +11,12 @@ from torch import Tensor
 
 from clients.unlearners.averaging import Averaged, users_of
 from clients.unlearners.steps import check, cross_entropy, epochs_of, gradients, ignorance, settings
-from fedcl.client.loop import LocalTraining
-from fedcl.client.plugin import Batch
-from fedcl.client.unlearner import Local, UnlearnContext, UnlearnView
-from fedcl.fields import MODEL, Form, TensorField
+from fedcl.contracts.fields import MODEL, Form, TensorField
+from fedcl.contracts.learner import Batch, LocalTraining
+from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 
 class NegGradPlus(Averaged):

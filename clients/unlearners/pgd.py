@@ -27,12 +27,12 @@ from clients.unlearners.steps import (
     settings,
     sgd,
 )
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.contracts.requests import ForgetRequest, Scope
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Scope
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Target
+    from fedcl.contracts.strategy import Target
 
 
 class PGD(Unlearner):

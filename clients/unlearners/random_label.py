@@ -9,7 +9,7 @@ import torch
 
 from clients.unlearners.averaging import Together
 from clients.unlearners.steps import allowed, answered, descend, epochs_of, optimizer, settings
-from fedcl.client.unlearner import Local, Samples, UnlearnContext
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 
 
 class RandomLabel(Together):

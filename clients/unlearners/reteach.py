@@ -37,14 +37,14 @@ from clients.unlearners.sparing import (
     whole,
 )
 from clients.unlearners.steps import BATCH, answered, answers_of, settings, sgd
-from fedcl.client.loop import LocalTraining
-from fedcl.client.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
-from fedcl.fields import Form, TensorField
+from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.learner import LocalTraining
+from fedcl.contracts.requests import ForgetRequest, Scope
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
-from fedcl.requests import ForgetRequest, Scope
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, Target
+    from fedcl.contracts.strategy import Answer, Target
 
 _TEACHER, _MATRIX = "teacher", "matrix"
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from clients.unlearners.local_rounds import Lessons, local_steps, play_round, train_lesson
 from clients.unlearners.sensitivity import Path, Round, budget
-from fedcl.client.loop import LocalTraining
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
-from fedcl.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.learner import LocalTraining
+from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
+    from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
     from fedcl.models.flat import FlatModel, Spec
-    from fedcl.server.contracts import LocalWork, ServerView, Target, Update
 
 TRAIN = "train"
 _ROUNDING = 1e-5  # relative: float32 means of models may differ by so much

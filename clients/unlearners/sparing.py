@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clients.fot import layer_rows
+from clients.strategies.fot import layer_rows
 from clients.unlearners.steps import BATCH
-from fedcl.client.unlearner import Samples
-from fedcl.linalg import definite
+from fedcl.base.linalg import definite
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.unlearner import Samples
 from fedcl.models.flat import FlatModel
-from fedcl.randomness import torch_generator
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer
+    from fedcl.contracts.strategy import Answer
 
 
 GRAM = "gram"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.fisher import ANSWER, STEP, Kind, Loss, Masses, Order, Settings, answer, masses
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
-from fedcl.requests import ForgetRequest
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Target
+    from fedcl.contracts.strategy import Target
 
 Threshold = Literal["relative", "quantile", "absolute"]
 

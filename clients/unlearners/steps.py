@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedcl.client.loop import LocalTraining, masked_cross_entropy, sgd_step
-from fedcl.client.plugin import Batch
-from fedcl.client.unlearner import Local, Samples, UnlearnContext
-from fedcl.fields import MODEL, Form, TensorField
+from fedcl.client.loop import masked_cross_entropy, sgd_step
+from fedcl.contracts.fields import MODEL, Form, TensorField
+from fedcl.contracts.learner import Batch, LocalTraining
+from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 from fedcl.models.flat import FlatModel
 
 BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from clients.unlearners.fisher import ANSWER, STEP, Masses, Settings, answer, masses
 from fedcl.client.scope import check_scope
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
-from fedcl.fields import MAX_EXAMPLES, Form, TensorField
+from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel, Spec
-from fedcl.requests import ForgetRequest, Residual
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import Answer, LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import Answer, LocalWork, ServerView, Target, Update
 
 CORRECT: Form = {"correct": TensorField((1,), "float64", low=0.0, high=float(MAX_EXAMPLES))}
 

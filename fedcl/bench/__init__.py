@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcl.files import write_atomic
-from fedcl.rules import ConfigError
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 
 if TYPE_CHECKING:
     from fedcl.bench.result import Result

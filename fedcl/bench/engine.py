@@ -18,8 +18,8 @@ from fedcl.bench.overhead import Loop
 from fedcl.bench.result import Result, Row
 from fedcl.bench.turns import Side, take_turns
 from fedcl.bench.workload import LR, Workload, known
-from fedcl.config import compose
-from fedcl.rules import ConfigError
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 
 MARKS = {"mlp": 0.50, "lenet": 0.65}
 BATCHES = (20, 128, 500, 2000)

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedcl.assembly import make_schedule, make_stream, participants
 from fedcl.bench.processes import tree_seconds
 from fedcl.bench.turns import Side
 from fedcl.bench.workload import Workload
-from fedcl.config import compose
-from fedcl.prepared import Prepared, make_server
-from fedcl.replay import make_unlearning
+from fedcl.config.compose import compose
 from fedcl.results.recorder import Recorder
+from fedcl.runs.retrained import make_unlearning
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import open_backend
-from fedcl.wiring import make_schedule, make_stream, participants
 
 
 @dataclass(frozen=True)

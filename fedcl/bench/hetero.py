@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedcl.base.randomness import numpy_generator
 from fedcl.bench.federation import federation
 from fedcl.bench.processes import descendants
 from fedcl.bench.result import Result, Row
 from fedcl.bench.workload import Workload, known
-from fedcl.randomness import numpy_generator
 from fedcl.simulation.cluster import local_ray
 
 CLIENTS, MEDIAN, SIGMAS = 50, 200, (0.0, 0.5, 1.0, 1.5)

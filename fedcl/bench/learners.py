@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedcl.assembly import learner_factories, load_dataset
+from fedcl.base.tree import clone
 from fedcl.bench import bare
 from fedcl.bench.result import Cell, Result
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining, fit, ordered
-from fedcl.client.plugin import Context, Plugin, State
-from fedcl.config import compose
+from fedcl.client.loop import fit, ordered
+from fedcl.config.compose import compose
+from fedcl.contracts.learner import Context, LocalTraining, Plugin, State
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Task
-from fedcl.tree import clone
-from fedcl.wiring import learner_factories, load_dataset
 
 # The size at which Avalanche's loop was timed: digits, an MLP 64-100-10, ten samples a step.
 HIDDEN, BATCH, EPOCHS, LR = 100, 10, 2, 0.05

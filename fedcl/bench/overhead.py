@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedcl.base.randomness import torch_generator
 from fedcl.bench.bare import step, weights_of
 from fedcl.bench.federation import federation, own_seconds
 from fedcl.bench.result import Result, Row
 from fedcl.bench.turns import Side, take_turns
 from fedcl.bench.workload import LR, SEED, Workload, known
-from fedcl.randomness import torch_generator
 from fedcl.simulation.cluster import local_ray
 
 MARKS = {"inline": 150.0, "ray": 400.0}  # microseconds

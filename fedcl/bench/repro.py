@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedcl.bench.result import Result
-from fedcl.config import compose
-from fedcl.experiment import resume, run
+from fedcl.config.compose import compose
+from fedcl.runs.experiment import resume, run
 
 # Every kind of state at once: replay, Fisher matrices, bases, messages in flight. 19 clients are more than a block.
 SETTINGS = (

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcl.base.linalg import leading, random_signs
+from fedcl.base.randomness import torch_generator
 from fedcl.bench.result import Cell, Result
-from fedcl.building import locate
-from fedcl.linalg import leading, random_signs
+from fedcl.config.instantiate import locate
+from fedcl.contracts.strategy import GLOBAL, Answer, Collaboration, Update
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import pack_bits
-from fedcl.randomness import torch_generator
-from fedcl.server.contracts import GLOBAL, Answer, Collaboration, Update
 from fedcl.server.fold import BLOCK, fold
 
 OVERLAP_MARK, BASIS_MARK, FOLD_MARK = 50.0, 20.0, 0.5
@@ -197,7 +197,7 @@ def _basis(sizes: Sizes) -> Group:
     empty, cpu = torch.zeros(sizes.inputs, 0), torch.device("cpu")
     draw = torch.tensor([7, sizes.width])
     signs = random_signs(sizes.inputs, sizes.width, 7)
-    client, from_ranges = locate("clients.fot.Range"), locate("strategies.projection.subspace.from_ranges")
+    client, from_ranges = locate("clients.strategies.fot.Range"), locate("strategies.projection.subspace.from_ranges")
 
     def by_svd() -> Tensor:
         directions, singular, _ = torch.linalg.svd(inputs_DM, full_matrices=False)

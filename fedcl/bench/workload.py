@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedcl.base.randomness import key, numpy_generator, torch_generator
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.models.networks import MLP, LeNet, Network, build_model
 from fedcl.models.resnet import ResNet
-from fedcl.randomness import key, numpy_generator, torch_generator
-from fedcl.rules import ConfigError
 
 SEED, CLASSES, LR = 0, 10, 0.05
 FULL = 2000  # samples that there are at most of each client's number: further clients hold the same ones again

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Batch, Context, Restore, State
 from fedcl.client.policies import Budget, ClassTally, Policy, check_policy, exemplars, uniform_slots
 from fedcl.client.rows import Rows, among, grown, shown
+from fedcl.contracts.learner import Batch, Context, Restore, State
 
 # M = samples held, B = batch, C = logit columns, F = features
 # columns: x as it is held, y, task; logits if they are given; shown, x as the model sees it, once it is known

@@ -14,9 +14,9 @@ import yaml
 from numpy.typing import NDArray
 
 from fedcl.client.local_data import PartitionedData
+from fedcl.config.value_rules import ConfigError
+from fedcl.contracts.fields import CLIENT_ID
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
-from fedcl.fields import CLIENT_ID
-from fedcl.rules import ConfigError
 
 _KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
@@ -129,7 +129,7 @@ def device_overrides(
     """Return the overrides of a run as this device takes them: names and plain values, in its own configuration.
 
     Data are the device's own where its ``client.yaml`` says so; nothing that came over the wire names a path on it, a
-    module or a ``_target_``. ``path_keys`` is :func:`fedcl.config.path_keys`.
+    module or a ``_target_``. ``path_keys`` is :func:`fedcl.config.compose.path_keys`.
 
     Raises
     ------

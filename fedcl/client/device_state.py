@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fedcl.base.files import sync_folder, write_atomic
 from fedcl.client.file_state import FileStateStore
-from fedcl.client.plugin import State
 from fedcl.client.state import NEVER
-from fedcl.files import sync_folder, write_atomic
+from fedcl.contracts.learner import State
 
 KEEP_RUNS = 3  # runs whose state is kept: one that is resumed much later must still find it
 KEEP_VISITS = 6  # committed states kept: a server that falls back to an older checkpoint asks for an older one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fedcl.client.plugin import Plugin, overrides
+from fedcl.contracts.learner import Plugin, overrides
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import RandomLayer

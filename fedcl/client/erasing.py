@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fedcl.client.buffer import ReplayBuffer
-from fedcl.client.plugin import Plugin, TaskData
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.contracts.learner import Plugin, TaskData
+from fedcl.contracts.requests import ForgetRequest, Residual
 
 
 def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, gone: TaskData) -> Residual:

@@ -16,10 +16,10 @@ from pathlib import Path
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fedcl.client.plugin import State
+from fedcl.base.files import sync_folder, write_bytes_atomic
+from fedcl.base.tree import pack, unpack
 from fedcl.client.state import NEVER
-from fedcl.files import sync_folder, write_bytes_atomic
-from fedcl.tree import pack, unpack
+from fedcl.contracts.learner import State
 
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # within a JSON string its quotes would be escaped
@@ -82,7 +82,7 @@ class FileStateStore:
         OSError
             If it cannot be written, for instance to a full disk; what was there before stays.
         TypeError
-            If the state holds what :func:`fedcl.tree.pack` cannot store.
+            If the state holds what :func:`fedcl.base.tree.pack` cannot store.
         ValueError
             If ``client`` is no allowed id, or ``visit`` is negative.
         """

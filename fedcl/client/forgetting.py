@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from fedcl.client.local_data import LocalData
-from fedcl.client.plugin import TaskData
-from fedcl.client.unlearner import Samples
-from fedcl.requests import ForgetNote, Forgotten
+from fedcl.contracts.learner import TaskData
+from fedcl.contracts.requests import ForgetNote, Forgotten
+from fedcl.contracts.unlearner import Samples
 from fedcl.scenario.task import Task
 
 # N = samples, C = logit columns

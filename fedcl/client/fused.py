@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Batch, Context, Plugin, overrides
+from fedcl.contracts.learner import Batch, Context, Plugin, overrides
 from fedcl.models.chain import Chain
 from fedcl.models.networks import RandomLayer
 
@@ -36,7 +36,7 @@ class FusedStep:
     chain
         The model's layers.
     lr, momentum, weight_decay
-        As in `fedcl.client.loop.LocalTraining`.
+        As in `fedcl.contracts.learner.LocalTraining`.
     """
 
     def __init__(self, ctx: Context, chain: Chain, *, lr: float, momentum: float, weight_decay: float) -> None:

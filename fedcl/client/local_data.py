@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fedcl.client.plugin import TaskData
 from fedcl.client.restore import restore
+from fedcl.contracts.learner import TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
 from fedcl.scenario.materialise import materialise, retained, targets
 from fedcl.scenario.task import Task

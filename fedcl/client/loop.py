@@ -8,37 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedcl.client.fused import FusedStep, needs_gradient
-from fedcl.client.plugin import Batch, Context, Plugin, overrides
+from fedcl.contracts.learner import Batch, Context, LocalTraining, Plugin, overrides
 from fedcl.evaluation.predictions import correct
 from fedcl.models.chain import chain_of
 from fedcl.models.networks import Output
-
-Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalTraining:
-    """How a client trains: ``client.*`` of the configuration.
-
-    SGD with heavy-ball momentum as in PyTorch (v <- momentum v + g; w <- w - lr v), velocity zero at the start of each
-    visit; ``weight_decay`` adds weight_decay * w to every gradient. With ``precision`` bfloat16 the products of a step
-    are in it, by autocast; weights, gradients and everything outside of steps stay float32. Only the loop does that.
-    """
-
-    epochs: int = 1
-    batch_size: int = 20
-    lr: float = 0.1
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    precision: Precision = "float32"
 
 
 def ordered(plugins: Sequence[Plugin]) -> list[Plugin]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedcl.client.local_data import LocalData
 from fedcl.client.loop import owner
-from fedcl.client.plugin import Context, Phase, Plugin, TaskData
+from fedcl.contracts.learner import Context, Phase, Plugin, TaskData
 from fedcl.evaluation.predictions import correct
 from fedcl.scenario.task import Task
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Restore
+from fedcl.contracts.learner import Restore
 
 # M = samples
 Rows = dict[str, Tensor]

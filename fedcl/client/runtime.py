@@ -9,23 +9,23 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fedcl.base.interruption import client_fault
+from fedcl.base.tree import clone, num_bytes
 from fedcl.client.engines import Engine, stack_size, stacks
 from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
-from fedcl.client.loop import LocalTraining, accuracy, fit, ordered, owner
-from fedcl.client.plugin import EXCLUSIVE, Context, Plugin, State, TaskData, overrides
+from fedcl.client.loop import accuracy, fit, ordered, owner
 from fedcl.client.probe import Probe, ProbeOf
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
-from fedcl.client.unlearner import UnlearnContext, Unlearner
-from fedcl.interruption import client_fault
+from fedcl.contracts.learner import EXCLUSIVE, Context, LocalTraining, Plugin, State, TaskData, overrides
+from fedcl.contracts.requests import ForgetNote, Residual, residuals_json
+from fedcl.contracts.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import RandomLayer
-from fedcl.requests import ForgetNote, Residual, residuals_json
 from fedcl.scenario.task import Task
-from fedcl.tree import clone, num_bytes
 
 _BEFORE = ("setup", "before_task", "before_round")  # where a plugin may change the weights that came
 PluginFactories = Mapping[str, Callable[[], Plugin]]

@@ -17,8 +17,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from fedcl.client.loop import LocalTraining, summary
-from fedcl.client.plugin import Context
+from fedcl.client.loop import summary
+from fedcl.contracts.learner import Context, LocalTraining
 from fedcl.models.chain import Chain, Names, chain_of
 from fedcl.models.flat import Spec, TensorSpec
 

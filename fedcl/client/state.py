@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fedcl.client.plugin import State
+from fedcl.contracts.learner import State
 
 NEVER = -1  # the committed visit of a client whose updates have never been accepted
 

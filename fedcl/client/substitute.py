@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedcl.client.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
-from fedcl.requests import ForgetRequest, Residual
 
 if TYPE_CHECKING:
-    from fedcl.server.contracts import LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
 
 
 class Substitute(Unlearner):

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 
 FAILED = 1
 """Exit status of a command that did its work and found, or made, what should not be."""
 
 
 if TYPE_CHECKING:
-    from fedcl.launches import Trust
+    from fedcl.results.launches import Trust
 
 
 def add_trust(command: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 def trust_of(args: argparse.Namespace) -> Trust:
     """Return what the command line lets a folder do."""
-    from fedcl.launches import Trust
+    from fedcl.results.launches import Trust
 
     return Trust(tuple(args.config_dir), args.trust)
 

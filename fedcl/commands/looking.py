@@ -84,7 +84,7 @@ def _add_compare(commands: Commands) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
-    from fedcl.verify import verify
+    from fedcl.runs.verify import verify
 
     if not verify(run_dir, replay=not args.no_replay, trust=trust_of(args)):
         raise SystemExit(FAILED)
@@ -93,7 +93,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     from fedcl import results
-    from fedcl.config import compose
+    from fedcl.config.compose import compose
     from fedcl.results import html
     from fedcl.results.report import terminal_report
 
@@ -111,7 +111,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from fedcl.files import write_atomic
+    from fedcl.base.files import write_atomic
     from fedcl.results.compare import compare
     from fedcl.results.tables import render
 
@@ -127,13 +127,13 @@ def _compare(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     out = None if args.out is None else file_to_write(args.out)
-    from fedcl.export import export
+    from fedcl.runs.export import export
 
     print(export(run_dir, args.client, out, trust_of(args)))
 
 
 def _list(args: argparse.Namespace) -> None:
-    from fedcl.config import kinds, list_choices
+    from fedcl.config.compose import kinds, list_choices
 
     dirs = args.config_dir
     if args.kind is None:

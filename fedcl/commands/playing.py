@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcl.commands.folders import FAILED, add_trust, run_folder, trust_of
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 
 if TYPE_CHECKING:
     from fedcl.commands import Commands
@@ -98,12 +98,12 @@ def _add_forget(commands: Commands, configs: argparse.ArgumentParser, quiet: arg
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fedcl.config import compose
+    from fedcl.config.compose import compose
 
     cfg = compose(args.overrides, args.config_dir)
-    from fedcl import experiment, protocol
+    from fedcl.runs import experiment, two_phase
 
-    play = experiment.run if cfg["protocol"]["name"] == "none" else protocol.two_phase
+    play = experiment.run if cfg["protocol"]["name"] == "none" else two_phase.two_phase
     print(play(cfg, args.overrides, args.config_dir, args.quiet), flush=True)
 
 
@@ -131,21 +131,21 @@ def _sweep(args: argparse.Namespace) -> None:
 
 def _resume(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
-    from fedcl import experiment
+    from fedcl.runs import experiment
 
     print(experiment.resume(run_dir, args.force, args.quiet, trust=trust_of(args)), flush=True)
 
 
 def _extend(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
-    from fedcl.extend import extend
+    from fedcl.runs.extend import extend
 
     print(extend(run_dir, args.overrides, force=args.force, quiet=args.quiet, trust=trust_of(args)), flush=True)
 
 
 def _forget(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
-    from fedcl.forget import Asked, forget
+    from fedcl.runs.forget import Asked, forget
 
     chosen = [] if args.unlearner is None else [f"unlearner={args.unlearner}"]
     lists = (tuple(args.client), tuple(args.classes), tuple(args.samples), tuple(args.task))

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import ArrayDataset, Dataset, Meta
 from fedcl.data.labels import Codes, encode
 from fedcl.data.reading import require_room
-from fedcl.rules import ConfigError
 
 Half = tuple[NDArray[Any], NDArray[Any]]  # samples and labels
 Size = int | Sequence[int] | None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.assembly import (
     MOST_PIXELS,
     Half,
@@ -22,7 +23,6 @@ from fedcl.data.assembly import (
 )
 from fedcl.data.dataset import Dataset
 from fedcl.data.reading import entries, opened
-from fedcl.rules import ConfigError
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")

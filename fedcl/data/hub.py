@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.assembly import Half, Size, assemble, resolve, stack_images
 from fedcl.data.dataset import Dataset
 from fedcl.data.reading import damaged, require_file
-from fedcl.rules import ConfigError
 
 _TEST_NAMES = ("test", "validation", "valid", "val")
 

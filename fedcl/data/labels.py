@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 
 Codes = NDArray[np.int64]
 _MOST = 1 << 16  # labels up to here are class numbers, however few samples there are

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedcl.base.memory import free_memory, gib
 from fedcl.data.dataset import Indices, Meta, Partition
 from fedcl.data.parts import (
     Labels,
@@ -26,7 +27,6 @@ from fedcl.data.parts import (
     require_samples,
     with_matching_test,
 )
-from fedcl.memory import free_memory, gib
 
 __all__ = [
     "Partitioner",

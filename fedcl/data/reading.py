@@ -19,8 +19,8 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.memory import free_memory, gib
-from fedcl.rules import ConfigError
+from fedcl.base.memory import free_memory, gib
+from fedcl.config.value_rules import ConfigError
 
 _DEFLATE = 1032  # times; no deflated byte makes more
 _BOMB = (100, 1 << 30)  # times, and bytes, beyond which an array is one of nothing but a pattern

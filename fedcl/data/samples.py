@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 
 _COLOURS = (1, 3)
 _LOUD = 32.0  # beyond, values are no normalised ones, and training on them is a matter to mention

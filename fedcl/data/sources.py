@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.assembly import assemble, checked_fraction, checked_limit, resolve, stratified
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.data.labels import encode
 from fedcl.data.reading import Archive, opened_archive, read_idx
 from fedcl.data.samples import as_samples
-from fedcl.rules import ConfigError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign
 
-from fedcl.files import write_atomic
-from fedcl.rules import ConfigError
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 
 KEY, TRUSTED = "bundle.key", "trusted.yaml"
 _SIGNED, _SIGNER = "bundle.json", "fedcl-deploy"

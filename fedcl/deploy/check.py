@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedcl.client.device import DeviceSpec, read_spec
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.bundle import KEY, TRUSTED, is_trusted
 from fedcl.deploy.certificates import general_name
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import environment, refusal, unreachable
-from fedcl.rules import ConfigError
 
 FLOWER = ("1.41", "1.42")
 _SERVER = re.compile(r"--superlink \[?([^\s\]]+)\]?:(\d+)")
@@ -228,9 +228,9 @@ def _device_key(folder: Path, spec: DeviceSpec, fleet: Fleet | None) -> Iterator
 def _data(spec: DeviceSpec) -> Finding:
     if spec.data is None:
         return Finding(f"device {spec.client}: rehearsal, takes its part of the data that the run names")
-    from fedcl.building import add_plugin_paths
-    from fedcl.config import compose
-    from fedcl.wiring import load_dataset
+    from fedcl.assembly import load_dataset
+    from fedcl.config.compose import compose
+    from fedcl.config.instantiate import add_plugin_paths
 
     try:
         add_plugin_paths(spec.config_dirs)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from fedcl import __version__
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.bundle import KEY, TRUSTED, sign, trusted
 from fedcl.deploy.certificates import new_authority, new_device_key, new_server_certificate, new_signing_key
 from fedcl.deploy.layout import CONTROL_PORT, NODE_PORT, Fleet
-from fedcl.rules import ConfigError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SETTINGS = (

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from fedcl.files import write_atomic
-from fedcl.rules import ConfigError
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 
 PORT = 8443
 CONTROL_PORT = 8444  # on loopback: by it fedcl deploy and its runs reach the server on its own machine

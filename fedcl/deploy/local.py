@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes, free_ports
 from fedcl.deploy.submit import Stopped, resume, settle, submit
-from fedcl.rules import ConfigError
 
 
 def local(

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.layout import Fleet
-from fedcl.rules import ConfigError
 
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.bundle import KEY, sign
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import environment, refusal, tail, undisturbed, unreachable
-from fedcl.files import write_atomic
-from fedcl.nodes import forget_refusals, write_order
 from fedcl.results import reading
-from fedcl.rules import ConfigError
+from fedcl.simulation.nodes import forget_refusals, write_order
 
 CONNECTION = "fleet"  # the name of the server in server/flwr/config.toml
 _STARTED = re.compile(r"run (\d{6,})", re.IGNORECASE)
@@ -52,7 +52,7 @@ def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: 
     ConfigError
         If the settings are wrong, the server cannot be reached, or the run fails.
     """
-    from fedcl.config import compose
+    from fedcl.config.compose import compose
 
     clients = [] if any(text.startswith("num_clients=") for text in overrides) else [len(fleet.devices)]
     given = [*overrides, *(f"num_clients={count}" for count in clients)]
@@ -89,8 +89,8 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
         raise ConfigError(f"{folder}: the run never began; start it anew with: fedcl deploy run {fleet.folder}")
     if _status(folder) == "done":
         raise ConfigError(f"{folder}: the run is done")
-    from fedcl.launches import Trust, launched  # torch takes longer to import than the refusals above
-    from fedcl.locking import hold
+    from fedcl.results.launches import Trust, launched  # torch takes longer to import than the refusals above
+    from fedcl.results.locking import hold
 
     with hold(folder):  # the server's process holds it while the run goes on
         given = launched(folder, Trust(tuple(config_dirs))).launch["overrides"]
@@ -107,7 +107,7 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
 def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
     """Submit, follow to the end, and raise unless the run is done."""
     from fedcl.client.device import sent_to_devices
-    from fedcl.config import path_keys
+    from fedcl.config.compose import path_keys
 
     refuse_unreachable(fleet)
     sign(fleet.server, fleet.ca / KEY)

@@ -33,7 +33,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fedcl.deploy.bundle import signatures
 from fedcl.deploy.gate import DeviceKeys, Gate, PatientProtocol
-from fedcl.nodes import SERVER_FOLDER, bind_node, note_refusal, open_nodes
+from fedcl.simulation.nodes import SERVER_FOLDER, bind_node, note_refusal, open_nodes
 
 LOOPBACK = "127.0.0.1"
 _JOINING = threading.Lock()

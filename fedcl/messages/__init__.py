@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedcl.fields import CLIENT_ID, CODE, clean, shown, whole
+from fedcl.contracts.fields import CLIENT_ID, CODE, clean, shown, whole
 from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedcl.fields import shown
+from fedcl.contracts.fields import shown
 
 FLAT = "flat"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fedcl.memory import free_memory, gib
-from fedcl.rules import ConfigError
+from fedcl.base.memory import free_memory, gib
+from fedcl.config.value_rules import ConfigError
 
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full, torch.eye})
 _MOST_TENSORS = 5_000

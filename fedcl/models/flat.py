@@ -128,7 +128,7 @@ class Spec:
         return vector[tensor.start : tensor.stop].view(tensor.shape)
 
     def sizes(self) -> dict[str, int]:
-        """Return the lengths that declarations of tensors name (:class:`fedcl.fields.TensorField`).
+        """Return the lengths that declarations of tensors name (:class:`fedcl.contracts.fields.TensorField`).
 
         ``columns`` and ``features`` are those of heads with weights (columns, features), where the model has such.
         """

@@ -22,9 +22,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fedcl.files import write_atomic, write_bytes_atomic
-from fedcl.rules import ConfigError
-from fedcl.tree import pack, unpack
+from fedcl.base.files import write_atomic, write_bytes_atomic
+from fedcl.base.tree import pack, unpack
+from fedcl.config.value_rules import ConfigError
 
 _ROUND = re.compile(r"round_\d{6,}(_\d{4,})?")
 _HASH = re.compile(r"[0-9a-f]{64}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.results.configurations import names, stream_differences
 from fedcl.results.gathering import Configuration, Gathered, gather, run_folders
 from fedcl.results.intervals import half_width
 from fedcl.results.paired import PairedTest, paired_test
-from fedcl.rules import ConfigError
 
 __all__ = ["DEFAULT_METRICS", "Cell", "Comparison", "Row", "compare", "run_folders"]
 

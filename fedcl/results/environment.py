@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedcl import locking
-from fedcl.results import schema
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
+from fedcl.results import locking, schema
 
 _PACKAGES = ("fedcl", "torch", "torchvision", "numpy", "flwr", "ray", "hydra-core", "safetensors", "pyarrow")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

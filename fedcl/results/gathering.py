@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import reading, schema
 from fedcl.results.configurations import settings
-from fedcl.rules import ConfigError
 
 _NOT_BEGUN = "not begun"
 _TOLD = 3  # of many folders that an error is about

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import schema, sums
-from fedcl.rules import ConfigError
 
 STATUSES = ("running", "done", "failed", "interrupted")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")

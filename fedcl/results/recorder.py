@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from fedcl.files import write_atomic
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import reading, schema, sums
 from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.reading import Damaged
-from fedcl.rules import ConfigError
 
 __all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic", "write_launch", "write_summary"]
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.evaluation.metrics import Kind, forgetting_by_task, summarise
 from fedcl.results import reading, schema
 from fedcl.results.reading import Damaged
-from fedcl.rules import ConfigError
 
 
 @dataclass(frozen=True)

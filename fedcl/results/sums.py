@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedcl.files import write_atomic, write_bytes_atomic
+from fedcl.base.files import write_atomic, write_bytes_atomic
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import schema
-from fedcl.rules import ConfigError
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
 Sums = dict[str, tuple[str, ...]]  # file -> hashes of what it may hold: two while it is being replaced

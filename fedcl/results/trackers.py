@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.results.recorder import Recorder
-from fedcl.rules import ConfigError
 
 Record = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcl.files import write_atomic
+from fedcl.base.files import write_atomic
 from fedcl.results.configurations import leaves
 
 _MOST = 1000  # metrics that MLflow takes at once

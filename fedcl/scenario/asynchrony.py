@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedcl.randomness import numpy_generator
+from fedcl.base.randomness import numpy_generator
 from fedcl.scenario.schedule import Listed, chained, nominal_rounds
 
 

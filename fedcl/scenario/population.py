@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedcl.randomness import numpy_generator
+from fedcl.base.randomness import numpy_generator
 from fedcl.scenario.schedule import Listed, Span, chained, nominal_rounds
 
 

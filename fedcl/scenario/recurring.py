@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedcl.randomness import numpy_generator
+from fedcl.base.randomness import numpy_generator
 from fedcl.scenario.base import Masking, SingleHead, require_tasks
 from fedcl.scenario.shares import homes, portioned
 from fedcl.scenario.task import Task

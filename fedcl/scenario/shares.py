@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.randomness import numpy_generator
+from fedcl.base.randomness import numpy_generator
 from fedcl.scenario.base import (
     ClassOrder,
     Masking,

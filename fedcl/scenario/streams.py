@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from fedcl.randomness import numpy_generator
+from fedcl.base.randomness import numpy_generator
 from fedcl.scenario.base import ClassOrder, Masked, Masking, SingleHead, Tasks, class_groups
 from fedcl.scenario.domains import DomainPermuted, DomainRotated
 from fedcl.scenario.task import Task

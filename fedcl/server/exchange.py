@@ -16,15 +16,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
 from fedcl.client.state import NEVER
-from fedcl.fields import NOTHING, clean
+from fedcl.contracts.fields import NOTHING, clean
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.strategy import Answer, Query
 from fedcl.messages import CHANGES_STATE, CONFIG, MESSAGE_TYPE, Kind, Reply, Request, instruction, read_reply
 from fedcl.messages.arrays import tensors_record, vector_record
 from fedcl.messages.blocks import is_block, read_block
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Query
 from fedcl.server.fold import BLOCK, RunningFold
 from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import Expected, outliers, payload_norms, rejection, uploads

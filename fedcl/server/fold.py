@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedcl.contracts.strategy import Fold, Update
 from fedcl.messages.blocks import BlockSum
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.server.contracts import Fold, Update
 
 # P = parameters, T = tensors, C = coordinates of a piece
 BLOCK = 8  # selected positions a block: fixed before dispatch, so that any worker count folds the same numbers

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.messages import InBlock, Reply, Request
 from fedcl.messages.blocks import BlockSum
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, Target, Update
 from fedcl.server.fold import Term, Weight, fold_block
 from fedcl.server.validation import Expected, change_norm, payload_norms, rejection
 

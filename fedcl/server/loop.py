@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fedcl.contracts.requests import Forgotten
+from fedcl.contracts.strategy import GLOBAL, Answer, Event, Query, Target, Update
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
-from fedcl.requests import Forgotten
-from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
-from fedcl.server.contracts import GLOBAL, Answer, Event, Query, Target, Update
+from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
 from fedcl.server.fold import Contribution
 from fedcl.server.measurement import Known, Measurement, Record

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedcl.config.value_rules import RunFailed
+from fedcl.contracts.strategy import GLOBAL, ServerView, Update
 from fedcl.messages import Reply
-from fedcl.rules import RunFailed
-from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.task import Task
 from fedcl.server.arrivals import Arrivals, Flight
-from fedcl.server.contracts import GLOBAL, ServerView, Update
+from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import EventLog, Exchange
 from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
 from fedcl.server.folding import update_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedcl.randomness import key
+from fedcl.base.randomness import key
 
 
 def client_order(client: str) -> tuple[int, str]:

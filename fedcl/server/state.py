@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.requests import Forgotten, Residual
+from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.models.flat import Spec
-from fedcl.randomness import torch_generator
-from fedcl.requests import Forgotten, Residual
-from fedcl.scenario.curriculum import Curriculum
 from fedcl.server.arrivals import Arrivals
-from fedcl.server.contracts import GLOBAL, Target, Update
+from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Record
 from fedcl.server.rounds import RoundOptions
@@ -62,7 +62,7 @@ class ServerState:
 
 
 class BetweenRounds(Protocol):
-    """What a run does between two rounds besides its schedule; :class:`~fedcl.server.unlearning.Unlearning` is one."""
+    """What a run does between two rounds besides its schedule; :class:`~fedcl.unlearning.service.Unlearning` is one."""
 
     @property
     def forgotten(self) -> Forgotten:
@@ -104,7 +104,7 @@ class BetweenRounds(Protocol):
 class ServerData:
     """A server without its timeline.
 
-    Parts see it as a :class:`~fedcl.server.contracts.ServerView`, unlearning edits it, a checkpoint holds it.
+    Parts see it as a :class:`~fedcl.contracts.strategy.ServerView`, unlearning edits it, a checkpoint holds it.
     ``everybody`` are the clients the run began with, ``initial`` the weights (P,).
     """
 

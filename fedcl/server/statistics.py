@@ -1,7 +1,7 @@
 """Sums of clients' statistics: asked when tasks end, added up exactly, sent along or written into the model.
 
 A learner whose answers are plain sums over samples (class means, Gram matrices, importances) comes out as if one client
-held all the data, whoever holds which sample: the contract is :meth:`fedcl.client.plugin.Plugin.solve`.
+held all the data, whoever holds which sample: the contract is :meth:`fedcl.contracts.learner.Plugin.solve`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcl.client.plugin import Payload, Plugin
-from fedcl.client.plugin import overrides as defines
+from fedcl.contracts.learner import Payload, Plugin
+from fedcl.contracts.learner import overrides as defines
+from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.strategy import Answer, Query, Target
 from fedcl.models.flat import FlatModel
-from fedcl.requests import ForgetRequest, Forgotten, Residual
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Query, Target
 
 Sums = dict[str, Tensor]
 

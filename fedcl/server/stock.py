@@ -34,14 +34,14 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
+from fedcl.base.randomness import key
+from fedcl.config.value_rules import ConfigError
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
 from fedcl.messages import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES
 from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.models.flat import Spec
-from fedcl.randomness import key
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.rules import ConfigError
-from fedcl.server.contracts import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
 from fedcl.server.fold import Contribution, RunningFold
 from fedcl.server.strategy import Outgoing
 from fedcl.server.validation import Expected

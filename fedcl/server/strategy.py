@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload, Plugin
-from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import (
+from fedcl.contracts.learner import Payload, Plugin
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import (
     GLOBAL,
     Answer,
     Collaboration,
@@ -28,6 +27,7 @@ from fedcl.server.contracts import (
     Target,
     Update,
 )
+from fedcl.models.flat import Spec
 from fedcl.server.fold import Contribution, RunningFold, Weight, fold
 from fedcl.server.folding import Folding
 from fedcl.server.validation import Expected, uploads

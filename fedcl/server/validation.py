@@ -11,8 +11,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import (
+from fedcl.contracts.fields import (
     ITERATION,
     LARGEST,
     MAX_EXAMPLES,
@@ -28,9 +27,10 @@ from fedcl.fields import (
     clean,
     shown,
 )
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import residuals_from
 from fedcl.messages import Kind, Reply
 from fedcl.models.flat import Spec
-from fedcl.requests import residuals_from
 
 _DTYPES = {name: getattr(torch, name) for name in get_args(DType)}
 OUTLIER = 10.0  # times the median norm, from which an update or a payload is worth a note

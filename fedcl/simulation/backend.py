@@ -13,19 +13,19 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedcl import __version__
+from fedcl.assembly import client_ids, client_runtime, make_folding, participants, simulated_data
 from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
-from fedcl.crosschecks import is_local
+from fedcl.config.checks import is_local
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import Dataset, Partition
-from fedcl.nodes import owners, refusals
-from fedcl.rules import ConfigError
 from fedcl.server.state import Compute, at_once
 from fedcl.simulation.compat import identity, quiet_environment
 from fedcl.simulation.fleet import FleetGrid
 from fedcl.simulation.grid import BaseGrid, InlineGrid
 from fedcl.simulation.host import ClientHost
-from fedcl.wiring import client_ids, client_runtime, make_folding, participants, simulated_data
+from fedcl.simulation.nodes import owners, refusals
 
 FIRST_NODE = 2  # Flower's node 1 is the server
 RUN_ID = 1

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 from fedcl.simulation.compat import quiet_environment
 
 SETTLE_SECONDS = 0.5  # a cluster's view of its free resources trails behind by less

@@ -14,8 +14,8 @@ from itertools import accumulate
 from statistics import NormalDist
 from typing import Any, Protocol
 
-from fedcl import randomness
-from fedcl.rules import parse_rule, show
+from fedcl.base import randomness
+from fedcl.config.value_rules import parse_rule, show
 from fedcl.simulation.profile import RULES, DeviceProfile, check, uniform
 from fedcl.simulation.trace import Trace
 

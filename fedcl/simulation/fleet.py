@@ -12,10 +12,10 @@ from typing import Any
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from fedcl.fields import clean, shown
+from fedcl.config.value_rules import ConfigError
+from fedcl.contracts.fields import clean, shown
+from fedcl.contracts.requests import ForgetNote, ForgetRequest, residuals_from
 from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
-from fedcl.requests import ForgetNote, ForgetRequest, residuals_from
-from fedcl.rules import ConfigError
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
 

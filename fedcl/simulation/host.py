@@ -8,10 +8,10 @@ from itertools import groupby
 
 from flwr.app import RecordDict
 
+from fedcl.base.interruption import client_fault, described
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
-from fedcl.fields import clean
-from fedcl.interruption import client_fault, described
+from fedcl.contracts.fields import clean
 from fedcl.messages import CHANGES_STATE, Reply, Request, reply_content, requests
 from fedcl.messages.blocks import block_content
 from fedcl.server.folding import Folding

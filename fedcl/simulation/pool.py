@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 from fedcl.simulation.jobs import Job
 from fedcl.simulation.worker import Worker
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fedcl import randomness
-from fedcl.rules import parse_rule, show
+from fedcl.base import randomness
+from fedcl.config.value_rules import parse_rule, show
 
 # What each number of a profile may be, in the grammar of the configuration files; null stands for no limit.
 RULES = {

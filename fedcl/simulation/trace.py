@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from fedcl.rules import show
+from fedcl.config.value_rules import show
 from fedcl.simulation.profile import PARSED, DeviceProfile
 
 _NUMBERS = [field.name for field in fields(DeviceProfile) if field.name != "step_seconds"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedcl.client.plugin import State
+from fedcl.base.tree import pack, unpack
 from fedcl.client.state import MemoryStateStore
+from fedcl.contracts.learner import State
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.simulation.compat import quiet_environment
 from fedcl.simulation.host import ClientHost, Outcome
-from fedcl.tree import pack, unpack
 
 Packed = tuple[Any, dict[str, Any]]  # JSON values, and numpy arrays by path
 
@@ -39,7 +39,7 @@ class Worker:
         torch.set_num_threads(1)
         quiet_environment()
         sys.path.extend(path for path in paths if path not in sys.path)
-        from fedcl.wiring import (  # after the user's own modules can be found
+        from fedcl.assembly import (  # after the user's own modules can be found
             client_runtime,
             make_folding,
             simulated_data,

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcl.building import add_plugin_paths
-from fedcl.locking import hold
-from fedcl.overrides import in_quotes, parse, setting
+from fedcl.config.instantiate import add_plugin_paths
+from fedcl.config.overrides import in_quotes, parse, setting
+from fedcl.config.value_rules import ConfigError, parse_rule
 from fedcl.results import schema
-from fedcl.rules import ConfigError, parse_rule
+from fedcl.results.locking import hold
 from fedcl.sweep.expansion import Job, expand
 from fedcl.sweep.index import Entry, Index
 from fedcl.sweep.processes import Jobs
@@ -146,8 +146,8 @@ def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
 
     What is to be said of the configurations is returned, once each.
     """
-    from fedcl.config import compose, remarks  # here and below: help must not wait for them
-    from fedcl.launches import Trust
+    from fedcl.config.compose import compose, remarks  # here and below: help must not wait for them
+    from fedcl.results.launches import Trust
 
     dirs = [Path(folder) for folder in index.config_dirs]
     if trust:
@@ -169,7 +169,7 @@ def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
 
 
 def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path]) -> None:
-    from fedcl.experiment import check
+    from fedcl.runs.experiment import check
 
     known: set[str] = set()
     source, dataset = None, None

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Glob, Override
 
-from fedcl.config import list_choices
-from fedcl.overrides import parse
-from fedcl.rules import ConfigError
+from fedcl.config.compose import list_choices
+from fedcl.config.overrides import parse
+from fedcl.config.value_rules import ConfigError
 
 _MAX_NAME = 120  # bytes that a folder's name may have, with room for what is put after it
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedcl.files import write_atomic
+from fedcl.base.files import write_atomic
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import reading, schema
-from fedcl.rules import ConfigError
 from fedcl.sweep.expansion import Job
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")  # a folder in the sweep's own

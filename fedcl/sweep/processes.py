@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fedcl.overrides import as_text
+from fedcl.config.overrides import as_text
 from fedcl.results import schema
 from fedcl.sweep.index import Entry, Index
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
 
 
 def attention(models_KP: Tensor, sigma: float, alpha: float) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, ServerView, Target, Update
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, ServerView, Target, Update
 from fedcl.server.fold import fold
 from strategies.collaboration.fedavg import FedAvg
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedcl.server.contracts import Collaboration, Update
+from fedcl.contracts.strategy import Collaboration, Update
 
 
 class FedAvg(Collaboration):

@@ -13,7 +13,7 @@ class FedBN(FedAvg):
     """Average what no normalisation layer owns; the global model's layers stay as they were initialised.
 
     So the global model by itself predicts little of use: look at the personal accuracies. The client half is
-    ``clients.fedbn.FedBN``.
+    ``clients.strategies.fedbn.FedBN``.
 
     Raises
     ------

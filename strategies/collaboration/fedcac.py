@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import TensorField
+from fedcl.contracts.fields import TensorField
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
 
 __all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
 
@@ -89,7 +89,8 @@ class FedCAC(Collaboration):
         rounds in (0, 1). A third to half of the rounds is usual.
     masks
         ``server`` computes the masks there, from the model that was sent, or what staleness correction made of it.
-        ``client`` has them sent, one bit a parameter, by ``clients.fedcac.CriticalMask``. On time both are the same.
+        ``client`` has them sent, one bit a parameter, by ``clients.strategies.fedcac.CriticalMask``. On time both are
+        the same.
 
     Raises
     ------

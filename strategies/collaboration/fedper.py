@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
+from fedcl.contracts.strategy import Collaboration
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.server.contracts import Collaboration
 
-_HEAD = re.compile(r"(?:^|\.)heads?\.")  # as clients.fedper knows them
+_HEAD = re.compile(r"(?:^|\.)heads?\.")  # as clients.strategies.fedper knows them
 
 
 class FedPer(Collaboration):

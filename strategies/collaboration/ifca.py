@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import TensorField
+from fedcl.contracts.fields import TensorField
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, LocalWork, ServerView, Target, Update
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, LocalWork, ServerView, Target, Update
 from fedcl.server.fold import fold
 from strategies.collaboration.fedavg import FedAvg
 

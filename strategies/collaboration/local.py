@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
 
 
 class Local(Collaboration):

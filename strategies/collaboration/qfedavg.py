@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import TensorField
-from fedcl.server.contracts import Collaboration, Update
+from fedcl.contracts.fields import TensorField
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.strategy import Collaboration, Update
 
 _LEAST = 1e-10  # a loss of zero must not divide
 
@@ -23,7 +23,7 @@ _LEAST = 1e-10  # a loss of zero must not divide
 class QFedAvg(Collaboration):
     """Average with weights h_k of vectors L F_k^q delta_k / h_k, which is the paper's step.
 
-    With ``q`` 0 it is the plain mean over clients. Its client half is ``clients.qfedavg.QFedAvg``.
+    With ``q`` 0 it is the plain mean over clients. Its client half is ``clients.strategies.qfedavg.QFedAvg``.
 
     Raises
     ------

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
 from fedcl.models.flat import Spec
-from fedcl.server.contracts import GLOBAL, Collaboration, ServerView, Target, Update
 
 
 def median(deltas_KG: Tensor) -> Tensor:

@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload
-from fedcl.fields import MODEL
+from fedcl.contracts.fields import MODEL
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Fold, ServerView, Target, Update
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Collaboration, Fold, ServerView, Target, Update
 
 
 class Scaffold(Collaboration):
     """Average uniformly, step with ``server_lr`` (the paper's eta_g), and keep the server's control variate c.
 
-    Its client half is ``clients.scaffold.Scaffold``. The server holds the sum over clients alone, never one client's
-    variate, so forgetting starts the variates over: here and, through ``control_epoch``, at every client.
+    Its client half is ``clients.strategies.scaffold.Scaffold``. The server holds the sum over clients alone, never one
+    client's variate, so forgetting starts the variates over: here and, through ``control_epoch``, at every client.
 
     Raises
     ------

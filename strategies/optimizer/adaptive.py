@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import ServerOptimizer, Target
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import ServerOptimizer, Target
 
 
 class Adaptive(ServerOptimizer):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedcl.server.contracts import Answer
+from fedcl.contracts.strategy import Answer
 
 UnlearnBasis = Literal["keep", "drop_task", "keep_grams", "recompute"]
 WHY = {

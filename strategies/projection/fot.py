@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedcl.linalg import project_out
+from fedcl.base.linalg import project_out
+from fedcl.contracts.strategy import Answer, Event, LocalWork, Query, ServerView, Target
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.server.contracts import Answer, Event, LocalWork, Query, ServerView, Target
 from strategies.projection.basis_memory import UnlearnBasis
 from strategies.projection.growth import GrowingBases, Method, Variant
 from strategies.projection.subspace import KEY, frozen, inputs, protected, readable, unprotected

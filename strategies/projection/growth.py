@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedcl.fields import NOTHING, Form, TensorField
-from fedcl.linalg import extend_basis
+from fedcl.base.linalg import extend_basis
+from fedcl.contracts.fields import NOTHING, Form, TensorField
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import Answer, PastView, Projection, Query, ServerView
 from fedcl.models.flat import TensorSpec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import Answer, PastView, Projection, Query, ServerView
 from strategies.projection.basis_memory import WHY, BasisMemory, Extension, UnlearnBasis
 from strategies.projection.subspace import Found, from_grams, from_official, from_ranges, from_sketches, inputs
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import Event, Projection, ServerView, Target
 from fedcl.models.flat import Spec
 from fedcl.models.merge import layer_factors, scaled_change
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import Event, Projection, ServerView, Target
 
 
 class LiNeS(Projection):

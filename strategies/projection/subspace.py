@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcl.linalg import (
+from fedcl.base.linalg import (
     gram_spectrum,
     leading,
     nystrom_spectrum,
@@ -17,8 +17,8 @@ from fedcl.linalg import (
     random_signs,
     sketch_spectrum,
 )
+from fedcl.contracts.strategy import Answer
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.server.contracts import Answer
 
 KEY = "strategy.projection.server"
 

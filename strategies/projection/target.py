@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcl.client.plugin import Payload
+from fedcl.contracts.learner import Payload
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection, ServerView
+from fedcl.contracts.strategy import Target as TargetName
 from fedcl.models.flat import FlatModel
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import GLOBAL, Event, LocalWork, Projection, ServerView
-from fedcl.server.contracts import Target as TargetName
 
 INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
 

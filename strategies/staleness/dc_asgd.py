@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import ServerView, Staleness, Update
 from fedcl.models.flat import Spec
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import ServerView, Staleness, Update
 from strategies.staleness.rebase import rebased
 
 # P = parameters

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import LocalWork, ServerView, Staleness, Update
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import LocalWork, ServerView, Staleness, Update
 from strategies.staleness.hindsight import Hindsight
 from strategies.staleness.inversion import Variant
 from strategies.staleness.rebase import rebased

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedcl.client.loop import LocalTraining
+from fedcl.contracts.learner import LocalTraining
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import Output
 

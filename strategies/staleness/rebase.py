@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedcl.server.contracts import ServerView, Update
+from fedcl.contracts.strategy import ServerView, Update
 from fedcl.server.strategy import exact_sum
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedcl.server.contracts import LocalWork, ServerView, Update
+from fedcl.contracts.strategy import LocalWork, ServerView, Update
 from strategies.staleness.inversion import Simulation, Variant, batch_plan, trainable
 
 # P = parameters, N = made-up samples, C = allowed columns

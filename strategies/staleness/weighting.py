@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from fedcl.server.contracts import ServerView, Staleness, Update
+from fedcl.contracts.strategy import ServerView, Staleness, Update
 from strategies.staleness.rebase import rebased
 
 
@@ -110,7 +110,7 @@ class FedAsync(Staleness):
     As a change of the present model that is a (w_i - w), which pulls back what happened since the client started; a
     weighted change a (w_i - w_base) does not. Fresh updates are the identity, as for every corrector: the published
     rule on them too is ``alpha=1`` here with a server learning rate of the published alpha. The client's proximal term
-    is :class:`clients.fedprox.FedProx`'s business.
+    is :class:`clients.strategies.fedprox.FedProx`'s business.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from fedcl.bench.result import Result
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "learners"
 
 
-# tests/clients/test_hand_loops.py has each learner's equations; the loops that time them are told apart by these three
+# tests/clients/learners/test_hand_loops.py has each learner's equations; these tell the loops that time them apart
 QUICK = ("naive", "er", "lwf")
 
 

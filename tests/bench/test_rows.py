@@ -18,7 +18,7 @@ from benchmarks.si_blurry.run import BENCH as SI_BLURRY
 from benchmarks.stability_gap.run import BENCH as STABILITY_GAP
 from benchmarks.stability_gap.run import gap
 from benchmarks.two_phase import run as two_phase
-from fedcl.config import compose
+from fedcl.config.compose import compose
 
 BENCHES = (STABILITY_GAP, SCOLE, SI_BLURRY, D_SIMPLEX, PRETRAINED_VIT)
 by_name = pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
-from fedcl.client.plugin import Context, Plugin, TaskData
 from fedcl.client.runtime import ClientRuntime
+from fedcl.contracts.learner import Context, LocalTraining, Plugin, TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model

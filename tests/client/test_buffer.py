@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from fedcl.base.tree import clone, equal, pack, unpack
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.plugin import Batch, Context, TaskData
 from fedcl.client.policies import herd
+from fedcl.contracts.learner import Batch, Context, TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP
 from fedcl.scenario.task import Task
-from fedcl.tree import clone, equal, pack, unpack
 
 
 def show(buffer: ReplayBuffer, start: int, stop: int, generator: torch.Generator, task: int = 0) -> None:

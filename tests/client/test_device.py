@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from fedcl.building import targets_in
 from fedcl.client.device import (
     Agreement,
     DeviceData,
@@ -21,9 +20,10 @@ from fedcl.client.device import (
     relabel,
     sent_to_devices,
 )
-from fedcl.config import CONFIG_DIR, compose, path_keys
+from fedcl.config.compose import CONFIG_DIR, compose, path_keys
+from fedcl.config.instantiate import targets_in
+from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import ArrayDataset, Dataset
-from fedcl.rules import ConfigError
 from fedcl.scenario.task import Task
 
 
@@ -107,7 +107,7 @@ NAMES_A_FILE = re.compile(r"(^|_)(root|path|paths|file|files|dir|dirs|folder|fol
 
 
 def test_every_key_of_every_yaml_that_names_a_file_says_so_in_its_rule() -> None:
-    from fedcl.conform import SPECIAL, rules_of
+    from fedcl.config.conform import SPECIAL, rules_of
 
     def keys(node: Any, place: str) -> Iterator[tuple[str, Any, str]]:
         rules = rules_of(node, place)

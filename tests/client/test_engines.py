@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fedcl.client.engines import stackable, stacks
 from fedcl.client.fused import FusedStep
-from fedcl.client.loop import LocalTraining, fit
-from fedcl.client.plugin import Batch, Context, Plugin, TaskData
+from fedcl.client.loop import fit
 from fedcl.client.stacked import fit_stacked
+from fedcl.config.value_rules import ConfigError
+from fedcl.contracts.learner import Batch, Context, LocalTraining, Plugin, TaskData
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, LeNet, build_model
-from fedcl.rules import ConfigError
 from fedcl.scenario.task import Task
 
 PLAIN = LocalTraining(epochs=2, batch_size=16, lr=0.1)

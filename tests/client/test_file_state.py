@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedcl.base.tree import equal
 from fedcl.client.file_state import FileStateStore, StateDamaged
 from fedcl.client.state import NEVER, MemoryStateStore
-from fedcl.tree import equal
 
 Store = MemoryStateStore | FileStateStore
 NAUGHTY = ["", ".", "..", "../a", "a/b", "/etc", "a\\b", "a\n", "a b", "ä", "a\x00", "~/a", "x" * 129]
@@ -296,7 +296,7 @@ import json, os, resource, sys
 from pathlib import Path
 import torch
 from fedcl.client.file_state import FileStateStore
-from fedcl.files import write_atomic
+from fedcl.base.files import write_atomic
 
 folder = Path(sys.argv[1])
 store = FileStateStore(folder)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcl.client.loop import LocalTraining, accuracy, fit, masked_cross_entropy, ordered, owner
-from fedcl.client.plugin import Batch, Context, Phase, Plugin
+from fedcl.base.randomness import torch_generator
+from fedcl.client.loop import accuracy, fit, masked_cross_entropy, ordered, owner
+from fedcl.contracts.learner import Batch, Context, LocalTraining, Phase, Plugin
 from fedcl.models.networks import Output
-from fedcl.randomness import torch_generator
 from fedcl.scenario.task import Task
 
 Make = Callable[..., Context]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Batch, Context, Plugin, State
+from fedcl.base.tree import clone, equal
 from fedcl.client.runtime import ClientRuntime, check_learner
 from fedcl.client.state import NEVER, MemoryStateStore
+from fedcl.contracts.learner import Batch, Context, Plugin, State
 from fedcl.messages import Reply, Request
 from fedcl.models.networks import Output
 from fedcl.scenario.task import Task
-from fedcl.tree import clone, equal
 
 TASKS = [Task(0, (0, 1), (0, 1), mask=(0, 1)), Task(1, (2, 3), (2, 3), mask=(0, 1, 2, 3))]
 Make = Callable[..., ClientRuntime]

@@ -7,9 +7,9 @@ import torch
 
 from fedcl.client.forgetting import part
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.unlearner import Samples
+from fedcl.contracts.requests import ForgetNote, ForgetRequest
+from fedcl.contracts.unlearner import Samples
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
-from fedcl.requests import ForgetNote, ForgetRequest
 from fedcl.scenario.task import Task
 
 CPU = torch.device("cpu")

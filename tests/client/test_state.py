@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedcl.base.tree import clone, equal
 from fedcl.client.state import NEVER, MemoryStateStore
-from fedcl.tree import clone, equal
 
 
 def test_a_client_never_visited_has_an_empty_state() -> None:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedcl.config import compose
+from fedcl.assembly import load_dataset, make_model
+from fedcl.base.randomness import numpy_generator
+from fedcl.config.compose import compose
 from fedcl.data.dataset import Dataset
-from fedcl.prepared import Prepared, make_server
-from fedcl.randomness import numpy_generator
-from fedcl.replay import make_unlearning
+from fedcl.runs.retrained import make_unlearning
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.simulation.backend import open_backend
-from fedcl.wiring import load_dataset, make_model
 from tests.toy import Diary
 
 TARGET, POISONED = 9, 0.8

@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedcl.base.tree import pack, unpack
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
-from fedcl.client.plugin import Plugin
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
+from fedcl.contracts.learner import LocalTraining, Plugin
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.messages import Request
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Stream
-from fedcl.tree import pack, unpack
 
 Factories = Mapping[str, Callable[[], Plugin]]
 

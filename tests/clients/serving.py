@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedcl.client.loop import LocalTraining
-from fedcl.client.unlearner import Samples, UnlearnContext, Unlearner, Value
-from fedcl.fields import Form
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.fields import Form
+from fedcl.contracts.learner import LocalTraining
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.strategy import Answer, Target
+from fedcl.contracts.unlearner import Samples, UnlearnContext, Unlearner, Value
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
-from fedcl.randomness import torch_generator
-from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Target
 from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
 

@@ -13,13 +13,13 @@ from clients.learners.ewc import EWC
 from clients.learners.mas import MAS
 from clients.learners.quadratic import summands, summed
 from clients.learners.si import SI
-from fedcl.client.plugin import Batch, Context, Plugin, TaskData
+from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.strategy import Answer, Query
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
-from fedcl.requests import ForgetRequest
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import Answer, Query
 from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
 

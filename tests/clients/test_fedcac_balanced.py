@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from clients.fedcac import BalancedCriticalMask
+from clients.strategies.fedcac import BalancedCriticalMask
+from fedcl.base.randomness import torch_generator
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.plugin import Batch, Context, TaskData
+from fedcl.contracts.learner import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output, build_model
-from fedcl.randomness import torch_generator
 from fedcl.scenario.task import Task
 
 # one client holds three samples of class 0 and one of class 2

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcl.config import compose
+from fedcl.assembly import load_dataset
+from fedcl.config.compose import compose
 from fedcl.data.sources import digits, idx, npz
-from fedcl.wiring import load_dataset
 
 NAMES = {
     "x_train": "train-images-idx3-ubyte",

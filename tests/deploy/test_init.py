@@ -14,12 +14,12 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.deploy.bundle import sign
 from fedcl.deploy.check import check
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet, Launch, read_launches, write_launch
 from fedcl.deploy.processes import free_ports
-from fedcl.rules import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,8 +20,8 @@ from fedcl.deploy.bundle import KEY, sign, trusted
 from fedcl.deploy.certificates import new_device_key, new_signing_key
 from fedcl.deploy.gate import DeviceKeys
 from fedcl.deploy.superlink import FleetState
-from fedcl.nodes import SERVER_FOLDER, open_nodes, owners
 from fedcl.simulation.compat import message_with
+from fedcl.simulation.nodes import SERVER_FOLDER, open_nodes, owners
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fedcl.cli import main
-from fedcl.client.plugin import Context, Plugin, State
-from fedcl.experiment import resume
+from fedcl.contracts.learner import Context, Plugin, State
 from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
+from fedcl.runs.experiment import resume
 from fedcl.simulation.devices import DeviceProfile
 
 Play = Callable[..., Path]
@@ -27,7 +27,7 @@ SMALL += ["checkpoint.min_seconds=0"]
 STRIKE = '''
 from pathlib import Path
 
-from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.contracts.learner import Context, Phase, Plugin
 
 
 class Strike(Plugin):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedcl.cli import main
-from fedcl.export import load_model
 from fedcl.results import load
 from fedcl.results.progress import Progress
+from fedcl.runs.export import load_model
 
 RUN = ["run", "--quiet", "backend=inline", "figures=false", "num_clients=3", "rounds_per_task=1"]
 RUN += ["scenario=class_incremental", "scenario.num_tasks=2", "strategy/projection=none", "learner=er"]

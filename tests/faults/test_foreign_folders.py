@@ -22,7 +22,7 @@ RUN += ["scenario=class_incremental", "scenario.num_tasks=2", "strategy/projecti
 CODE = """
 from pathlib import Path
 Path({mark!r}).touch()
-from fedcl.client.plugin import Plugin
+from fedcl.contracts.learner import Plugin
 
 class Own(Plugin):
     pass

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fedcl.config import list_choices
+from fedcl.base.tree import equal
+from fedcl.config.compose import list_choices
 from fedcl.simulation import backend
-from fedcl.tree import equal
 from tests.faults.spoiling import BAD, Spoiling
 from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
 
@@ -45,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def configured(choices: Choices, files: dict[str, str], device: torch.device, *extra: str) -> dict[str, Any]:
     request = []
     if "unlearner" in choices:
-        from fedcl.wiring import make_unlearner
+        from fedcl.assembly import make_unlearner
 
         cfg = configure(choices, files, device, *SMALL, *extra, num_tasks=2)
         request = [REQUEST if "class" in make_unlearner(cfg).scopes else CLIENT]

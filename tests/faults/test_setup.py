@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from fedcl.assembly import device_of
 from fedcl.cli import main
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
+from fedcl.contracts.strategy import GLOBAL, Answer, Query
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.results import load
-from fedcl.rules import ConfigError
-from fedcl.server.contracts import GLOBAL, Answer, Query
-from fedcl.wiring import device_of
 from strategies.projection.fot import FOT
 
 Play = Callable[..., Path]

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from fedcl.cli import main
-from fedcl.experiment import resume
 from fedcl.results import load
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.results.environment import create_run_dir
 from fedcl.results.progress import Progress
+from fedcl.runs.experiment import resume
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the run has begun")
 
-    monkeypatch.setattr("fedcl.experiment.play", never)
+    monkeypatch.setattr("fedcl.runs.experiment.play", never)
     assert main([*RUN, f"run_dir={tmp_path / place}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
-from fedcl.config import ConfigError, compose
+from fedcl.config.compose import ConfigError, compose
 from fedcl.messages import Reply, Request
 from fedcl.results import load
 from fedcl.server.rounds import RoundFailed
@@ -135,7 +135,7 @@ def test_a_round_of_updates_without_weight_changes_nothing(build: Any) -> None:
 # -- hostile updates --------------------------------------------------------------------------------------------------
 
 HOSTILE = '''
-from fedcl.client.plugin import Context, Phase, Plugin
+from fedcl.contracts.learner import Context, Phase, Plugin
 
 
 class SignFlip(Plugin):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedcl.config import compose
+from fedcl.assembly import load_dataset, make_model, make_stream
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.models import budget
 from fedcl.models.networks import MLP, build_model
-from fedcl.rules import ConfigError
-from fedcl.wiring import load_dataset, make_model, make_stream
 
 
 def build(*overrides: str) -> None:

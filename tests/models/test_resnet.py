@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedcl.client.loop import LocalTraining
+from fedcl.contracts.learner import LocalTraining
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import build_model
 from fedcl.models.resnet import BatchNorm2d, ResNet

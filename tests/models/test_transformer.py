@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from fedcl.client.loop import LocalTraining
+from fedcl.contracts.learner import LocalTraining
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import Network, build_model
 from fedcl.models.transformer import Attention, CharTransformer, CodeEmbedding, ViT

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from fedcl.cli import main
-from fedcl.config import compose
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.results.compare import compare, run_folders
 from fedcl.results.tables import FORMATS, render
-from fedcl.rules import ConfigError
 
 ER = {"er": {"_target_": "clients.learners.er.ER", "budget": 200}}
 EWC = {"ewc": {"_target_": "clients.learners.ewc.EWC", "weight": 10.0}}

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fedcl.config import compose, to_yaml
-from fedcl.requests import ForgetRequest
+from fedcl.config.compose import compose, to_yaml
+from fedcl.contracts.requests import ForgetRequest
 from fedcl.results import html
-from fedcl.results.certificate import About, write
 from fedcl.results.html.elements import Cell, esc, table
 from fedcl.results.html.svg import inline
 from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.run import load
-from fedcl.server.receipt import Receipt
+from fedcl.unlearning.certificate import About, write
+from fedcl.unlearning.receipt import Receipt
 from tests.results.rich_run import NAMES, write_run
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>\x00\u202e"

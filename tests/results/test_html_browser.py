@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcl.config import compose
+from fedcl.config.compose import compose
 from fedcl.results import html
 from fedcl.results.run import load
 from tests.results import browser

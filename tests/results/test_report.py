@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedcl.config.value_rules import ConfigError
 from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
 from fedcl.results.run import load
-from fedcl.rules import ConfigError
 
 MakeRun = Callable[..., Path]
 

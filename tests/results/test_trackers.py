@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fedcl.experiment import resume
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import load
 from fedcl.results.recorder import Recorder
 from fedcl.results.trackers import Trackers, check, scalars
 from fedcl.results.tracking import MLflow, TensorBoard, WandB
-from fedcl.rules import ConfigError
+from fedcl.runs.experiment import resume
 
 Play = Callable[..., Path]
 SMALL = ("num_clients=2", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")

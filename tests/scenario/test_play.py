@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl.config import compose
-from fedcl.experiment import run
-from fedcl.prepared import Prepared
+from fedcl.base.tree import equal
+from fedcl.config.compose import compose
 from fedcl.results import load
+from fedcl.runs.experiment import run
+from fedcl.runs.setup import Prepared
 from fedcl.server.exchange import Exchange
-from fedcl.tree import equal
 from tests.toy import Choices, Diary, configure, missing, play, write_files
 
 METHODS: Choices = {"learner": "ewc", "strategy/projection": "fot"}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedcl.config import compose, list_choices
-from fedcl.prepared import Prepared
+from fedcl.config.compose import compose, list_choices
+from fedcl.runs.setup import Prepared
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scenarios.md").read_text()
 COMMANDS = sorted(set(re.findall(r"fedcl run [^`\n]+", PAGE)))

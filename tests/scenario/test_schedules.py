@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcl.scenario.asynchrony import Asynchronous, Shifted, Shuffled
-from fedcl.scenario.curriculum import Curriculum
 from fedcl.scenario.population import Availability, Growing
 from fedcl.scenario.schedule import Itineraries, Span, Synchronous, stage_ends
 from fedcl.scenario.streams import ClassIncremental
+from fedcl.server.curriculum import Curriculum
 
 CLIENTS = [str(i) for i in range(12)]
 RUN: dict[str, Any] = {"num_tasks": 4, "rounds_per_task": 3, "clients": CLIENTS, "seed": 0}

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcl.building import build
+from fedcl.config.instantiate import build
 from fedcl.scenario.domains import DomainColoured, DomainCorrupted, DomainPermuted, DomainRotated
 from fedcl.scenario.materialise import materialise, targets
 from fedcl.scenario.streams import ClassIncremental, Joint, TaskIncremental

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedcl.base.randomness import numpy_generator
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
-from fedcl.client.plugin import Plugin
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
+from fedcl.contracts.learner import LocalTraining, Plugin
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
-from fedcl.randomness import numpy_generator
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.server.arrivals import Arrivals, VirtualClock

@@ -8,12 +8,12 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 
-from fedcl.client.plugin import Context, Plugin, State
+from fedcl.base.tree import equal, pack, unpack
+from fedcl.contracts.learner import Context, Plugin, State
+from fedcl.contracts.strategy import GLOBAL
 from fedcl.server.arrivals import VirtualClock, WallClock
-from fedcl.server.contracts import GLOBAL
 from fedcl.server.rounds import RoundFailed
 from fedcl.simulation.devices import DeviceProfile
-from fedcl.tree import equal, pack, unpack
 
 
 class Counter(Plugin):

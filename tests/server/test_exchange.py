@@ -10,13 +10,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from fedcl.client.plugin import Context, Payload, Plugin, State
+from fedcl.base.interruption import Interrupted, Terminated, interruptible
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, ClientStateStore
-from fedcl.fields import MODEL, TensorField
-from fedcl.interruption import Interrupted, Terminated, interruptible
+from fedcl.contracts.fields import MODEL, TensorField
+from fedcl.contracts.learner import Context, Payload, Plugin, State
+from fedcl.contracts.strategy import Collaboration, Query
 from fedcl.messages import Reply, Request
-from fedcl.server.contracts import Collaboration, Query
 from fedcl.server.strategy import Outgoing, Pipeline
 from fedcl.simulation.host import ClientHost, Failure
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.randomness import torch_generator
-from fedcl.server.contracts import GLOBAL, Update
 from fedcl.server.fold import BLOCK, PIECE, fold
 
 # a body of 2 elements, two heads of 1 element each

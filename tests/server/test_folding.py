@@ -14,21 +14,21 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from fedcl.config import compose
-from fedcl.fields import TensorField
+from fedcl.assembly import load_dataset, make_folding, make_model, make_stream
+from fedcl.base.randomness import torch_generator
+from fedcl.config.compose import compose
+from fedcl.contracts.fields import TensorField
+from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.messages import VISIT, Reply, Request, visit_record
 from fedcl.messages.blocks import BlockSum, block_content, is_block, read_block
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.randomness import torch_generator
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, Update
 from fedcl.server.exchange import COHORT
 from fedcl.server.fold import BLOCK, Folded, RunningFold, fold, fold_block
 from fedcl.server.folding import Folding
 from fedcl.server.loop import Server
 from fedcl.server.validation import Expected
 from fedcl.simulation.jobs import Job, without
-from fedcl.wiring import load_dataset, make_folding, make_model, make_stream
 
 SPEC = Spec([TensorSpec("body", (3,), 0, 3, "parameter", None), TensorSpec("head", (1,), 3, 4, "parameter", 1)])
 TASK = Task(id=1, classes=(0, 1), columns=(0, 1), head=1)

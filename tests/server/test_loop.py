@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl.client.plugin import Context, Plugin, State
+from fedcl.base.tree import equal
 from fedcl.client.state import NEVER
+from fedcl.contracts.learner import Context, Plugin, State
+from fedcl.contracts.strategy import GLOBAL
 from fedcl.results.checkpoint import Checkpoints
-from fedcl.server.contracts import GLOBAL
 from fedcl.server.rounds import RoundFailed
-from fedcl.tree import equal
 from tests.toy import configure, play, write_files
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcl.client.plugin import Payload, Plugin
-from fedcl.fields import MODEL, TensorField
-from fedcl.models.flat import Spec, TensorSpec
-from fedcl.randomness import torch_generator
-from fedcl.requests import ForgetRequest, Residual
-from fedcl.server.contracts import (
+from fedcl.base.randomness import torch_generator
+from fedcl.contracts.fields import MODEL, TensorField
+from fedcl.contracts.learner import Payload, Plugin
+from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.strategy import (
     GLOBAL,
     Collaboration,
     Projection,
@@ -24,6 +23,7 @@ from fedcl.server.contracts import (
     Target,
     Update,
 )
+from fedcl.models.flat import Spec, TensorSpec
 from fedcl.server.strategy import Pipeline, check_payloads
 from strategies.collaboration.fedavg import FedAvg
 

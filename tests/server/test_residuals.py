@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl.config import list_choices
-from fedcl.requests import ForgetRequest, Residual
+from fedcl.base.tree import clone, equal
+from fedcl.config.compose import list_choices
+from fedcl.contracts.requests import ForgetRequest, Residual
 from fedcl.server.strategy import Pipeline
-from fedcl.tree import clone, equal
 from tests.toy import FITS, PARTS, Diary, Enough, configure, missing, play, write_files
 
 CPU = torch.device("cpu")

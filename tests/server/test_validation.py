@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedcl.fields import LARGEST, MAX_EXAMPLES, MAX_METRICS, MODEL, TensorField, clean
+from fedcl.contracts.fields import LARGEST, MAX_EXAMPLES, MAX_METRICS, MODEL, TensorField, clean
+from fedcl.contracts.requests import residuals_from
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.requests import residuals_from
 from fedcl.server.validation import Expected, rejection
 
 SPEC = Spec(

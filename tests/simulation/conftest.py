@@ -20,7 +20,7 @@ from pathlib import Path
 import ray
 import torch
 
-from fedcl.client.plugin import Context, Phase, Plugin, State
+from fedcl.contracts.learner import Context, Phase, Plugin, State
 
 
 class Faulty(Plugin):

@@ -16,8 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fedcl.building import build
-from fedcl.rules import ConfigError, conform
+from fedcl.config.instantiate import build
+from fedcl.config.value_rules import ConfigError, conform
 from fedcl.simulation.devices import DeviceProfile, Homogeneous, Ideal, LogNormal, Tiers, Trace
 from fedcl.simulation.profile import RULES
 

@@ -14,16 +14,24 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedcl import __version__, server_app
+from fedcl.assembly import load_dataset, split_dataset
 from fedcl.client.device_state import DeviceStateStore
-from fedcl.config import compose
-from fedcl.experiment import resume, run
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.messages import hello_reply
-from fedcl.nodes import SERVER_FOLDER, bind_node, forget_refusals, note_refusal, open_nodes, refusals, write_order
 from fedcl.results import load
-from fedcl.rules import ConfigError
+from fedcl.runs.experiment import resume, run
+from fedcl.runs.verify import verify
 from fedcl.simulation.compat import identity
-from fedcl.verify import verify
-from fedcl.wiring import load_dataset, split_dataset
+from fedcl.simulation.nodes import (
+    SERVER_FOLDER,
+    bind_node,
+    forget_refusals,
+    note_refusal,
+    open_nodes,
+    refusals,
+    write_order,
+)
 
 _FILE = Path(__file__).with_name("fleet_of_devices.py")
 _SPEC = importlib.util.spec_from_file_location("fleet_of_devices", _FILE)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedcl.config import ConfigError, compose
-from fedcl.experiment import run
-from fedcl.prepared import Prepared
+from fedcl.config.compose import ConfigError, compose
 from fedcl.results import load
+from fedcl.runs.experiment import run
+from fedcl.runs.setup import Prepared
 from fedcl.simulation.backend import open_backend
 from fedcl.simulation.cluster import start_ray
 
@@ -146,7 +146,7 @@ def _write_broken(folder: Path, statement: str) -> None:
     (folder / "learner" / "broken.yaml").write_text("# Works in the driver only.\nbroken:\n  _target_: broken.Broken\n")
     (folder / "broken.py").write_text(
         "import ray\n"
-        "from fedcl.client.plugin import Plugin\n"
+        "from fedcl.contracts.learner import Plugin\n"
         "if ray.is_initialized() and ray.get_runtime_context().get_actor_id():\n"
         f"    {statement}\n"
         "class Broken(Plugin):\n    '''Fine.'''\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from fedcl.config import compose
-from fedcl.experiment import run
+from fedcl.config.compose import compose
+from fedcl.runs.experiment import run
 from fedcl.simulation.compat import quiet_environment
 
 FAST = {

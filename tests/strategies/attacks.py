@@ -13,14 +13,14 @@ import torch
 from flwr.app import ConfigRecord
 from torch import Tensor
 
-from fedcl.config import compose
+from fedcl.assembly import load_dataset
+from fedcl.config.compose import compose
 from fedcl.data.dataset import Dataset
 from fedcl.messages import ARRAYS, BLOCKS, VISIT, read_reply, reply_content
 from fedcl.messages.arrays import FLAT, record_tensors
-from fedcl.prepared import Prepared, make_server
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.simulation.compat import message_with
-from fedcl.wiring import load_dataset
 from tests.toy import Diary
 
 # K = honest clients, P = parameters

@@ -12,18 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+from fedcl.base.randomness import numpy_generator, torch_generator
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
-from fedcl.client.plugin import Plugin
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
+from fedcl.contracts.learner import LocalTraining, Plugin
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Update
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.messages import Reply, Request
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, build_model
-from fedcl.randomness import numpy_generator, torch_generator
 from fedcl.scenario.task import Task
-from fedcl.server.contracts import GLOBAL, Collaboration, Update
 from fedcl.server.strategy import Pipeline
 
 CLIENTS = ("0", "1", "2")

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedcl.base.randomness import numpy_generator, torch_generator
 from fedcl.client.local_data import PartitionedData
-from fedcl.client.loop import LocalTraining
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
+from fedcl.contracts.learner import LocalTraining
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Update
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.messages import Request
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import MLP, build_model
-from fedcl.randomness import numpy_generator, torch_generator
 from fedcl.scenario.streams import ClassIncremental
-from fedcl.server.contracts import GLOBAL, LocalWork, Update
 from strategies.staleness.gradient_inversion import GradientInversion
 
 CLIENTS = ("a", "b")

@@ -14,15 +14,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Krum
 from numpy.typing import NDArray
 
-from fedcl import wiring
+from fedcl import assembly
+from fedcl.base.tree import pack, unpack
 from fedcl.client.state import MemoryStateStore
-from fedcl.config import compose
-from fedcl.experiment import resume, run
+from fedcl.config.compose import compose
+from fedcl.config.value_rules import ConfigError
 from fedcl.messages import VISIT, Request, visit_record
 from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
-from fedcl.rules import ConfigError
+from fedcl.runs.experiment import resume, run
 from fedcl.server.arrivals import Arrivals, VirtualClock
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
@@ -33,7 +34,6 @@ from fedcl.simulation.backend import open_backend
 from fedcl.simulation.compat import identity
 from fedcl.simulation.devices import DeviceProfile
 from fedcl.simulation.host import ClientHost, Failure
-from fedcl.tree import pack, unpack
 
 Play = Callable[..., Path]
 ROUNDS = 3
@@ -69,11 +69,11 @@ class World:
     def __init__(self, *overrides: str) -> None:
         chosen = ["backend=inline", "strategy=flower_fedavg", *SMALL, *overrides]
         self.cfg = compose(chosen)
-        self.dataset = wiring.load_dataset(self.cfg)
-        self.partition = wiring.split_dataset(self.cfg, self.dataset)
-        self.stream = wiring.make_stream(self.cfg, self.dataset)
-        self.schedule = wiring.make_schedule(self.cfg, self.stream)
-        self.model = wiring.make_model(self.cfg, self.dataset, self.stream, torch.device("cpu"))
+        self.dataset = assembly.load_dataset(self.cfg)
+        self.partition = assembly.split_dataset(self.cfg, self.dataset)
+        self.stream = assembly.make_stream(self.cfg, self.dataset)
+        self.schedule = assembly.make_schedule(self.cfg, self.stream)
+        self.model = assembly.make_model(self.cfg, self.dataset, self.stream, torch.device("cpu"))
         self.initial = self.model.vector()
 
     @contextmanager
@@ -103,8 +103,8 @@ class World:
         return models
 
     def host(self) -> ClientHost:
-        data = wiring.simulated_data(self.dataset, self.partition, tuple(NODES))
-        return ClientHost(wiring.client_runtime(self.cfg, data, self.dataset), MemoryStateStore())
+        data = assembly.simulated_data(self.dataset, self.partition, tuple(NODES))
+        return ClientHost(assembly.client_runtime(self.cfg, data, self.dataset), MemoryStateStore())
 
 
 class FlowersSide(Grid):
@@ -368,7 +368,9 @@ def test_a_strategy_that_needs_more_of_its_clients_is_refused() -> None:
 
 def test_a_plugin_that_uploads_is_refused_with_a_stock_strategy(run_experiment: Play, tmp_path: Path) -> None:
     (tmp_path / "learner").mkdir()
-    (tmp_path / "learner" / "drift.yaml").write_text("# Uploads.\ndrift:\n  _target_: clients.scaffold.Scaffold\n")
+    (tmp_path / "learner" / "drift.yaml").write_text(
+        "# Uploads.\ndrift:\n  _target_: clients.strategies.scaffold.Scaffold\n"
+    )
     with pytest.raises(ConfigError, match="Scaffold exchanges 'control'"):
         run_experiment("run", *SMALL, "strategy=flower_fedavg", "learner=drift", config_dirs=[tmp_path])
 

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor, nn
 
+from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.models.flat import Spec
-from fedcl.server.contracts import GLOBAL, Update
 from fedcl.server.stock import Stock
 from fedcl.simulation.compat import identity
 

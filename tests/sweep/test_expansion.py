@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedcl.cli import main
-from fedcl.rules import ConfigError
+from fedcl.config.value_rules import ConfigError
 from fedcl.sweep.expansion import Job, expand
 from fedcl.sweep.index import Index
 

@@ -48,7 +48,7 @@ def children_of(pid: int) -> list[str]:
 def write_plugin(folder: Path, body: str) -> None:
     (folder / "learner").mkdir(parents=True, exist_ok=True)
     (folder / "fragile.py").write_text(
-        "from fedcl.client.plugin import Phase, Plugin\n\n\n"
+        "from fedcl.contracts.learner import Phase, Plugin\n\n\n"
         "class Fragile(Plugin):\n    phase = Phase.BOOKKEEPING\n\n"
         "    def __init__(self, *, harm: int) -> None:\n        self.harm = harm\n\n"
         f"    def before_round(self, ctx):\n{body}"

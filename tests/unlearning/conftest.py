@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedcl.config import compose
-from fedcl.experiment import run
+from fedcl.config.compose import compose
 from fedcl.results import load
+from fedcl.runs.experiment import run
 
 SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "scenario.num_tasks=2"]
 SMALL += ["rounds_per_task=2", "data/partition=iid", "checkpoint.min_seconds=0", "strategy/projection=none"]

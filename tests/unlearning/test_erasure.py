@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedcl.assembly import load_dataset, split_dataset
 from fedcl.cli import main
-from fedcl.config import compose
-from fedcl.experiment import run
+from fedcl.config.compose import compose
 from fedcl.results import load
-from fedcl.served import AfterServing
+from fedcl.runs.certification import AfterServing
+from fedcl.runs.experiment import run
 from fedcl.server.loop import Server
-from fedcl.server.unlearning import Unlearning
 from fedcl.simulation.grid import BaseGrid
-from fedcl.wiring import load_dataset, split_dataset
+from fedcl.unlearning.service import Unlearning
 
 MARK = bytes(range(201, 217)) + bytes(range(240, 256))  # in every image that client 1 holds, twice
 MARKED = "1"

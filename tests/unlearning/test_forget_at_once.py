@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedcl.inbox import alone
 from fedcl.results import load, schema
 from fedcl.results.checkpoint import Checkpoints
-from fedcl.verify import verify
+from fedcl.runs.verify import verify
+from fedcl.unlearning.submitted import alone
 
-HOLD = "import sys, time; from pathlib import Path; from fedcl.inbox import alone\n"
+HOLD = "import sys, time; from pathlib import Path; from fedcl.unlearning.submitted import alone\n"
 HOLD += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 
 

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
-import fedcl.served as served_module
+import fedcl.runs.certification as served_module
 from fedcl.cli import main
-from fedcl.config import compose
-from fedcl.experiment import resume
-from fedcl.inbox import hand_in
-from fedcl.requests import ForgetRequest
-from fedcl.results import certificate, checkpoint, recorder
+from fedcl.config.compose import compose
+from fedcl.contracts.requests import ForgetRequest
+from fedcl.results import checkpoint, recorder
 from fedcl.results.checkpoint import Checkpoints
+from fedcl.runs.experiment import resume
+from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
-from fedcl.server.serving import ServingView
-from fedcl.server.unlearning import Unlearning
-from fedcl.verify import verify
+from fedcl.unlearning import certificate
+from fedcl.unlearning.service import Unlearning
+from fedcl.unlearning.submitted import hand_in
+from fedcl.unlearning.view import ServingView
 
 Play = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -89,7 +90,7 @@ POINTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function giving the folder of a method's undisturbed run, played once."""
-    from fedcl.experiment import run
+    from fedcl.runs.experiment import run
     from tests.unlearning.conftest import SMALL
 
     folders: dict[str, Path] = {}

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedcl.config import ConfigError, compose
-from fedcl.inbox import hand_in
-from fedcl.requests import ForgetRequest
+from fedcl.config.compose import ConfigError, compose
+from fedcl.contracts.requests import ForgetRequest
 from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
+from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
-from fedcl.verify import verify
+from fedcl.unlearning.submitted import hand_in
 
 Play = Callable[..., Path]
 Events = Callable[..., list[dict[str, Any]]]
@@ -25,7 +25,7 @@ Hash = Callable[[Path], str]
 HALVES = '''
 from collections.abc import Mapping, Sequence
 
-from fedcl.client.unlearner import Unlearner
+from fedcl.contracts.unlearner import Unlearner
 
 
 class Halves(Unlearner):
@@ -161,7 +161,7 @@ def test_the_same_request_again_and_another_under_its_name(
 def test_a_name_that_is_no_file_is_refused(name: str) -> None:
     request = f"{{id: '{name}', scope: client, clients: [3], at: {{round: 1}}}}"
     cfg = compose(["backend=inline", f"unlearning.requests=[{request}]"])
-    from fedcl.prepared import Prepared
+    from fedcl.runs.setup import Prepared
 
     with pytest.raises(ConfigError, match=r"unlearning.requests\[0\].id=.*must be 1 to 64"):
         Prepared.of(cfg)
@@ -207,7 +207,7 @@ def test_messages_on_their_way(
 def test_late_runs_with_requests_are_resumed(
     policy: str, halves: Path, play: Play, tmp_path: Path, metrics_hash: Hash
 ) -> None:
-    from fedcl.experiment import resume
+    from fedcl.runs.experiment import resume
 
     settings = [*LATE, "learner=er", "unlearner=halves", f"unlearning.in_flight={policy}"]
     request = "{id: a, scope: client, clients: [3], at: {round: 3}}"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedcl.config import compose
+from fedcl.config.compose import compose
 from fedcl.messages import Reply
-from fedcl.prepared import Prepared, make_server
-from fedcl.replay import SilentRecord
+from fedcl.runs.retrained import SilentRecord
+from fedcl.runs.setup import Prepared, make_server
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
 from fedcl.server.strategy import Outgoing

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcl.files import write_atomic, write_bytes_atomic
+from fedcl.base.files import write_atomic, write_bytes_atomic
 from fedcl.results import schema
 from fedcl.results.figures import Drawn, draw_all, render
 from fedcl.results.html import elements as e

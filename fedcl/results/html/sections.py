@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from fedcl.results import certificate
 from fedcl.results.configurations import leaves
 from fedcl.results.figures.timeline import FAULTS
 from fedcl.results.html import elements as e
 from fedcl.results.html.elements import Cell
 from fedcl.results.report import event_counts
 from fedcl.results.run import Run
+from fedcl.unlearning import certificate
 
 _MAX_ROWS = 500
 _PLACES = ("run_dir", "name", "trusted_packages")  # depend on where one stands, not on what was run

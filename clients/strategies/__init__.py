@@ -1,0 +1,1 @@
+"""Client sides of server strategies."""

@@ -1,0 +1,71 @@
+"""APFL: predict with a learned mixture of a personal and the shared model.
+
+Deng et al., "Adaptive Personalized Federated Learning", arXiv 2003.13461, Algorithm 1 with its adaptive alpha. With v
+the personal and w the client's copy of the shared model, m = alpha v + (1 - alpha) w:
+
+    v <- v - lr alpha grad F(m);  alpha <- alpha - lr <v - w, grad F(m)>, kept in [0, 1]
+
+The server averages w as FedAvg does.
+"""
+
+# P = length of the flat vector
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.personal import PersonalModel
+from fedcl.contracts.learner import Batch, Context, Phase, State
+
+
+class APFL(PersonalModel):
+    """Move v on each batch, by plain SGD, and alpha once a visit, on its first batch.
+
+    The first batch is where v and w differ by what the other clients have learned. With ``adaptive`` false alpha stays.
+
+    Raises
+    ------
+    ValueError
+        If ``alpha`` is outside [0, 1].
+    """
+
+    phase: ClassVar[Phase] = Phase.BOOKKEEPING
+
+    def __init__(self, *, alpha: float = 0.5, adaptive: bool = True) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"strategy.collaboration.client.alpha={alpha}: must be in [0, 1]")
+        super().__init__()
+        self.alpha = alpha
+        self.adaptive = adaptive
+
+    def state(self) -> State:
+        """Return v and alpha."""
+        state = super().state()
+        return {**state, "alpha": self.alpha} if state and self.adaptive else state
+
+    def load(self, state: State) -> None:
+        """Restore them."""
+        super().load(state)
+        self.alpha = state.get("alpha", self.alpha)
+
+    def predicting(self, ctx: Context) -> Tensor | None:
+        """Return the mixture with the model at hand."""
+        if self._personal is None:
+            return None
+        return self.alpha * self._personal + (1 - self.alpha) * ctx.model.flat
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        """Move v, and at first alpha, while w still stands where it did; buffers of v are those of the mixture."""
+        personal_P, weights = self.personal(), slice(ctx.model.num_parameters)
+        mixture_P = self.alpha * personal_P + (1 - self.alpha) * ctx.model.flat
+        with standing_at(ctx.model, mixture_P):
+            gradient_P = flat_gradient(ctx, batch)
+        alpha = self.alpha
+        if self.adaptive and ctx.step == 0:
+            slope = float((personal_P - ctx.model.flat)[weights] @ gradient_P[weights])
+            self.alpha = min(max(alpha - ctx.lr * slope, 0.0), 1.0)
+        personal_P[weights] -= ctx.lr * alpha * gradient_P[weights]
+        personal_P[ctx.model.num_parameters :] = mixture_P[ctx.model.num_parameters :]
+        return batch

@@ -1,0 +1,46 @@
+"""Ditto: a personal model is trained beside the shared one and held near it.
+
+Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, Algorithm 1:
+v <- v - lr (grad F(v) + lambda (v - w_received)). The server averages as FedAvg does.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.personal import PersonalModel
+from fedcl.contracts.learner import Batch, Context, Phase
+
+
+class Ditto(PersonalModel):
+    """Take one step of the personal model on each batch, by plain SGD.
+
+    The shared model trains as if Ditto were not there: bit for bit, unless dropout draws for both.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is negative or ``lr`` not positive.
+    """
+
+    phase: ClassVar[Phase] = Phase.BOOKKEEPING
+
+    def __init__(self, *, weight: float = 0.1, lr: float | None = None) -> None:
+        if not weight >= 0:
+            raise ValueError(f"strategy.collaboration.client.weight={weight}: must be >= 0")
+        if lr is not None and not lr > 0:
+            raise ValueError(f"strategy.collaboration.client.lr={lr}: must be > 0 or null")
+        super().__init__()
+        self.weight = weight
+        self.lr = lr
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        """Move the personal model on the batch as the other plugins left it."""
+        personal_P = self.personal()
+        with standing_at(ctx.model, personal_P):
+            gradient_P = flat_gradient(ctx, batch)
+        weights = slice(ctx.model.num_parameters)
+        pull = personal_P[weights] - ctx.received[weights]
+        personal_P[weights] -= (self.lr or ctx.lr) * (gradient_P[weights] + self.weight * pull)
+        return batch

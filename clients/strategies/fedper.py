@@ -1,0 +1,70 @@
+"""FedPer's and FedRep's client halves: the head stays with the client.
+
+Arivazhagan et al., "Federated Learning with Personalization Layers", arXiv 1912.00818, Algorithm 2; Collins et al.,
+"Exploiting Shared Representations for Personalized Federated Learning", ICML 2021, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from clients.strategies.kept import Kept
+from clients.strategies.local_sgd import train_epochs
+from fedcl.contracts.learner import Context
+from fedcl.models.flat import TensorSpec
+
+_HEAD = re.compile(r"(?:^|\.)heads?\.")  # as strategies.collaboration.fedper knows them
+
+
+def is_head(tensor: TensorSpec) -> bool:
+    """Whether ``tensor`` belongs to a head: ``head.*``, or ``heads.<k>.*`` where tasks have their own."""
+    return _HEAD.search(tensor.name) is not None
+
+
+class FedPer(Kept):
+    """Keep the heads."""
+
+    name: ClassVar[str] = "heads"
+
+    def keeps(self, tensor: TensorSpec) -> bool:
+        """Whether ``tensor`` belongs to a head."""
+        return is_head(tensor)
+
+
+class FedRep(FedPer):
+    """Train the head alone for ``head_epochs`` epochs, then the body alone for the epochs of the configuration.
+
+    The head's epochs are plain SGD on cross-entropy; the learner's other plugins take part in the body's.
+
+    Raises
+    ------
+    ValueError
+        If ``head_epochs`` is less than 1.
+    """
+
+    def __init__(self, *, head_epochs: int = 5) -> None:
+        if head_epochs < 1:
+            raise ValueError(f"strategy.collaboration.client.head_epochs={head_epochs}: must be int >= 1")
+        super().__init__()
+        self.head_epochs = head_epochs
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+
+    def before_round(self, ctx: Context) -> None:
+        """Train the head, then note where it stands."""
+        model = ctx.model
+        pairs = zip(model.parameters, model.parameter_specs, strict=True)
+        heads = [p for p, spec in pairs if p.requires_grad and is_head(spec)]
+        body_buffers = model.flat[model.num_parameters :].clone()
+        train_epochs(ctx, epochs=self.head_epochs, lr=ctx.lr, purpose="head", parameters=heads)
+        model.flat[model.num_parameters :] = body_buffers
+        self._frozen = [(p.data, p.detach().clone()) for p in heads]
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context) -> None:
+        """Put the head back: no gradient, momentum or weight decay moves it while the body learns."""
+        for weight, kept in self._frozen:
+            weight.copy_(kept)

@@ -1,0 +1,68 @@
+"""pFedMe: the shared model learns from personal models that are kept near it by a Moreau envelope.
+
+T. Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, Algorithm 1. On each batch
+theta ~ argmin F(theta) + lambda/2 ||theta - w||^2 by a few gradient steps, then w <- w - lr lambda (w - theta). The
+server takes the plain mean; the paper's beta is the learning rate of ``strategy/optimizer=sgd``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.personal import PersonalModel
+from fedcl.contracts.learner import Batch, Context, Phase
+
+
+class PFedMe(PersonalModel):
+    """Replace every gradient of the shared model by lambda (w - theta), and predict with the last theta.
+
+    In a visit theta starts at the received model and goes on from batch to batch, as in the authors' code. What other
+    plugins add to the loss does not reach theta. The steps are stable while lr lambda and inner_lr lambda are well
+    below 2.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` or ``inner_lr`` is not positive or ``inner_steps`` less than 1.
+    """
+
+    phase: ClassVar[Phase] = Phase.GRADIENT
+
+    def __init__(self, *, weight: float = 1.0, inner_lr: float = 0.1, inner_steps: int = 5) -> None:
+        for name, value in (("weight", weight), ("inner_lr", inner_lr)):
+            if not value > 0:
+                raise ValueError(f"strategy.collaboration.client.{name}={value}: must be > 0")
+        if inner_steps < 1:
+            raise ValueError(f"strategy.collaboration.client.inner_steps={inner_steps}: must be int >= 1")
+        super().__init__()
+        self.weight = weight
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+
+    def before_round(self, ctx: Context) -> None:
+        """Begin with the received model, at every visit."""
+        self._personal = ctx.model.vector()
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        """Bring theta nearer to the minimum for this batch."""
+        theta_P, weights = self.personal(), slice(ctx.model.num_parameters)
+        shared_P = ctx.model.vector()
+        for _ in range(self.inner_steps):
+            with standing_at(ctx.model, theta_P):
+                gradient_P = flat_gradient(ctx, batch)
+            pull = theta_P[weights] - shared_P[weights]
+            theta_P[weights] -= self.inner_lr * (gradient_P[weights] + self.weight * pull)
+        return batch
+
+    @torch.no_grad()
+    def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
+        """Write lambda (w - theta) over the gradients."""
+        model, theta_P = ctx.model, self.personal()
+        pairs = zip(model.parameters, model.parameter_specs, strict=True)
+        trainable = [(p, spec) for p, spec in pairs if p.requires_grad]
+        for grad, (parameter, spec) in zip(grads, trainable, strict=True):
+            grad.copy_(self.weight * (parameter - model.spec.view(theta_P, spec.name)))

@@ -1,0 +1,58 @@
+"""TARGET's client half: distil the answers of the model that the last task ended with, on synthetic samples.
+
+Zhang et al., ICCV 2023: L = cross-entropy on the task's samples + weight KL(old model || model) on synthetic ones. The
+server half, ``strategies/projection/target.py``, sends the samples with the old model's answers.
+"""
+
+# N = synthetic samples, B = batch, C = logit columns
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedcl.contracts.learner import Batch, Context, Payload, Phase, Plugin
+from fedcl.models.networks import Output
+
+INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
+
+
+class SyntheticDistillation(Plugin):
+    """Add the distillation on ``batch_size`` synthetic samples a step (null: ``client.batch_size``), times ``weight``.
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is negative.
+    """
+
+    phase: ClassVar[Phase] = Phase.REGULARISER
+    payloads: ClassVar[tuple[Payload, ...]] = tuple(Payload(name, "down") for name in (INPUTS, LOGITS, COLUMNS))
+
+    def __init__(self, *, weight: float = 1.0, temperature: float = 2.0, batch_size: int | None = None) -> None:
+        if not weight >= 0:
+            raise ValueError(f"strategy.projection.client.weight={weight}: must be >= 0")
+        self.weight, self.temperature, self.batch_size = weight, temperature, batch_size
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
+        """Return the distillation loss; nothing while no task has ended."""
+        if self.weight == 0 or INPUTS not in ctx.payload:
+            return None
+        count = len(ctx.payload[INPUTS])
+        chosen = torch.randperm(count, generator=ctx.rng("target"))[: self.batch_size or ctx.batch_size]
+        x, teacher, columns = (ctx.payload[name][chosen].to(ctx.device) for name in (INPUTS, LOGITS, COLUMNS))
+        allowed, scale = columns.bool(), self.weight * self.temperature**2
+        log_p, log_q = (
+            F.log_softmax((logits / self.temperature).masked_fill(~allowed, -torch.inf), dim=1).masked_fill(
+                ~allowed, 0.0
+            )
+            for logits in (teacher, ctx.model(x).logits)
+        )
+        return scale * (log_p.exp() * allowed * (log_p - log_q)).sum(1).mean()
+
+
+def _log_softmax(logits_BC: Tensor, allowed_BC: Tensor) -> Tensor:
+    """Return the log-softmax over the allowed columns, 0 elsewhere."""
+    return F.log_softmax(logits_BC.masked_fill(~allowed_BC, -torch.inf), dim=1).masked_fill(~allowed_BC, 0.0)

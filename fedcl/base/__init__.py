@@ -1,0 +1,1 @@
+"""The floor everything stands on: random streams, files, trees, linear algebra."""

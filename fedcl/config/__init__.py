@@ -1,0 +1,1 @@
+"""From words to settings: composing, value rules, checks across keys, guarded instantiation."""

@@ -1,0 +1,1 @@
+"""What a method implements: strategy parts, learner plugins, unlearners, and the requests they answer."""

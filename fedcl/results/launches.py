@@ -1,0 +1,140 @@
+"""A run's folder taken up again: what was asked for, whether it still means the same, and whose code it may run.
+
+A folder is data that people send each other. Code that is not fedcl's is imported only from where the user says on the
+command line that goes on with it: the current directory, ``--config-dir``, or with ``--trust`` wherever it says itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcl.config.compose import Config, compose, diff
+from fedcl.config.instantiate import TRUSTED, plugin_directories, plugin_packages, targets_in
+from fedcl.config.value_rules import ConfigError
+from fedcl.results import reading, schema
+from fedcl.results.environment import environment
+
+_VERSIONS = ("fedcl", "torch", "flwr")  # what decides a run's bits
+_PARTS = (
+    "data", "scenario", "model", "learner", "strategy", "devices", "backend", "unlearner", "unlearning", "exclude",
+    "client", "async", "evaluation", "checkpoint",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user lets a folder do: import from ``config_dirs`` and the current directory, or ``everything``."""
+
+    config_dirs: tuple[Path, ...] = ()
+    everything: bool = False
+
+    def refuse_foreign(self, cfg: Config, folder: Path, places: Sequence[str] = ()) -> None:
+        """Refuse a configuration, found in ``folder``, that names code of others, or a cluster that runs it.
+
+        Nothing is imported. ``places`` are where such code lay, as the folder tells.
+
+        Raises
+        ------
+        ConfigError
+            With both ways out.
+        """
+        if self.everything:
+            return
+        address = cfg["backend"].get("address")
+        if address not in (None, "auto"):
+            raise ConfigError(
+                f"{folder}: backend.address={address}: whoever is there may run code here; allow: --trust"
+            )
+        wanted = {name.split(".")[0] for name in (*targets_in(cfg), *cfg["trusted_packages"])} - TRUSTED
+        foreign = wanted - set(plugin_packages(wanted, plugin_directories(self.config_dirs, outside=[folder])))
+        if foreign:
+            lay = f" (it lay in {' or '.join(places)})" if places else ""
+            raise ConfigError(
+                f"{folder}: asks for code that is not fedcl's: {', '.join(sorted(foreign))}{lay}; if you know it, say "
+                "where it is with --config-dir DIR, or add --trust to run what the folder names"
+            )
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run as its folder tells it: its configuration, and ``env.json`` with how it was asked for."""
+
+    run_dir: Path
+    cfg: Config
+    env: dict[str, Any]
+    trust: Trust
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """How the run was asked for: ``overrides``, ``config_dirs``, ``plugin_paths``."""
+        return {"overrides": [], "config_dirs": [], "plugin_paths": [], **(self.env.get("launch") or {})}
+
+    @property
+    def config_dirs(self) -> list[Path]:
+        """Folders with choices of the user's own, as they were named then."""
+        return [Path(folder) for folder in self.launch["config_dirs"]]
+
+    def compose(self, overrides: Sequence[str], changes: Sequence[str] = ()) -> Config:
+        """Compose a configuration from the folders that the run had; ConfigError also if it asks for foreign code."""
+        cfg = compose(overrides, self.config_dirs, changes)
+        self.trust.refuse_foreign(cfg, self.run_dir, self.launch["plugin_paths"])
+        return cfg
+
+    def refuse_changes(self) -> None:
+        """Refuse a run whose settings, or the versions that decide its bits, are others now.
+
+        Raises
+        ------
+        ConfigError
+            With the differences; or with the file that is not as the run wrote it.
+        """
+        now = self.compose(self.launch["overrides"])
+        # these depend on where one stands and where the folder lies
+        now |= {key: self.cfg[key] for key in ("trusted_packages", "run_dir")}
+        changes = diff(self.cfg, now)
+        before, here = self.env.get("packages") or {}, environment(0, "cpu")["packages"]
+        changes += [
+            f"{name}: {before.get(name)} -> {here.get(name)}"
+            for name in _VERSIONS
+            if before.get(name) != here.get(name)
+        ]
+        if changes:
+            raise ConfigError(
+                f"{self.run_dir}: changed since the run began: {'; '.join(changes)}; --force goes on with the run's "
+                "own settings"
+            )
+        self.refuse_damage()
+
+    def refuse_damage(self) -> None:
+        """Refuse a run whose files say something else than it wrote; ConfigError names the file."""
+        for name in schema.LAUNCH:
+            reading.content(self.run_dir / name)
+
+
+def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True) -> Launched:
+    """Read what a run is; ``checked`` is left out by those that tell what has changed in it.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing or damaged, or the run asks for code that the user has not allowed.
+    """
+    trust = trust or Trust()
+    path = run_dir / schema.CONFIG
+    cfg = reading.required(path, checked=checked)
+    env = reading.environment(run_dir, checked=checked)
+    if not env:
+        raise reading.Damaged(run_dir / schema.ENV, "is missing")
+    shaped = all(isinstance(cfg.get(part), dict) for part in _PARTS) and isinstance(cfg.get("seed"), int)
+    names = cfg.get("trusted_packages")
+    if not shaped or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise reading.Damaged(path, "is no configuration of a run")
+    found = Launched(run_dir, cfg, env, trust)
+    trust.refuse_foreign(cfg, run_dir, found.launch["plugin_paths"])
+    if trust.everything:
+        sys.path += [folder for folder in found.launch["plugin_paths"] if folder not in sys.path]
+    return found

@@ -1,0 +1,1 @@
+"""A run's life: setup, session, resume, extend, forget, verify, export."""

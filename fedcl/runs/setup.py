@@ -1,0 +1,184 @@
+"""A run before it is written down: data, parts, tasks and rounds, and the server that plays them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedcl.assembly import (
+    bind,
+    check_dataset,
+    check_model,
+    check_unlearner,
+    client_ids,
+    device_of,
+    learner_factories,
+    load_dataset,
+    local_work,
+    make_devices,
+    make_model,
+    make_queue,
+    make_schedule,
+    make_statistics,
+    make_steps,
+    make_strategy,
+    make_stream,
+    make_unlearner,
+    participants,
+    probed_tasks,
+    split_dataset,
+)
+from fedcl.config.compose import Config
+from fedcl.contracts.learner import overrides as defines
+from fedcl.data.dataset import Dataset, Partition
+from fedcl.evaluation.evaluator import Evaluator
+from fedcl.models.flat import FlatModel
+from fedcl.models.flops import flops
+from fedcl.results.recorder import Recorder
+from fedcl.scenario.task import Schedule, Stream
+from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
+from fedcl.server.exchange import Exchange
+from fedcl.server.loop import Server
+from fedcl.server.measurement import Known
+from fedcl.server.rounds import RoundOptions
+from fedcl.server.state import LoopOptions
+from fedcl.simulation.backend import Backend
+from fedcl.unlearning.service import Unlearning
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is written: data, parts, tasks and rounds."""
+
+    dataset: Dataset
+    partition: Partition
+    stream: Stream
+    schedule: Schedule
+    clients: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what is to be said of the data
+
+    @classmethod
+    def of(cls, cfg: Config, dataset: Dataset | None = None) -> Prepared:
+        """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
+        torch.set_num_threads(1)
+        device_of(cfg)
+        dataset = dataset or load_dataset(cfg)
+        notes = check_dataset(cfg, dataset)  # before anything is made for each client or task
+        partition = split_dataset(cfg, dataset)
+        clients = participants(cfg)
+        stream = make_stream(cfg, dataset)
+        schedule = make_schedule(cfg, stream)
+        model = make_model(cfg, dataset, stream, torch.device("cpu"))
+        check_model(cfg, dataset, stream, model)
+        learner_factories(cfg)
+        strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
+        work = local_work(cfg, model, stream, schedule, dataset.input_shape)
+        bind(strategy, work)
+        make_queue(cfg, stream, schedule, dataset)
+        make_devices(cfg)
+        if cfg["unlearning"]["requests"]:
+            check_unlearner(cfg, model)
+            bind(make_unlearner(cfg), work)
+        return cls(dataset, partition, stream, schedule, clients, notes)
+
+
+def make_server(
+    cfg: Config,
+    prepared: Prepared,
+    backend: Backend,
+    recorder: Recorder,
+    *,
+    unlearning: Unlearning | None = None,
+    evaluate: bool = True,
+) -> Server:
+    """Wire the server over an open backend."""
+    model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
+    strategy = make_strategy(cfg, model, backend.nodes)
+    work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
+    for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
+        bind(part, work)
+    exchange = Exchange(
+        grid=backend.grid,
+        nodes=backend.nodes,
+        spec=model.spec,
+        log=recorder,
+        payloads=strategy.payloads,
+        cohorts=backend.cohorts,
+        commit_state=backend.states.commit if backend.states is not None else None,
+        erase=backend.erase,
+        release=backend.release,
+        max_update_norm=cfg["max_update_norm"],
+        num_tasks=probed_tasks(cfg, prepared.stream),
+    )
+    arrivals = Arrivals(
+        exchange,
+        _clock(cfg, backend),
+        cfg["seed"],
+        make_devices(cfg),
+        make_steps(cfg, prepared.dataset, prepared.partition),
+    )
+    server = Server(
+        strategy=strategy,
+        exchange=exchange,
+        arrivals=arrivals,
+        schedule=prepared.schedule,
+        stream=prepared.stream,
+        spec=model.spec,
+        initial=model.vector(),
+        clients=prepared.clients,
+        record=recorder,
+        evaluator=_evaluator(cfg, prepared, model) if evaluate else None,
+        options=_loop_options(cfg),
+        statistics=make_statistics(cfg, model),
+        known=_known(cfg, prepared, model),
+        compute=backend.compute,
+        unlearning=unlearning,
+    )
+    if backend.listen is not None:
+        backend.listen(lambda kind, **fields: recorder.event(kind, **server.when(), **fields))
+    return server
+
+
+def _evaluator(cfg: Config, prepared: Prepared, model: FlatModel) -> Evaluator:
+    return Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"])
+
+
+def _known(cfg: Config, prepared: Prepared, model: FlatModel) -> Known:
+    """Return what training costs, counted once, and where updates may be late which classes each client holds."""
+    forward = flops(model.module, prepared.dataset.input_shape)
+    # forward, and backward to inputs and to weights: three matrix products of one size
+    costs = {"parameters": float(model.num_parameters), "flops_per_sample": 3.0 * forward}
+    counts = {}
+    if _is_late(cfg):
+        for client, held in zip(client_ids(cfg), prepared.partition.train, strict=True):
+            labels, sizes = np.unique(prepared.dataset.train.y[held], return_counts=True)
+            counts[client] = {int(label): int(size) for label, size in zip(labels, sizes, strict=True)}
+    return Known(costs, counts)
+
+
+def _is_late(cfg: Config) -> bool:
+    return cfg["async"]["buffer"] is not None or cfg["async"]["deadline"] is not None
+
+
+def _clock(cfg: Config, backend: Backend) -> Clock:
+    """Return the clock of the run: the wall's only where real devices are late, so that synchronous runs agree."""
+    return WallClock() if _is_late(cfg) and backend.states is None else VirtualClock()
+
+
+def _loop_options(cfg: Config) -> LoopOptions:
+    rounds = RoundOptions(
+        seed=cfg["seed"],
+        clients_per_round=cfg["clients_per_round"],
+        min_replies=cfg["min_replies"],
+        retries=cfg["round_retries"],
+        **cfg["async"],
+    )
+    return LoopOptions(
+        rounds=rounds,
+        evaluate_every=cfg["evaluation"]["every"],
+        personal_evaluation=cfg["evaluation"]["personal"],
+        boundary_visits=any(defines(build(), "after_task") for build in learner_factories(cfg).values()),
+        device=device_of(cfg),
+    )

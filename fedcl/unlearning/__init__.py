@@ -1,0 +1,1 @@
+"""A request from submission to proof: queue, service, certificate."""
