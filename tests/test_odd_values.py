@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import fedcl.config.compose as config
 from fedcl.config.compose import ConfigError, compose, kinds, list_choices
 from fedcl.config.conform import SPECIAL, rules_of
 from fedcl.config.overrides import Setting, parse
@@ -32,7 +33,7 @@ TOGETHER: list[Choices] = STOCK + [
 
 @functools.cache
 def _schema(choices: tuple[str, ...]) -> Mapping[str, Any]:
-    return compose._schema((Path(compose.CONFIG_DIR),), choices)
+    return config._schema((Path(config.CONFIG_DIR),), choices)
 
 
 def schema_of(choices: Choices) -> Mapping[str, Any]:
@@ -116,9 +117,9 @@ def test_every_odd_value_of_every_key(choices: Choices, files: dict[str, str]) -
         for value in ODD:
             text = f"{key}={value}"
             # what the rules refuse is told by them alone; the rest has to be put together
-            told = compose._misfit(compose._read(Setting(text, key, parse(text)), schema), schema, GROUPS_OF_FILES)
+            told = config._misfit(config._read(Setting(text, key, parse(text)), schema), schema, GROUPS_OF_FILES)
             judge(choices, key, value, told or refusal(choices, key, value, files))
 
 
-GROUPS_OF_FILES = compose._groups((Path(compose.CONFIG_DIR),))
+GROUPS_OF_FILES = config._groups((Path(config.CONFIG_DIR),))
 assert set(PARTS) <= GROUPS.keys()

@@ -129,8 +129,11 @@ def run_folders(place: Path) -> list[Path]:
 def _jobs(place: Path) -> dict[str, int]:
     """Return name -> place in the list of a sweep's jobs; empty if this is no sweep's folder."""
     index = place / schema.SWEEP
+    known = reading.mapping(index)
+    if known is None:
+        return {}
     try:
-        return {str(job["name"]): i for i, job in enumerate((reading.mapping(index) or {"jobs": []})["jobs"])}
+        return {str(job["name"]): i for i, job in enumerate(known["jobs"])}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{index}: not the index of a sweep; remove it, and its runs are compared by name") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ class Worker:
         self, config: dict[str, Any], dataset: Dataset, partition: Partition, clients: tuple[str, ...], paths: list[str]
     ) -> None:
         torch.set_num_threads(1)
+        # whether to stop is the driver's to say, so that a client's own KeyboardInterrupt can be told from a person's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         quiet_environment()
         sys.path.extend(path for path in paths if path not in sys.path)
         from fedcl.assembly import (  # after the user's own modules can be found

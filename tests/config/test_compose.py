@@ -16,7 +16,7 @@ from fedcl.config.conform import conform
 from fedcl.config.instantiate import locate, plugin_packages
 from fedcl.config.value_rules import parse_rule
 
-REAL = Path(fedcl.config.compose.__file__).resolve().parents[1] / "configs"
+REAL = Path(fedcl.config.compose.__file__).resolve().parents[2] / "configs"
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

@@ -138,10 +138,12 @@ def _play(command: str, folder: Path) -> tuple[int, list[str], list[str], Any]:
     }[command]
     out, err = io.StringIO(), io.StringIO()
     with (
+        pytest.MonkeyPatch.context() as patch,  # a line must not be broken within a path
         warnings.catch_warnings(record=True) as warned,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        patch.setenv("COLUMNS", "400")
         warnings.simplefilter("always")
         code = main(words)
     numbers: Any = None

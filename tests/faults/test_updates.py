@@ -17,7 +17,6 @@ from fedcl.client.state import ClientStateStore
 from fedcl.config.compose import ConfigError, compose
 from fedcl.messages import Reply, Request
 from fedcl.results import load
-from fedcl.server.rounds import RoundFailed
 from fedcl.server.validation import change_norm
 from fedcl.simulation.compat import message_with
 from fedcl.simulation.host import ClientHost, Failure
@@ -61,14 +60,14 @@ def test_an_update_far_larger_than_the_others_is_logged_and_counts(build: Any) -
     assert system.exchange.committed[BAD] == 3
 
 
-def test_what_ruins_the_model_has_been_named_when_the_run_stops(build: Any) -> None:
-    system = build(runtime_class=scaling(1e30))
-    with pytest.raises(RoundFailed, match="round 1: 0 sound replies"):
-        system.play()
-    [outlier] = system.events("update_outlier")
-    assert (outlier["round"], outlier["client"]) == (0, BAD)
-    assert outlier["norm"] > 1e28
+def test_what_ruins_the_model_is_named_and_the_run_goes_on(build: Any) -> None:
+    """The largest change that the bound on numbers lets through: accuracy is gone, and whose fault it is is told."""
+    system = build(runtime_class=scaling(1e17)).play()
+    outliers = system.events("update_outlier")
+    assert (outliers[0]["round"], outliers[0]["client"]) == (0, BAD)
+    assert outliers[0]["norm"] > 1e15
     assert bool(torch.isfinite(system.server.global_model).all())
+    assert system.server.state.next_round == 4
 
 
 def test_updates_of_a_size_are_no_outliers(build: Any) -> None:
@@ -77,7 +76,7 @@ def test_updates_of_a_size_are_no_outliers(build: Any) -> None:
 
 
 @pytest.mark.parametrize("cohorts", [True, False])
-@pytest.mark.parametrize("factor", [100.0, 1e30, -1e30])
+@pytest.mark.parametrize("factor", [100.0, 1e15, -1e15])
 def test_beyond_the_largest_norm_allowed_an_update_is_rejected_by_name(
     build: Any, factor: float, cohorts: bool
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fedcl.results import figures, load
 from fedcl.results.caveats import caveats
 from fedcl.results.html.numbers import headline
-from fedcl.results.recorder import Recorder
+from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.report import terminal_report
 from fedcl.results.summary import summary
 
@@ -121,7 +121,7 @@ def test_an_accuracy_that_one_constant_answer_reaches_is_said(tmp_path: Path, co
 def test_a_number_that_was_not_measured_is_not_zero(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         record(recorder)
-        recorder.write_config("seed: 0\nasync: {buffer: 2, deadline: null}\n", [])
+    write_launch(tmp_path, "seed: 0\nasync: {buffer: 2, deadline: null}\n", [], {})
     numbers = summary(tmp_path, 0, 0)
     # updates may be late here, and none was counted; and no time was taken
     assert np.isnan([numbers["staleness/mean"], numbers["staleness/max"], numbers["clients_per_second"]]).all()
@@ -129,5 +129,5 @@ def test_a_number_that_was_not_measured_is_not_zero(tmp_path: Path) -> None:
     synchronous.mkdir()
     with Recorder(synchronous) as recorder:
         record(recorder)
-        recorder.write_config("seed: 0\nasync: {buffer: null, deadline: null}\n", [])
+    write_launch(synchronous, "seed: 0\nasync: {buffer: null, deadline: null}\n", [], {})
     assert summary(synchronous, 0, 0)["staleness/mean"] == 0.0

@@ -46,7 +46,7 @@ def test_both_phases_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["protocol.evaluate_on=['data=digits','data.partition.alpha=9']"], "must be another data set"),
         ([], "protocol.evaluate_on=[]: must be a list"),
-        (["protocol.evaluate_on=['data=mnist']", "protocol.search=[seed]"], "protocol.search="),
+        (["protocol.evaluate_on=['data=mnist']", "protocol.search=[seed]"], "protocol.search[0]=seed"),
     ],
 )
 def test_what_is_no_plan_is_refused(

@@ -16,8 +16,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from fedcl.config.conform import conform
 from fedcl.config.instantiate import build
-from fedcl.config.value_rules import ConfigError, conform
+from fedcl.config.value_rules import ConfigError
 from fedcl.simulation.devices import DeviceProfile, Homogeneous, Ideal, LogNormal, Tiers, Trace
 from fedcl.simulation.profile import RULES
 

@@ -207,6 +207,7 @@ def test_messages_on_their_way(
 def test_late_runs_with_requests_are_resumed(
     policy: str, halves: Path, play: Play, tmp_path: Path, metrics_hash: Hash
 ) -> None:
+    from fedcl.results.launches import Trust
     from fedcl.runs.experiment import resume
 
     settings = [*LATE, "learner=er", "unlearner=halves", f"unlearning.in_flight={policy}"]
@@ -223,7 +224,7 @@ def test_late_runs_with_requests_are_resumed(
         patched.setattr(Server, "_conclude", stopping)
         with pytest.raises(KeyboardInterrupt):
             play("cut", *settings, requests=request, config_dirs=[halves])
-    resume(tmp_path / "cut", force=False, quiet=True)
+    resume(tmp_path / "cut", force=False, quiet=True, trust=Trust(everything=True))
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_there_are_learners_that_hold_samples() -> None:
 def test_a_sample_is_erased_and_the_others_stay(
     blobs: Dataset, make_client: Callable[..., Any], name: str, scenario: type[Any]
 ) -> None:
+    blobs = replace(blobs, train=replace(blobs.train, x=blobs.train.x.copy()))  # others are given the same arrays
     blobs.train.x[MARKED] = 271828.0 + np.arange(8)
     blobs.train.x[OTHER] = 314159.0 + np.arange(8)
     made = scenario(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)

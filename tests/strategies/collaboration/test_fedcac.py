@@ -412,19 +412,6 @@ def test_masks_from_the_clients_take_the_place_of_computed_ones() -> None:
     assert part.notes() == []
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, dtype=torch.uint8), torch.ones(1), torch.ones(1, 1).byte()])
-def test_what_is_no_mask_is_computed_again_and_told(mask: Tensor) -> None:
-    results = []
-    for part in (FedCAC(beta=2, masks="client"), FedCAC(beta=2)):
-        view = View(Spec(one(4)), {GLOBAL: torch.zeros(4)})
-        updates = [sent(0, mask), sent(1, mask)]
-        results.append(part.combine(updates, view))  # type: ignore[arg-type]
-        notes = part.notes()
-        assert [note["client"] for note in notes] == (["0", "1"] if part.masks == "client" else [])
-        assert part.notes() == []
-    assert equal(*results)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_files(tmp_path_factory.mktemp("toy"))
