@@ -175,6 +175,8 @@ def _starts(command: Command, folder: Path) -> list[str] | str:
     for word in words:
         if word.startswith("data=") and (why := missing(word)):
             return why
+        if word == "data/partition=two_classes" and (why := missing("data/partition=flwr")):
+            return why
         if word.startswith("experiment="):
             root = Path(compose([word])["data"]["root"] or "digits").stem
             if why := missing(f"data={root}"):

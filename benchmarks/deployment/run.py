@@ -27,7 +27,7 @@ from fedcl.config.compose import compose
 from fedcl.deploy.init import init
 from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes, free_port
-from fedcl.deploy.submit import register, submit
+from fedcl.deploy.submit import submit
 from fedcl.results import load
 from fedcl.runs.experiment import run
 from fedcl.runs.forget import Asked, forget
@@ -131,7 +131,6 @@ def on_devices(work: Path, data: Path, alpha: list[str]) -> Path:
 
     with Processes(fleet) as processes:
         processes.start_server()
-        register(fleet)
         for name in fleet.devices:
             processes.start_device(name)
         threads = [threading.Thread(target=what, daemon=True) for what in (trouble, restart)]

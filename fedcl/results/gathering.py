@@ -17,6 +17,7 @@ from fedcl.results import reading, schema
 from fedcl.results.configurations import settings
 
 _NOT_BEGUN = "not begun"
+_UNKNOWN = f"its {schema.STATUS} is missing or damaged"
 _TOLD = 3  # of many folders that an error is about
 
 
@@ -85,7 +86,7 @@ def gather(places: Sequence[Path]) -> Gathered:
     for folder in dict.fromkeys(folder for place in places for folder in run_folders(place)):
         said = reading.status(folder)
         if said != "done" or not (folder / schema.SUMMARY).is_file():
-            found.unfinished[folder] = said if said != "done" else "without its summary"
+            found.unfinished[folder] = {"done": f"without {schema.SUMMARY}", "unknown": _UNKNOWN}.get(said, said)
             continue
         cfg = _configuration(folder)
         one = groups.setdefault(json.dumps(settings(cfg), sort_keys=True, default=str), Configuration(cfg))
@@ -151,6 +152,9 @@ def _runs_below(place: Path) -> Iterator[Path]:
     if (place / schema.CONFIG).is_file():
         yield place
         return
+    if any((place / name).is_file() for name in (schema.STATUS, f"{schema.METRICS}.jsonl")):
+        # what lies in it is part of it
+        raise reading.Damaged(place / schema.CONFIG, "is missing")
     for folder in place.iterdir():
         if folder.is_dir() and not folder.is_symlink():
             yield from _runs_below(folder)

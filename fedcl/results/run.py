@@ -207,8 +207,15 @@ def _table(path: Path, table: str, columns: dict[str, str]) -> pd.DataFrame:
         rows = reading.lines(lines)
         warnings.warn(f"{error}; taking {lines.name}", stacklevel=3)
     else:
-        rows = reading.lines(lines)
+        rows = reading.lines(_there(lines))
     return _typed(lines, lambda: pd.DataFrame(rows, columns=list(columns)), columns)
+
+
+def _there(path: Path) -> Path:
+    """Return a file of lines, which is there once a run has begun: its STATUS comes later."""
+    if not path.is_file() and (path.parent / schema.STATUS).is_file():
+        raise Damaged(path, "is missing")
+    return path
 
 
 def _typed(path: Path, read: Callable[[], pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
@@ -219,5 +226,6 @@ def _typed(path: Path, read: Callable[[], pd.DataFrame], columns: dict[str, str]
 
 
 def _events(path: Path) -> pd.DataFrame:
+    _there(path / f"{schema.EVENTS}.jsonl")
     frame = pd.DataFrame(reading.events(path))
     return frame.reindex(columns=[*schema.EVENT_FIELDS, *(c for c in frame.columns if c not in schema.EVENT_FIELDS)])

@@ -100,8 +100,10 @@ def _refuse_other_settings(cfg: Config, longer: Config) -> None:
 
 
 def _refuse_unfit(run_dir: Path, cfg: Config) -> None:
-    if reading.status(run_dir) != "done":
-        raise ConfigError(f"{run_dir}: is not done; first: fedcl resume {run_dir}")
+    status = reading.status(run_dir)
+    if status != "done":
+        why = f"is {status}, not done" if status != "unknown" else f"its {schema.STATUS} is missing or damaged"
+        raise ConfigError(f"{run_dir}: {why}; first: fedcl resume {run_dir}")
     if cfg["backend"]["name"] == "flower":
         raise ConfigError(f"{run_dir}: ran on devices, which have their state themselves; it cannot be extended")
     if cfg["unlearning"]["requests"] or lines(run_dir):

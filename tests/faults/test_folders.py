@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedcl.cli import main
+from fedcl.config.value_rules import ConfigError
 from fedcl.results import load
 from fedcl.results.progress import Progress
 from fedcl.runs.export import load_model
@@ -147,19 +150,25 @@ def _play(command: str, folder: Path) -> tuple[int, list[str], list[str], Any]:
         warnings.simplefilter("always")
         code = main(words)
     numbers: Any = None
+    said = [str(one.message) for one in warned]
     if code == 0 and command in ("report", "compare", "verify"):
-        numbers = [line for line in out.getvalue().replace(str(folder), "").splitlines() if "s │" not in line]
+        lines = out.getvalue().replace(str(folder), "").splitlines()
+        # what takes time, and how the run ended: a STATUS that is not there is said to be unknown
+        numbers = [line for line in lines if "s │" not in line and not re.fullmatch(r"\s+\(\w+\)", line)]
     elif code == 0 and command == "export":
         numbers = load_model(folder.parent / "model").about["model_sha256"]
     elif code == 0 and command != "sweep":
-        numbers = _numbers(folder.parent / "longer" if command == "extend" else folder)
-    return code, [str(one.message) for one in warned], err.getvalue().splitlines(), numbers
+        try:
+            numbers = _numbers(folder.parent / "longer" if command == "extend" else folder)
+        except (ConfigError, UserWarning) as error:  # what the command did not look at is named by who does
+            said.append(str(error))
+    return code, said, err.getvalue().splitlines(), numbers
 
 
 def _numbers(folder: Path) -> Any:
     run = load(folder)
     summary = {key: value for key, value in run.summary.items() if not key.endswith(UNTOLD)}
-    return run.status, summary, run.metrics.to_csv(), sorted(path.name for path in (folder / "certificates").glob("*"))
+    return summary, run.metrics.to_csv(), sorted(path.name for path in (folder / "certificates").glob("*"))
 
 
 def _files(folder: Path) -> list[str]:
@@ -170,6 +179,8 @@ def _files(folder: Path) -> list[str]:
 def _cases(folders: dict[str, Path]) -> Iterator[Case]:
     for kind, commands in COMMANDS.items():
         for file in _files(folders[kind]):
+            if file == "requests.jsonl":  # whoever may write there may ask, or take back what was asked
+                continue
             if kind == "sweep" and file.startswith("run/"):  # a job that is not whole is played again, by a process
                 continue
             for damage in DAMAGES:
@@ -195,6 +206,8 @@ def _answer(case: Case, folders: dict[str, Path], told: Callable[[str, str], Any
         return "" if case.command == "verify" else f"status 1: {errors}"
     if code != 0:
         return f"status {code}: {errors}"
+    if case.file.startswith("certificates") and case.command != "verify":
+        return ""  # a command that writes further ones leaves it to verify to judge the chain
     if numbers != told(case.kind, case.command)[3] and not warned and case.command != "sweep":
         return f"other numbers: {numbers} instead of {told(case.kind, case.command)[3]}"
     return ""
@@ -220,6 +233,10 @@ def test_some_damaged_files_are_named_or_made_up_for(
     assert _wrong(cases[:40], folders, told, tmp_path) == []
 
 
+# FEDCL_PAIRS=k/n takes every n-th case from the k-th on: what has forty minutes takes the parts in turn.
+PART, PARTS_OF = map(int, os.environ.get("FEDCL_PAIRS", "0/1").split("/"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.timeout(3000)
@@ -227,5 +244,5 @@ def test_some_damaged_files_are_named_or_made_up_for(
 def test_every_damaged_file_is_named_or_made_up_for(
     damage: str, folders: dict[str, Path], told: Callable[[str, str], Any], tmp_path: Path
 ) -> None:
-    cases = [case for case in _cases(folders) if case.damage == damage]
+    cases = [case for case in _cases(folders) if case.damage == damage][PART::PARTS_OF]
     assert _wrong(cases, folders, told, tmp_path) == []

@@ -156,7 +156,7 @@ def test_killed_by_the_system_without_a_word(whole: Callable[[str], Path], tmp_p
     from tests.unlearning.conftest import SMALL
 
     undisturbed = whole("continue")
-    program = "import os, sys; from fedcl.results import certificate; from fedcl.cli import main\n"
+    program = "import os, sys; from fedcl.unlearning import certificate; from fedcl.cli import main\n"
     program += "certificate.write_atomic = lambda *_: os._exit(9)\nsys.exit(main(sys.argv[1:]))"
     requests = [f"unlearning.requests=[{REQUESTS}]", f"run_dir={tmp_path / 'cut'}"]
     command = [sys.executable, "-c", program, "run", "--quiet", *SMALL, *METHODS["continue"], *requests]
