@@ -134,7 +134,9 @@ def _new_folder() -> Path:
 
 def _make(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / schema.SWEEP).is_file():
-        raise ConfigError(f"sweep_dir={folder}: holds other files; it must be new, empty, or a sweep's folder")
+        raise ConfigError(
+            f"sweep_dir={folder}: holds other files; it must be new, empty, or a sweep's folder with its sweep.json"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -102,5 +102,5 @@ def test_a_mistake_in_the_last_job_leaves_nothing(
 def test_a_folder_with_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").touch()
     assert main(["sweep", "seed=0,1", "backend=inline", f"sweep_dir={tmp_path}"]) == 2
-    assert "must be new, empty, or a sweep's folder" in capsys.readouterr().err
+    assert "must be new, empty, or a sweep's folder with its sweep.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
