@@ -243,6 +243,7 @@ def test_a_killed_run_is_resumed_at_once_while_its_workers_still_live(
     run = started("-c", GATED, gate, "run", "--quiet", *settings)
     _wait_for(gate.with_suffix(".reached"), run)
     run.kill()
+    run.wait()  # not for its pipes: its workers hold them
     try:
         with hold(folder):
             pass

@@ -115,7 +115,7 @@ class Launched:
             reading.content(self.run_dir / name)
 
 
-def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True) -> Launched:
+def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True, force: bool = False) -> Launched:
     """Read what a run is; ``checked`` is left out by those that tell what has changed in it.
 
     Raises
@@ -126,7 +126,7 @@ def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True)
     trust = trust or Trust()
     path = run_dir / schema.CONFIG
     cfg = reading.required(path, checked=checked)
-    env = reading.environment(run_dir, checked=checked)
+    env = reading.environment(run_dir, checked=not force)
     if not env:
         raise reading.Damaged(run_dir / schema.ENV, "is missing")
     shaped = all(isinstance(cfg.get(part), dict) for part in _PARTS) and isinstance(cfg.get("seed"), int)

@@ -81,7 +81,9 @@ def test_two_hundred_rounds_hold_no_more_than_fifty(backend: list[str], processe
     assert [sample["round"] for sample in samples] == [50, 100, 150, 200]
     early, late = samples[0], samples[-1]
     assert early["processes"] == late["processes"] == processes
-    for what in ("anonymous", "shared", "files"):
-        assert late[what] <= 1.05 * early[what], samples
+    # shared memory is half a MB, of which five per cent are a few pages; one model a round would be ten times the slack
+    slack = {"anonymous": 0, "shared": 128, "files": 0}
+    for what, more in slack.items():
+        assert late[what] <= 1.05 * early[what] + more, samples
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) < 50  # nothing is left for each round
