@@ -116,7 +116,10 @@ class Launched:
 
 
 def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True, force: bool = False) -> Launched:
-    """Read what a run is; ``checked`` is left out by those that tell what has changed in it.
+    """Read what a run is.
+
+    Without ``checked`` an edited ``config.yaml`` is taken, by those that tell what has changed in it; with ``force`` an
+    edited ``env.json`` too.
 
     Raises
     ------

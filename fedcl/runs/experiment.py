@@ -101,9 +101,7 @@ def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = No
         the settings or the versions that decide the run's bits have changed since it began.
     """
     with hold(run_dir):
-        if not force:
-            reading.environment(run_dir)  # an edited config.yaml is told by its diff, a damaged file by its name
-        go_on(launched(run_dir, trust, checked=False), force=force, quiet=quiet, grid=grid)
+        go_on(launched(run_dir, trust, checked=False, force=force), force=force, quiet=quiet, grid=grid)
     return run_dir
 
 

@@ -64,7 +64,7 @@ def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool,
     with ExitStack() as stack:
         looking = stack.enter_context(ExitStack())
         looking.enter_context(hold(run_dir))  # nobody changes it while it is looked at and copied
-        run = launched(run_dir, trust, checked=False)
+        run = launched(run_dir, trust, checked=False, force=force)
         cfg = run.cfg
         if not force:
             run.refuse_changes()

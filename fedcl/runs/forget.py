@@ -79,7 +79,7 @@ def forget(
         If the request can be refused by now; nothing has been written then.
     """
     request = asked.request()
-    run = launched(run_dir, trust, checked=False)
+    run = launched(run_dir, trust, checked=False, force=force)
     told = False
     while True:
         with alone(run_dir), ExitStack() as stack:

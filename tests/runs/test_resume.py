@@ -293,6 +293,9 @@ def test_another_version_is_refused(run_experiment: Play, capsys: pytest.Capture
     env = folder / "env.json"
     env.write_text(env.read_text().replace('"torch": "', '"torch": "0.'))
     assert main(["resume", str(folder), "--quiet"]) == 2
+    assert "env.json: damaged" in capsys.readouterr().err
+    sums.accept(folder)  # as if another torch had been here
+    assert main(["resume", str(folder), "--quiet"]) == 2
     assert "torch: 0." in capsys.readouterr().err
 
 
