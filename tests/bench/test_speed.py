@@ -40,14 +40,14 @@ def test_the_time_of_a_tree_is_that_of_all_its_processes() -> None:
     before = tree_seconds(os.getpid())
     with _busy() as process:
         own, without = tree_seconds(os.getpid()) - before, tree_seconds(os.getpid(), without=[process.pid]) - before
-        assert tree_seconds(process.pid) >= 0.28
-        assert own - without >= 0.28
+        assert tree_seconds(process.pid) >= 0.2
+        assert own - without >= 0.2
         assert process.pid in descendants(os.getpid())
         assert memory_kb([process.pid]) > 1000
         assert process.stdin is not None
         process.stdin.close()
     # what it used is counted where it was waited for
-    assert tree_seconds(os.getpid()) - before >= 0.28
+    assert tree_seconds(os.getpid()) - before >= 0.2
     assert process.pid not in descendants(os.getpid())
 
 
