@@ -202,7 +202,8 @@ def _answer(case: Case, folders: dict[str, Path], told: Callable[[str, str], Any
     if code == 2:
         said = [line for line in errors if line.startswith("fedcl: error:")]
         fallen = any("checkpoint" in line for line in (*warned, *said)) and case.file.startswith("checkpoints")
-        named = len(said) == 1 and (name in said[0] or fallen)
+        edited = name == "config.yaml" and any("changed since the run began" in line for line in said)
+        named = len(said) == 1 and (name in said[0] or fallen or edited)
         return "" if named else f"status 2: {errors} {warned}"
     if code == 1:
         return "" if case.command == "verify" else f"status 1: {errors}"
