@@ -205,7 +205,7 @@ main(["run", "--config-dir", str(my), "learner=keepsakes", "learner.keepsakes.pe
 
 # %% [markdown]
 # Two things to do before you trust a method of yours: write down what it does when samples are to be forgotten
-# (`forget`; without it a plugin with state begins anew, which is safe), and run it over several seeds next to a
+# (`forget`; without it a plugin with state begins again, which is safe), and run it over several seeds next to a
 # built-in that is like it, here `learner=er`, as in [the notebook before](02_compare_strategies.ipynb).
 #
 # Next: [devices that are slow](04_staleness_and_devices.ipynb).

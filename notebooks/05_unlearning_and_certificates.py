@@ -131,7 +131,7 @@ for key in ("guarantee", "served_with", "server_round", "time", "previous", "sha
 pd.DataFrame(ticket["residuals"])
 
 # %% [markdown]
-# The table lists everything that remembers something: what was erased, what was computed anew, and what keeps nothing
+# The table lists everything that remembers something: what was erased, what was computed again, and what keeps nothing
 # about clients. Should anything remain, it says so, and why.
 #
 # `fedcl verify` checks the certificates. Where the promise is *exact* it does not believe it: it trains again without
@@ -156,7 +156,7 @@ main(["verify", str(runs / "changed")])
 
 # %% [markdown]
 # Exit status 1: one is not valid. A hash is no signature, though. Whoever can write to the folder can write all of it
-# anew; so send the last `sha256` to somebody else when it matters. What is erased and what cannot be is in
+# again; so send the last `sha256` to somebody else when it matters. What is erased and what cannot be is in
 # `docs/unlearning.md`.
 #
 # Next: [from simulation to devices](06_from_simulation_to_devices.ipynb).

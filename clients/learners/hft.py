@@ -1,7 +1,7 @@
 """HFT: half fine-tuning.
 
 Hui et al., "HFT: Half Fine-Tuning for Large Language Models", 2024 (arXiv 2404.18466). In every round of training a
-random half of the parameters is frozen, drawn anew the next time; what is frozen keeps what earlier tasks taught it.
+random half of the parameters is frozen, drawn again the next time; what is frozen keeps what earlier tasks taught it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedcl.models.flat import FlatModel
 
 
 class HFT(Plugin):
-    """Hold a random ``share`` of the output units of every layer at the weights received; drawn anew each visit.
+    """Hold a random ``share`` of the output units of every layer at the weights received; drawn again each visit.
 
     A unit is a row of a weight with its bias. Heads train whole, since a class whose row is frozen cannot be learned.
     With ``share`` 0 nothing is computed.

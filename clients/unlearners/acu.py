@@ -132,7 +132,7 @@ class ACU(Unlearner):
         return _PROMISES[self._outcome]
 
     def metrics(self) -> dict[str, float]:
-        """Return how many samples left the sums, and whether these were made anew."""
+        """Return how many samples left the sums, and whether these were made again."""
         return dict(self._metrics)
 
 

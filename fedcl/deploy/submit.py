@@ -86,7 +86,7 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
     launch = launches[-1]
     folder = Path(launch.run_dir)
     if not (folder / "STATUS").is_file():
-        raise ConfigError(f"{folder}: the run never began; start it anew with: fedcl deploy run {fleet.folder}")
+        raise ConfigError(f"{folder}: the run never began; start it again with: fedcl deploy run {fleet.folder}")
     if _status(folder) == "done":
         raise ConfigError(f"{folder}: the run is done")
     from fedcl.results.launches import Trust, launched  # torch takes longer to import than the refusals above

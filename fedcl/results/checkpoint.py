@@ -131,7 +131,7 @@ class Checkpoints:
         for warning in damaged:
             warnings.warn(warning, stacklevel=2)
         raise CheckpointError(
-            f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed, but fedcl resume starts it anew "
+            f"{self.folder.parent}: holds no whole checkpoint; it cannot be resumed, but fedcl resume starts it again "
             f"when {self.folder} is removed"
         )
 
@@ -153,7 +153,7 @@ class Checkpoints:
         path = self.folder / "LATEST"
         for place in (self.folder, self.folder / "clients"):
             if place.exists() and not place.is_dir():
-                raise CheckpointError(f"{place}: must be a folder; remove it, and what is in it is written anew")
+                raise CheckpointError(f"{place}: must be a folder; remove it, and what is in it is written again")
         try:
             name = path.read_bytes().decode("ascii", errors="replace").strip()
         except FileNotFoundError:

@@ -308,7 +308,7 @@ def _checked(
 ) -> dict[str, hashlib._Hash]:
     """Return the hash of each table up to a checkpoint's bytes; Damaged if they are not what they were then."""
     folder = next(iter(paths.values())).parent
-    remedy = f"restore it, or remove {folder / 'checkpoints'}: fedcl resume then starts the run anew"
+    remedy = f"restore it, or remove {folder / 'checkpoints'}: fedcl resume then starts the run again"
     if set(offsets) != set(paths):
         raise ConfigError(f"resume_offsets={sorted(offsets)}: must name exactly {sorted(paths)}")
     kept = {}

@@ -16,7 +16,7 @@ _FACTOR = 0.05  # by which the probability of each next rare class falls
 
 
 class SCoLe(SingleHead):
-    """Many short tasks with a few classes each, drawn anew every time: classes come back.
+    """Many short tasks with a few classes each, drawn again every time: classes come back.
 
     Lesort et al., "Challenging Common Assumptions about Catastrophic Forgetting and Knowledge Accumulation", CoLLAs
     2023. With ``entropy_decrease`` e, some classes are rare: the i-th of them, in an order drawn by the run's seed, is

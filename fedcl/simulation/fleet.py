@@ -242,7 +242,7 @@ class FleetGrid(Grid):
                 self._stalls_at = time.monotonic() + STALL_SECONDS
             replies += came
             for id_ in passed & self._sent.keys():
-                gone = Error(NODE_UNAVAILABLE, "the device was started anew, and has lost the message")
+                gone = Error(NODE_UNAVAILABLE, "the device was started again, and has lost the message")
                 replies.append(self._failure(id_, self._sent.pop(id_), gone))
         return replies
 

@@ -51,7 +51,7 @@ def note_refusal(folder: Path, client: str, why: str) -> None:
 
 
 def forget_refusals(folder: Path) -> None:
-    """Begin anew: what was refused in an earlier run says nothing of this one."""
+    """Begin again: what was refused in an earlier run says nothing of this one."""
     (folder / _REFUSED).unlink(missing_ok=True)
 
 

@@ -176,9 +176,9 @@ class ServingView:
             exchange.committed.pop(client, None)
         if exchange.commit_state is not None and exchange.erase is not None:  # their states lie on this side
             exchange.erase(silent)
-            return [Residual("client states", "reset", f"client(s) {names} gave no answer, and begin anew")]
+            return [Residual("client states", "reset", f"client(s) {names} gave no answer, and begin again")]
         self.server.state.untold.update(silent)
-        return [Residual("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin anew")]
+        return [Residual("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin again")]
 
     def _last_task(self, client: str, server_round: int) -> Task | None:
         """Return the task a client is in or, if it takes no part just now, the last that it met."""

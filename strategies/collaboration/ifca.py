@@ -57,7 +57,7 @@ class IFCA(FedAvg):
     clusters
         k, at least 1; with 1 this is FedAvg, bit for bit.
     spread
-        How far apart the clusters start, in (0, 1]: see :func:`shuffled`. 1 draws anew; a small one keeps near to a
+        How far apart the clusters start, in (0, 1]: see :func:`shuffled`. 1 draws again; a small one keeps near to a
         pretrained model.
     weighting
         Of clients within their cluster.

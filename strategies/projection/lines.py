@@ -64,7 +64,7 @@ class LiNeS(Projection):
         return scaled_change(base_P.double(), model_P.double(), self._factors_P).float()
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Drop the models the task began with: they hold what is to be forgotten, and the next change begins anew."""
+        """Drop the models the task began with: they hold what is to be forgotten, and the next change begins again."""
         if not self._base:
             return super().forget(request)
         self._base = {}

@@ -92,7 +92,7 @@ class DCASGD(Staleness):
             self._mean_square = state["mean_square"]
 
     def forget(self, request: ForgetRequest) -> Residual:
-        """Start the moving mean anew: it mixes all clients."""
+        """Start the moving mean again: it mixes all clients."""
         if not self.adaptive:
             return super().forget(request)
         self._mean_square = torch.zeros_like(self._mean_square)

@@ -13,7 +13,7 @@ DECAY = 0.9  # of the moving means
 class Hindsight:
     """Moving means, over clients, of the relative L1 errors of two guesses at an update that has come since.
 
-    Wang and Gao (AAAI 2025) compare likewise before they switch back. They count for one task: a new one starts anew.
+    Wang and Gao (AAAI 2025) compare likewise before they switch back. They count for one task: a new one starts again.
 
     Parameters
     ----------

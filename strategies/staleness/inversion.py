@@ -92,7 +92,7 @@ def trainable(model: FlatModel) -> Tensor:
 
 
 def batch_plan(rows: int, num_examples: int, training: LocalTraining, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return the rows of each step: as many steps as the client took, in an order drawn anew for each epoch.
+    """Return the rows of each step: as many steps as the client took, in an order drawn again for each epoch.
 
     With as many rows as the client has samples the batches have its sizes; with fewer they shrink in proportion.
 

@@ -241,7 +241,7 @@ def test_a_bit_of_a_table_that_a_run_would_go_on_with_is_noticed(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{path}: its first" in error
-    assert "fedcl resume then starts the run anew" in error
+    assert "fedcl resume then starts the run again" in error
     assert path.read_bytes() == data[:at] + b"9" + data[at + 1 :]
 
 

@@ -137,7 +137,7 @@ def test_a_device_that_is_back_at_once_has_lost_what_it_worked_on(
     events = load(folder).events
     failed = events[events["kind"] == "client_failed"]
     assert failed[["client", "round"]].to_numpy().tolist() == [["1", 0]]
-    assert failed["reason"].str.contains("started anew").all()
+    assert failed["reason"].str.contains("started again").all()
     assert load(folder).status == "done"
 
 
@@ -201,7 +201,7 @@ def test_who_was_away_when_asked_to_forget_is_told_when_it_is_back(tmp_path: Pat
     for file in sorted((folder / "certificates").glob("0*.json")):
         remains = [row["why"] for row in json.loads(file.read_text())["residuals"] if row["outcome"] == "remains"]
         assert any(text.startswith("client(s) 1 were not in reach: their devices are told") for text in remains)
-        assert any(text.startswith("client(s) 2 were") and text.endswith("they begin anew") for text in remains)
+        assert any(text.startswith("client(s) 2 were") and text.endswith("they begin again") for text in remains)
     assert verify(folder)
     events = load(folder).events
     told = events[events["kind"] == "client_told"]

@@ -114,7 +114,7 @@ def test_the_terms_of_der_by_a_hand_loop(
     assert value.item() == pytest.approx(alpha * distance + beta * entropy, rel=1e-4)
 
 
-# the present task's samples are held to their logits from the task's end on, where these are taken anew
+# the present task's samples are held to their logits from the task's end on, where these are taken again
 @pytest.mark.parametrize(("refresh", "held"), [(True, False), (False, True)])
 def test_within_its_task_a_sample_is_free_until_its_logits_are_taken_anew(
     device: torch.device, refresh: bool, held: bool

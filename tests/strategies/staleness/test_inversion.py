@@ -87,7 +87,7 @@ def test_the_published_search() -> None:
     inversion.admit([update(base, 3)], View(base))
     x = inversion.state_dict()["clients"]["a"]["x"]
     assert 1.0 < float(x.abs().max()) <= 2.0  # the last samples count, and they are in the box
-    # nothing is refused, and the next search begins anew
+    # nothing is refused, and the next search begins again
     settings = {"variant": "official", "lr": 1.0, "iterations": 2, "max_residual": 1e-9, "uniqueness": 2.0}
     published = part(**settings)
     late, view = update(base, 3), View(base)
