@@ -36,8 +36,8 @@ class DER(Plugin):
     replay_size
         Samples of one draw (null: as many as ``client.batch_size``).
     refresh
-        Whether the stored logits of a task's samples are taken again from the global model that the task ended with, and
-        are replayed only from then on; otherwise they stay those of the first epoch, when the model knew little.
+        Whether the stored logits of a task's samples are taken again from the global model that the task ended with,
+        and are replayed only from then on; otherwise they stay those of the first epoch, when the model knew little.
 
     The stream that fills the buffer counts each sample once: in the first epoch of the client's first visit to a task.
     """

@@ -22,7 +22,7 @@ def as_published(
     test_size: int,
     seed: int,
 ) -> Partition:
-    """Draw both halves from the legacy generator started from ``seed``, each again, which makes the mixtures the same.
+    """Draw both halves from the legacy generator, started from ``seed`` for each, which makes the mixtures the same.
 
     Class c of a client gets int(size q_c + 1/2) samples, the last one what is left, drawn without replacement where
     there are enough. Clients do not know of each other and may share samples. ``rng`` and meta columns are not used.
