@@ -82,27 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in _SIM_PACKAGES:
-            traceback.print_exc()
-        else:
-            print(f"fedcl: error: needs the package '{error.name}'; pip install 'fedcl[sim]'", file=sys.stderr)
+    except Exception as error:
+        return _status_of(error)
+    return OK
+
+
+def _status_of(error: Exception) -> int:
+    """Say what has gone wrong, in one line where one line tells, else by a traceback; return the exit status."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _SIM_PACKAGES:
+        print(f"fedcl: error: needs the package '{error.name}'; pip install 'fedcl[sim]'", file=sys.stderr)
         return FAILED
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return NOBODY_READS
-        if error.errno in _NO_ROOM:
-            print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
-            return FAILED
-        if error.errno not in _UNFIT or error.filename is None:
-            traceback.print_exc()
-            return FAILED
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return NOBODY_READS
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
+        return FAILED
+    if isinstance(error, OSError) and error.errno in _UNFIT and error.filename is not None:
         print(f"fedcl: error: {error.filename}: {error.strerror}; {_UNFIT[error.errno]}", file=sys.stderr)
         return BAD_INPUT
-    except Exception:
-        traceback.print_exc()
-        return FAILED
-    return OK
+    traceback.print_exception(error)
+    return FAILED
 
 
 def _format_warning(

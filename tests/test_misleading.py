@@ -21,7 +21,7 @@ from fedcl.models.flat import FlatModel
 from fedcl.results import load
 from fedcl.results.caveats import caveats
 from fedcl.results.target import TargetAccuracy
-from fedcl.runs.cautions import cautions, constant_accuracy, test_columns
+from fedcl.runs.cautions import cautions, constant_accuracy, right_columns
 from fedcl.runs.setup import Prepared
 from fedcl.server.measurement import Measurement
 from fedcl.server.rounds import shared_reason
@@ -29,7 +29,11 @@ from fedcl.server.rounds import shared_reason
 Play = Callable[..., Path]
 SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "strategy/projection=none"]
 
-test_columns.__test__ = False  # type: ignore[attr-defined]
+right_columns.__test__ = False  # type: ignore[attr-defined]
+
+
+def warned(cfg: Any, prepared: Prepared) -> list[str]:
+    return cautions(cfg, prepared.stream, right_columns(prepared))
 
 
 def prepare(*overrides: str) -> tuple[dict[str, Any], Prepared]:
@@ -77,7 +81,7 @@ def test_a_task_without_samples_is_told_before_and_after_and_its_empty_rounds_ar
     ],
 )
 def test_tasks_that_one_constant_answer_gets_right_are_told(stream: list[str], said: str | None) -> None:
-    assert cautions(*prepare(*stream)) == ([] if said is None else [said])
+    assert warned(*prepare(*stream)) == ([] if said is None else [said])
 
 
 @pytest.mark.parametrize("scenario", ["class_incremental", "domain_rotated"])
@@ -85,11 +89,11 @@ def test_test_samples_of_one_class_are_told_in_every_kind_of_stream(scenario: st
     cfg, prepared = prepare(f"scenario={scenario}")
     half = prepared.dataset.test
     only = replace(prepared.dataset, test=replace(half, y=np.full_like(half.y, 3)))
-    told = cautions(cfg, replace(prepared, dataset=only))
+    told = warned(cfg, replace(prepared, dataset=only))
     assert any(
         "all test samples are of one class: a model that always gives the same answer scores 100 %" in t for t in told
     )
-    assert constant_accuracy(prepared.stream, test_columns(replace(prepared, dataset=only))) == 1.0
+    assert constant_accuracy(prepared.stream, right_columns(replace(prepared, dataset=only))) == 1.0
 
 
 def test_the_best_constant_answer_by_hand() -> None:
@@ -108,12 +112,12 @@ def test_the_best_constant_answer_by_hand() -> None:
 
 
 def test_two_buffers_are_told_and_one_learner_twice_is_refused() -> None:
-    assert cautions(*prepare("learner=[er,derpp]")) == [
+    assert warned(*prepare("learner=[er,derpp]")) == [
         "learner=er+derpp: each keeps a buffer of its own (er 200 samples, derpp 200 samples); a client holds and "
         "replays them all"
     ]
-    assert cautions(*prepare("learner=[er,derpp]", "learner.er.budget=0")) == []
-    assert cautions(*prepare("learner=[er,ewc]")) == []
+    assert warned(*prepare("learner=[er,derpp]", "learner.er.budget=0")) == []
+    assert warned(*prepare("learner=[er,ewc]")) == []
     with pytest.raises(ConfigError, match=r"^learner=\[er,er\]: names er twice"):
         compose(["learner=[er,er]"])
 
@@ -183,7 +187,7 @@ def test_a_model_with_finite_weights_and_outputs_that_are_none_does_not_look_lik
     assert stage.ends
     measurement.test(torch.full_like(initial, 1e30), 1, 5.0, stage, [0, 1])
     assert [row["value"] for row in diary.rows] == [0.0, 0.0]
-    samples = {str(task): len(right) for task, right in enumerate(test_columns(prepared))}
+    samples = {str(task): len(right) for task, right in enumerate(right_columns(prepared))}
     assert diary.events == [{"kind": "test_undefined", "round": 1, "virtual_time": 5.0, "samples": samples}]
     measurement.test(initial, 1, 5.0, stage, [0, 1])
     assert len(diary.events) == 1

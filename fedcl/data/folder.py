@@ -74,27 +74,20 @@ def folder(
         Pillow is not installed, a folder is missing, there is no image, one is damaged, no file, of another size, or of
         a class that ``train`` lacks, or there is a ``test_fraction`` and a test folder.
     """
-    base = resolve(root)
     if test_fraction is not None:
         checked_fraction(test_fraction)
     passed: list[str] = []
-    train, test = _halves(base, root)
+    train, test = _halves(resolve(root), root)
     files = _images(train, root, passed)
     classes = tuple(files)
     x, y = _read(files, classes, root, size, grey)
     notes: list[str] = []
     if test is None:
-        share = _FRACTION if test_fraction is None else test_fraction
-        chosen = stratified(y, share, seed)
+        chosen = stratified(y, _FRACTION if test_fraction is None else test_fraction, seed)
         halves: list[Half] = [(x[~chosen], y[~chosen]), (x[chosen], y[chosen])]
-        notes += (
-            []
-            if test_fraction
-            else [
-                f"no folders train and test: {share:g} of each class is the test half, as "
-                "data.source.test_fraction and data.source.seed say"
-            ]
-        )
+        if test_fraction is None:
+            settings = "data.source.test_fraction and data.source.seed"
+            notes.append(f"no folders train and test: {_FRACTION:g} of each class is the test half, as {settings} say")
     elif test_fraction is not None:
         raise ConfigError(f"data.source.test_fraction={test_fraction}: must be null, as there is a folder {test.name}")
     else:
@@ -103,10 +96,17 @@ def folder(
         if unknown:
             raise ConfigError(f"data.root={root}: {test.name} has classes that train lacks: {', '.join(unknown[:5])}")
         halves = [(x, y), _read(tests, classes, root, size, x.shape[1] == 1)]
-    if passed:
-        more = f", ... ({len(passed)} in all)" if len(passed) > 10 else ""
-        notes.append(f"passed over, being no image, hidden, or a folder without images: {', '.join(passed[:10])}{more}")
-    return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes, notes=notes)
+    return assemble(
+        root, halves, scale=1 / 255, mean=mean, std=std, classes=classes, notes=[*notes, *_left_out(passed)]
+    )
+
+
+def _left_out(passed: Sequence[str]) -> list[str]:
+    """Return what is to be said of files and folders that are no class and no image."""
+    if not passed:
+        return []
+    more = f", ... ({len(passed)} in all)" if len(passed) > 10 else ""
+    return [f"passed over, being no image, hidden, or a folder without images: {', '.join(passed[:10])}{more}"]
 
 
 def _halves(base: Path, root: str) -> tuple[Path, Path | None]:

@@ -20,14 +20,16 @@ from fedcl.scenario.task import Stream
 Columns = NDArray[np.int64]  # (N,), the logit column that is right for each test sample of a task
 
 
-def cautions(cfg: Config, prepared: Prepared) -> list[str]:
-    """Return a sentence for each thing that makes numbers of this run say something else than they seem to."""
-    rights = test_columns(prepared)
+def cautions(cfg: Config, stream: Stream, rights: Sequence[Columns]) -> list[str]:
+    """Return a sentence for each thing that makes numbers of this run say something else than they seem to.
+
+    ``rights`` are the run's :func:`right_columns`.
+    """
     plugins = {place: build() for place, build in learner_factories(cfg).items()}
-    return [*_untested(rights), *_trivial(prepared.stream, rights), *_buffers(plugins)]
+    return [*_untested(rights), *_trivial(stream, rights), *_buffers(plugins)]
 
 
-def test_columns(prepared: Prepared) -> list[Columns]:
+def right_columns(prepared: Prepared) -> list[Columns]:
     """Return for each task the logit columns that are right for the server's test samples of it; perhaps none."""
     stream, y = prepared.stream, prepared.dataset.test.y
     tasks = [stream.test_task(task, after=range(stream.num_tasks)) for task in range(stream.num_tasks)]

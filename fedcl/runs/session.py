@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fedcl.results.recorder import Recorder
 from fedcl.results.summary import summary
 from fedcl.results.target import REACHED, TargetAccuracy, TargetReached, was_reached
 from fedcl.results.trackers import Trackers
-from fedcl.runs.cautions import cautions, constant_accuracy, test_columns
+from fedcl.runs.cautions import Columns, cautions, constant_accuracy, right_columns
 from fedcl.runs.certification import AfterServing
 from fedcl.runs.retrained import make_unlearning
 from fedcl.runs.setup import Prepared, make_server
@@ -83,7 +83,8 @@ def play(
         unlearning.queue.inbox = Inbox(inbox or run_dir)
         if own is not None:
             unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
-        tested = [task for task, right in enumerate(test_columns(prepared)) if len(right)]
+        rights = right_columns(prepared)
+        tested = [task for task, right in enumerate(rights) if len(right)]
         target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks, tested)
         recorder.followers.append(target.follow)
         server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
@@ -92,7 +93,7 @@ def play(
         if saved is not None:
             _restore(server, states, saved)
         else:
-            _report_partition(cfg, prepared, recorder, quiet)
+            _report_partition(cfg, prepared, rights, recorder, quiet)
         progress = stack.enter_context(Progress(quiet=quiet))
         after = _AfterRound(
             cfg, prepared, server, states, recorder, checkpoints, progress, interruption, target, trackers
@@ -194,10 +195,12 @@ def _left(saved: Saved | None) -> frozenset[str]:
     return Forgotten.of(state.get("forgotten", ())).clients
 
 
-def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet: bool) -> None:
+def _report_partition(
+    cfg: Config, prepared: Prepared, rights: Sequence[Columns], recorder: Recorder, quiet: bool
+) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
     report = partition_report(prepared.partition, prepared.dataset.train.y)
-    stream, rights = prepared.stream, test_columns(prepared)
+    stream = prepared.stream
     begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
     if prepared.notes:
         report["notes"] = list(prepared.notes)
@@ -209,7 +212,7 @@ def _report_partition(cfg: Config, prepared: Prepared, recorder: Recorder, quiet
         test_samples=[len(right) for right in rights],
         constant_accuracy=constant_accuracy(stream, rights),
     )
-    for text in cautions(cfg, prepared):
+    for text in cautions(cfg, stream, rights):
         recorder.event(schema.WARNING, **begin, text=text)
         if not quiet:
             print(f"fedcl: warning: {text}", file=sys.stderr)
