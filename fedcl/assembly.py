@@ -442,11 +442,8 @@ def local_work(
 
 def bind(part: Pipeline | Stock | Unlearner, work: LocalWork) -> None:
     """Tell a strategy's parts, or an unlearner, how clients train; what they cannot work with is the user's to mend."""
-    if isinstance(part, Stock):
-        return
-    if isinstance(part, Unlearner):
-        part.setup(work.model, work.input_shape)
-    _checked(lambda: part.bind(work))
+    if not isinstance(part, Stock):
+        _checked(lambda: part.bind(work))
 
 
 def _of_kind(kind: type[T], made: Any, place: str, node: Mapping[str, Any]) -> T:

@@ -26,7 +26,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Answer, LocalWork, Target
 
 STEP = "activations"
 _FORGET, _RETAIN = "forget", "retain"
@@ -64,12 +64,12 @@ class CDP(Unlearner):
         """Refuse a model without hidden channels, and one whose linear layers make no channels but attention."""
         prunable(model.module)
 
-    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+    def bind(self, work: LocalWork) -> None:
         """Find out which layers clients answer for, and how many channels each has."""
-        twin = model.twin()
-        twin.eval()
-        with torch.no_grad(), outputs(twin.module) as put_out:
-            twin(torch.zeros(1, *input_shape, device=twin.device))
+        model = work.model.twin()
+        model.eval()
+        with torch.no_grad(), outputs(model.module) as put_out:
+            model(torch.zeros(1, *work.input_shape, device=model.device))
         for part in (_FORGET, _RETAIN):  # whoever holds nothing of one leaves it out
             self._answer[f"{part}/"] = TensorField(("columns",), "float64", low=0.0, group=part)
             for layer, out in put_out.items():

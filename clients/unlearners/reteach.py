@@ -44,7 +44,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Answer, LocalWork, Target
 
 _TEACHER, _MATRIX = "teacher", "matrix"
 
@@ -109,11 +109,11 @@ class Reteach(Unlearner):
         self._inputs: Form = {}
         self._metrics: dict[str, float] = {}
 
-    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
+    def bind(self, work: LocalWork) -> None:
         """Find out which layers clients answer for, and how much each reads."""
-        twin = model.twin()
-        nothing = torch.zeros(1, *input_shape, device=twin.device)
-        read = input_sums(twin, Samples(nothing, torch.zeros(1, dtype=torch.long, device=twin.device)))
+        model = work.model.twin()
+        nothing = torch.zeros(1, *work.input_shape, device=model.device)
+        read = input_sums(model, Samples(nothing, torch.zeros(1, dtype=torch.long, device=model.device)))
         self._inputs = {f"{GRAM}/{layer}": TensorField(tuple(sums.shape)) for layer, sums in read.items()}
 
     @property

@@ -55,10 +55,6 @@ class Wrapper(Unlearner):
         """Refuse what the base refuses."""
         self.base.check(model)
 
-    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
-        """Tell the base the architecture."""
-        self.base.setup(model, input_shape)
-
     def bind(self, work: LocalWork) -> None:
         """Tell the base how clients train."""
         self.base.bind(work)

@@ -41,11 +41,6 @@ class Substitute(Unlearner):
         self._own.check(model)
         self._chosen.check(model)
 
-    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
-        """Tell both the architecture."""
-        self._own.setup(model, input_shape)
-        self._chosen.setup(model, input_shape)
-
     def bind(self, work: LocalWork) -> None:
         """Tell both how clients train."""
         self._own.bind(work)

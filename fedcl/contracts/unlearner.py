@@ -244,14 +244,11 @@ class Unlearner:
             Naming the configuration key and what is allowed.
         """
 
-    def setup(self, model: FlatModel, input_shape: tuple[int, ...]) -> None:
-        """Learn the architecture, and of which shape one sample is; called once at the server, before :meth:`bind`.
-
-        The model's weights are anything, and it is not to be changed.
-        """
-
     def bind(self, work: LocalWork) -> None:
-        """Learn how clients train; called once at the server, before the first round."""
+        """Learn how clients train, the architecture, and of which shape one sample is.
+
+        Called once at the server, before the first round. The model's weights are anything, not to be changed.
+        """
 
     def promise(self) -> str:
         """Return the guarantee in words, for the certificate."""

@@ -12,10 +12,11 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer, Target
+from fedcl.contracts.strategy import Answer, LocalWork, Target
 from fedcl.contracts.unlearner import Samples, UnlearnContext, Unlearner, Value
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
+from fedcl.scenario.streams import ClassIncremental
 from fedcl.scenario.task import Task
 from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
@@ -42,7 +43,9 @@ class Serving:
         self.num_columns = self.model.spec["head.weight"].shape[0]
         samples = next((s for pair in self.held.values() for s in pair if len(s)), None)
         if samples is not None:
-            self.unlearner.setup(self.model, tuple(samples.x.shape[1:]))
+            shape = tuple(samples.x.shape[1:])
+            stream = ClassIncremental(num_classes=self.num_columns, input_shape=shape, seed=0, num_tasks=1)
+            self.unlearner.bind(LocalWork(self.model, LocalTraining(), stream, shape))
 
     @property
     def spec(self) -> Spec:
