@@ -27,7 +27,7 @@ from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
 from fedcl.server.fold import BLOCK, RunningFold
 from fedcl.server.strategy import Outgoing
-from fedcl.server.validation import Expected, outliers, payload_norms, rejection, uploads
+from fedcl.server.validation import Expected, payload_norms, payload_outliers, rejection, uploads
 
 COHORT = 64  # clients that one message addresses at most: the more of them, the less each of them costs
 CommitState = Callable[[str, int], None]
@@ -188,14 +188,9 @@ class Exchange:
         """Name the clients whose answer is far larger than the others', by itself and for their number of samples."""
         norms = {answer.client: payload_norms(answer.tensors) for answer in answers}
         sizes = {answer.client: answer.num_examples for answer in answers}
-        for tensor in {tensor: None for own in norms.values() for tensor in own}:
-            whole = {client: own[tensor] for client, own in norms.items() if tensor in own}
-            median, far = outliers(whole)
-            far_each = outliers({client: norm / sizes[client] for client, norm in whole.items()})[1]
-            for client in far if median else ():
-                if client in far_each:
-                    fields = {"payload": f"{name}/{tensor}", "norm": whole[client], "median": median}
-                    self._note("payload_outlier", round=server_round, client=client, **fields)
+        for fields in payload_outliers(norms, sizes):
+            fields["payload"] = f"{name}/{fields['payload']}"
+            self._note("payload_outlier", round=server_round, **fields)
 
     def _question(
         self, kind: Kind, out: Outgoing, task_of: TaskOf, server_round: int, version: int, name: str, note_of: NoteOf

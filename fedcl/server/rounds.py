@@ -26,7 +26,7 @@ from fedcl.server.fold import BLOCK, Contribution, Folded, RunningFold
 from fedcl.server.folding import update_of
 from fedcl.server.selection import client_order, select
 from fedcl.server.strategy import Outgoing, exact_sum
-from fedcl.server.validation import change_norm, outliers, payload_norms
+from fedcl.server.validation import change_norm, outliers, payload_norms, payload_outliers
 
 
 class RoundFailed(RunFailed):
@@ -201,12 +201,8 @@ class Rounds:
         if not self.exchange.payloads:
             return
         each = {u.client: u.payload_norms if isinstance(u, Folded) else payload_norms(u.payload) for u in counted}
-        for name in {name: None for own in each.values() for name in own}:
-            found = {client: own[name] for client, own in each.items() if name in own}
-            median, far = outliers(found)
-            for client in far if median else ():
-                fields = {"payload": name, "norm": found[client], "median": median}
-                self._note("payload_outlier", server_round, client=client, **fields)
+        for fields in payload_outliers(each):
+            self._note("payload_outlier", server_round, **fields)
 
     def _note_empty(self, arrived: Sequence[Arrived], server_round: int) -> None:
         """Say that most of the clients hold nothing of their task: the round is one of the few others alone."""

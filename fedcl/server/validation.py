@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -222,3 +222,21 @@ def outliers(norms: Mapping[str, float]) -> tuple[float, list[str]]:
         return 0.0, []
     median = statistics.median(norms.values())
     return median, [client for client, norm in norms.items() if norm > OUTLIER * median]
+
+
+def payload_outliers(
+    norms: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield, as an event's fields, whose tensor is far larger than the others' of its name.
+
+    ``norms`` are by client and name. With ``sizes``, the samples that each client's tensors are sums over, it must be
+    so for a sample of it too.
+    """
+    for name in {name: None for own in norms.values() for name in own}:
+        whole = {client: own[name] for client, own in norms.items() if name in own}
+        median, far = outliers(whole)
+        if sizes is not None:
+            each = outliers({client: norm / sizes[client] for client, norm in whole.items()})[1]
+            far = [client for client in far if client in each]
+        for client in far if median else ():
+            yield {"client": client, "payload": name, "norm": whole[client], "median": median}
