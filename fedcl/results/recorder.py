@@ -81,8 +81,13 @@ class Recorder:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception without the Parquet files, since the run is not done."""
+        """Close; after an exception without the Parquet files, since the run is not done.
+
+        The hashes of a run that was told to stop are taken: its tables stay as they are until it is resumed.
+        """
         self.close(finished=exc_type is None)
+        if exc_type is not None and issubclass(exc_type, (KeyboardInterrupt, SystemExit)):
+            self.conclude()
 
     def row(
         self,

@@ -179,9 +179,7 @@ def _files(folder: Path) -> list[str]:
 def _cases(folders: dict[str, Path]) -> Iterator[Case]:
     for kind, commands in COMMANDS.items():
         for file in _files(folders[kind]):
-            # whoever may write there may ask, or take back what was asked; and the lines of a run that is not over are
-            # known to its checkpoints alone
-            if file == "requests.jsonl" or (kind == "stopped" and file == "events.jsonl"):
+            if file == "requests.jsonl":  # whoever may write there may ask, or take back what was asked
                 continue
             if kind == "sweep" and file.startswith("run/"):  # a job that is not whole is played again, by a process
                 continue

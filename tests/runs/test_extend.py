@@ -82,7 +82,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: Play, tmp_
     with pytest.raises(ConfigError, match="reckons with the rounds of the whole run"):
         extend(reckons, ["scenario.num_tasks=9", new], force=False, quiet=True)
     (short / "STATUS").write_text("interrupted\n")
-    with pytest.raises(ConfigError, match="is not done"):
+    with pytest.raises(ConfigError, match="is interrupted, not done"):
         extend(short, ["rounds_per_task=3", new], force=False, quiet=True)
     assert not (tmp_path / "new").exists()
 
