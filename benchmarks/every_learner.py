@@ -79,7 +79,7 @@ def settings(bench: Bench, part: Part, row: Row) -> list[str]:
     return chosen + [f"{key}={bench.budget[part.name]}" for key in keys if key not in named]
 
 
-def play(bench: Bench, part: Part, changed: Sequence[str], seed: int, run_dir: Path) -> Numbers:
+def run_row(bench: Bench, part: Part, changed: Sequence[str], seed: int, run_dir: Path) -> Numbers:
     """Run one row of one part and return its numbers; rates in [0, 1], bytes, CPU seconds.
 
     Raises
@@ -113,11 +113,11 @@ def measure(bench: Bench, chosen: Sequence[Row], parts: Sequence[Part], seeds: S
                 if not file.is_file():
                     if not warm:  # so that the first row does not pay for the imports
                         with tempfile.TemporaryDirectory() as folder:
-                            play(bench, part, ["rounds_per_task=1"], seed, Path(folder) / "run")
+                            run_row(bench, part, ["rounds_per_task=1"], seed, Path(folder) / "run")
                         warm = True
                     file.parent.mkdir(parents=True, exist_ok=True)
                     try:
-                        found: dict[str, Any] = play(bench, part, changed, seed, file.with_suffix(""))
+                        found: dict[str, Any] = run_row(bench, part, changed, seed, file.with_suffix(""))
                     except (ConfigError, RoundFailed) as stop:
                         found = {"stopped": f"{type(stop).__name__}: {stop}"}
                     file.write_text(json.dumps({"settings": changed, "found": found}) + "\n", encoding="utf-8")

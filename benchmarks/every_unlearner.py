@@ -30,7 +30,7 @@ from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.evaluation.predictions import accuracy, backdoor_success, predict
 from fedcl.models.flat import FlatModel
 from fedcl.runs.retrained import SilentRecord, make_unlearning
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import open_backend
 from fedcl.unlearning.receipt import Receipt
@@ -79,28 +79,31 @@ def marked(bench: Bench, x: np.ndarray) -> np.ndarray:
     return np.where(bench.mark(x.shape[1:]), np.asarray(bench.high, x.dtype), x)
 
 
-def poison(bench: Bench, prepared: Prepared, leaver: int, seed: int) -> Prepared:
+def poison(bench: Bench, setup: Setup, departing_client: int, seed: int) -> Setup:
     """Return the run's data with most of the leaver's samples marked and called :data:`BACKDOOR`."""
-    held = prepared.partition.train[leaver]
+    held = setup.partition.train[departing_client]
     chosen = numpy_generator(seed, "poison").permutation(held)[: round(POISONED * len(held))]
-    x, y = prepared.dataset.train.x.copy(), prepared.dataset.train.y.copy()
+    x, y = setup.dataset.train.x.copy(), setup.dataset.train.y.copy()
     x[chosen], y[chosen] = marked(bench, x[chosen]), BACKDOOR
-    train: ArrayDataset = replace(prepared.dataset.train, x=x, y=y)
-    return replace(prepared, dataset=replace(prepared.dataset, train=train))
+    train: ArrayDataset = replace(setup.dataset.train, x=x, y=y)
+    return replace(setup, dataset=replace(setup.dataset, train=train))
 
 
-def requests(bench: Bench, kind: str, prepared: Prepared, seed: int) -> tuple[str, int]:
+def requests(bench: Bench, kind: str, setup: Setup, seed: int) -> tuple[str, int]:
     """Return ``unlearning.requests`` of a kind, and the client that leaves (-1: none)."""
-    sizes = [len(part) for part in prepared.partition.train]
-    leaver = int(np.argmax(sizes))
+    sizes = [len(part) for part in setup.partition.train]
+    departing_client = int(np.argmax(sizes))
     if kind == "client":
-        return f"[{{id: leaver, scope: client, clients: ['{leaver}'], at: {{round: {AT}}}}}]", leaver
+        return (
+            f"[{{id: leaver, scope: client, clients: ['{departing_client}'], at: {{round: {AT}}}}}]",
+            departing_client,
+        )
     if kind == "class":
         return f"[{{id: class, scope: class, classes: [{bench.label}], at: {{round: {AT}}}}}]", -1
     if kind == "sequence":
         rows = [f"{{id: c{c}, scope: class, classes: [{c}], at: {{round: {AT + i}}}}}" for i, c in enumerate(SEQUENCE)]
         return f"[{', '.join(rows)}]", -1
-    count = len(prepared.dataset.train.y)
+    count = len(setup.dataset.train.y)
     chosen = sorted(numpy_generator(seed, "request").choice(count, count // 100, replace=False).tolist())
     return f"[{{id: samples, scope: sample, samples: {chosen}, at: {{round: {AT}}}}}]", -1
 
@@ -127,13 +130,13 @@ class Probe:
         }
 
 
-def trained(cfg: dict[str, Any], prepared: Prepared, work: Path) -> Any:
+def trained(cfg: dict[str, Any], setup: Setup, work: Path) -> Any:
     """Return where a run is before the request: the server's state, and the clients'."""
     record: Any = SilentRecord()
     plain = {**cfg, "unlearning": {**cfg["unlearning"], "requests": []}}
-    with open_backend(plain, prepared.dataset, prepared.partition) as backend:
-        unlearning = make_unlearning(plain, prepared, backend, work)
-        server = make_server(plain, prepared, backend, record, unlearning=unlearning, evaluate=False)
+    with open_backend(plain, setup.dataset, setup.partition) as backend:
+        unlearning = make_unlearning(plain, setup, backend, work)
+        server = make_server(plain, setup, backend, record, unlearning=unlearning, evaluate=False)
         server.run(lambda _: None, AT)
         assert backend.states is not None
         kept = {
@@ -143,21 +146,19 @@ def trained(cfg: dict[str, Any], prepared: Prepared, work: Path) -> Any:
         return clone((state, kept), torch.device("cpu"))
 
 
-def case(
-    bench: Bench, cfg: dict[str, Any], prepared: Prepared, start: Any, work: Path, look: Look | None = None
-) -> Numbers:
+def case(bench: Bench, cfg: dict[str, Any], setup: Setup, start: Any, work: Path, look: Look | None = None) -> Numbers:
     """Serve the requests of ``cfg`` and play on; return all measurements.
 
     ``look`` is what else is measured of a model (P,) besides the panel, at once and later; :class:`Probe` by default.
     """
     found: Numbers = {}
-    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
-    probe = look or Probe(bench, model, prepared.dataset)
+    model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
+    probe = look or Probe(bench, model, setup.dataset)
     record: Any = SilentRecord()
     served = 0
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
-        unlearning = make_unlearning(cfg, prepared, backend, work)
-        server = make_server(cfg, prepared, backend, record, unlearning=unlearning, evaluate=False)
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
+        unlearning = make_unlearning(cfg, setup, backend, work)
+        server = make_server(cfg, setup, backend, record, unlearning=unlearning, evaluate=False)
 
         def certify(receipt: Receipt) -> None:
             nonlocal served
@@ -192,10 +193,10 @@ def measure(bench: Bench, kinds: Sequence[str], only: Sequence[str] | None, seed
         for kind in kinds:
             start: Any = None
             base = compose([f"experiment={bench.name}", f"seed={seed}", "unlearning.requests=[]"])
-            prepared = Prepared.of(base, load_dataset(base))
-            asked, leaver = requests(bench, kind, prepared, seed)
-            if leaver >= 0:
-                prepared = poison(bench, prepared, leaver, seed)
+            setup = Setup.of(base, load_dataset(base))
+            asked, departing_client = requests(bench, kind, setup, seed)
+            if departing_client >= 0:
+                setup = poison(bench, setup, departing_client, seed)
             cache = work / "references" / f"{kind}-{seed}"
             for name, overrides in names:
                 file = work / kind / f"{name}-{seed}.json"
@@ -205,16 +206,16 @@ def measure(bench: Bench, kinds: Sequence[str], only: Sequence[str] | None, seed
                 settings.append(f"unlearning.references={SHADOWS.get(kind, 0)}")
                 try:
                     cfg = compose([*settings, f"unlearning.requests={asked}", *overrides])
-                    Prepared.of(cfg, prepared.dataset)
+                    Setup.of(cfg, setup.dataset)
                 except ConfigError as error:
                     print(f"{kind} {name}: left out, {error}", flush=True)  # not its scope, or not its kind of model
                     continue
                 if start is None:
-                    start = trained(base, prepared, work)
+                    start = trained(base, setup, work)
                 if name == "retrain":
                     shutil.rmtree(cache, ignore_errors=True)
                 began = time.process_time()
-                found = case(bench, cfg, prepared, start, work)
+                found = case(bench, cfg, setup, start, work)
                 found["cpu_seconds"] = time.process_time() - began
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(found) + "\n", encoding="utf-8")

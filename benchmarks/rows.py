@@ -65,7 +65,7 @@ class Bench:
     prepare: Callable[[int, Path], tuple[str, ...]] = lambda seed, work: ()
 
 
-def play(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+def run_row(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Play one run into ``folder``, from the beginning, and return its summary."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
     settings = [*overrides, f"run_dir={json.dumps(str(folder))}"]
@@ -79,7 +79,7 @@ def numbers(bench: Bench, table: Table, row: Row, seed: int, work: Path) -> Numb
     folder = work / table.name / f"{row.name}-{seed}"
     made = bench.prepare(seed, work)
     chosen = [f"experiment={bench.name}", *table.overrides, *row.overrides, *made, f"seed={seed}"]
-    summary = play(chosen, folder) | bench.measure(folder)
+    summary = run_row(chosen, folder) | bench.measure(folder)
     shutil.rmtree(folder)
     return {key: float(value) for key, value in summary.items() if _finite(value)}
 

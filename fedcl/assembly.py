@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fedcl.base.randomness import key, numpy_generator
 from fedcl.client.engines import STEP_HOOKS
 from fedcl.client.local_data import LocalData, PartitionedData
-from fedcl.client.probe import Probe
-from fedcl.client.rates import TaskDecay
+from fedcl.client.local_evaluation import LocalEvaluation
+from fedcl.client.lr_schedule import TaskDecay
 from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
 from fedcl.config.checks import is_local
 from fedcl.config.compose import Config
@@ -37,9 +37,9 @@ from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
 from fedcl.server.arrivals import Device
 from fedcl.server.curriculum import Curriculum
+from fedcl.server.flower_strategy import FlowerAdapter
 from fedcl.server.folding import Folding
 from fedcl.server.statistics import Statistics
-from fedcl.server.stock import Stock
 from fedcl.server.strategy import Pipeline, check_payloads
 from fedcl.server.validation import Expected, uploads
 from fedcl.unlearning.planned import planned_requests
@@ -292,10 +292,10 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
     stream, training = make_stream(cfg, dataset), local_training(cfg)
     curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), cfg["evaluation"]["iterations"]
 
-    def probe(client: str, server_round: int, plugins: Sequence[Plugin]) -> Probe:
-        met = curriculum.schedule.met(client, server_round)
-        tasks = [stream.test_task(task_id, after=met) for task_id in met]
-        return Probe(every=every, tasks=tasks, data=data, plugins=plugins)
+    def local_evaluation(client: str, server_round: int, plugins: Sequence[Plugin]) -> LocalEvaluation:
+        seen = curriculum.schedule.seen(client, server_round)
+        tasks = [stream.test_task(task_id, after=seen) for task_id in seen]
+        return LocalEvaluation(every=every, tasks=tasks, data=data, plugins=plugins)
 
     return ClientRuntime(
         unlearner=functools.partial(make_unlearner, cfg),
@@ -306,8 +306,8 @@ def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRunt
         seed=cfg["seed"],
         num_columns=sum(stream.heads),
         personal_evaluation=cfg["evaluation"]["personal"],
-        probe=probe if every else None,
-        rates=None if task_decay(cfg) == 1.0 else TaskDecay(training.lr, task_decay(cfg), curriculum.schedule),
+        local_evaluation=local_evaluation if every else None,
+        lr_schedule=None if task_decay(cfg) == 1.0 else TaskDecay(training.lr, task_decay(cfg), curriculum.schedule),
         engine=cfg["engine"],
     )
 
@@ -381,14 +381,14 @@ def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[
     return lambda name, task: steps(name, task.to_json())
 
 
-def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | Stock:
+def make_strategy(cfg: Config, model: FlatModel, nodes: Mapping[str, int]) -> Pipeline | FlowerAdapter:
     """Build the strategy: the pipeline of parts, or a stock Flower strategy."""
     node = cfg["strategy"]
-    strategy: Pipeline | Stock
+    strategy: Pipeline | FlowerAdapter
     if "stock" in node:
         stock = build(node["stock"], at="strategy.stock", trusted=cfg["trusted_packages"])
         selected = min(cfg["clients_per_round"] or len(nodes), len(participants(cfg)))
-        strategy = _checked(lambda: Stock(stock, seed=cfg["seed"], nodes=nodes, selected=selected))
+        strategy = _checked(lambda: FlowerAdapter(stock, seed=cfg["seed"], nodes=nodes, selected=selected))
     else:
         parts = {
             part: _part(cfg, part, node[part]["server"])
@@ -428,7 +428,7 @@ def make_folding(cfg: Config, model: FlatModel, dataset: Dataset) -> Folding | N
 def make_statistics(cfg: Config, model: FlatModel) -> Statistics:
     """Build what adds up clients' statistics, where the learner has any."""
     plugins = [make() for make in learner_factories(cfg).values()]
-    return Statistics(plugins, model.twin()) if any(plugin.sums for plugin in plugins) else Statistics()
+    return Statistics(plugins, model.copy()) if any(plugin.sums for plugin in plugins) else Statistics()
 
 
 def local_work(
@@ -440,9 +440,9 @@ def local_work(
     return LocalWork(model, local_training(cfg), stream, input_shape, schedule.num_rounds, plain)
 
 
-def bind(part: Pipeline | Stock | Unlearner, work: LocalWork) -> None:
+def bind(part: Pipeline | FlowerAdapter | Unlearner, work: LocalWork) -> None:
     """Tell a strategy's parts, or an unlearner, how clients train; what they cannot work with is the user's to mend."""
-    if not isinstance(part, Stock):
+    if not isinstance(part, FlowerAdapter):
         _checked(lambda: part.bind(work))
 
 

@@ -95,12 +95,12 @@ def run_experiment(tmp_path: Path) -> Run:
     from fedcl.config.compose import compose
     from fedcl.runs.experiment import run
 
-    def play(name: str, *overrides: str, config_dirs: Sequence[Path] = ()) -> Path:
+    def run_one(name: str, *overrides: str, config_dirs: Sequence[Path] = ()) -> Path:
         fixed = ["backend=inline", "compare_with=null", "figures=false", f"run_dir={tmp_path / name}"]
         settings = [*fixed, *overrides]
         return run(compose(settings, config_dirs), settings, config_dirs, quiet=True)
 
-    return play
+    return run_one
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fedcl.base.tree import equal
 from fedcl.config.compose import ConfigError, compose, config_hash, kinds, list_choices
-from fedcl.runs.setup import Prepared
-from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
+from fedcl.runs.setup import Setup
+from tests.toy import PARTS, Choices, Diary, configure, label, missing, run_toy, write_files
 
 # State and payload keys that may stay as they are while nothing goes wrong and nobody is forgotten.
 STEADY = {"epoch", "control_epoch", "memory", "stale"}
@@ -113,23 +113,23 @@ def test_every_choice_keeps_the_contracts(choices: Choices, files: dict[str, str
     edges = not choices.keys() & {"data", "data/partition"}
     if (key := (config_hash(cfg), edges)) in KEPT:
         return  # a choice that is the default is the same run
-    whole = play(cfg, edges=edges)
+    whole = run_toy(cfg, edges=edges)
     assert whole.faults == []
     assert [task for task, first, last in losses(whole) if not last < first] == []
     assert len(set(whole.hashes)) == len(whole.hashes)
     assert frozen_state(whole, stock="stock" in cfg["strategy"]) == []
     assert dull_payloads(whole) == []
     middle = len(whole.hashes) // 2
-    rest = play(cfg, edges=edges, start=whole.saved[middle])
+    rest = run_toy(cfg, edges=edges, start=whole.saved[middle])
     assert rest.hashes == whole.hashes[middle:]
     assert equal(rest.saved[-1], whole.saved[-1])
-    assert play(cfg, edges=edges, until=0).hashes == whole.hashes[:1]
-    assert play({**cfg, "seed": 1}, edges=edges, until=0).hashes[0] != whole.hashes[0]
+    assert run_toy(cfg, edges=edges, until=0).hashes == whole.hashes[:1]
+    assert run_toy({**cfg, "seed": 1}, edges=edges, until=0).hashes[0] != whole.hashes[0]
     KEPT.add(key)
 
 
 def test_the_toy_has_the_edges_it_promises(files: dict[str, str], device: torch.device) -> None:
-    diary = play(configure({}, files, device), edges=True)
+    diary = run_toy(configure({}, files, device), edges=True)
     sizes = {(r["task"], r["client"]): r["value"] for r in diary.rows if r["name"] == "num_examples"}
     assert {client for task, client in sizes if task == 0} == {"0", "1", "2", "3"}
     assert {client for task, client in sizes if task == 1} == {"0", "3"}
@@ -138,7 +138,7 @@ def test_the_toy_has_the_edges_it_promises(files: dict[str, str], device: torch.
 
 
 def test_the_checks_see_what_never_changes(files: dict[str, str], device: torch.device) -> None:
-    diary = play(configure({"strategy/collaboration": "scaffold", "learner": "er"}, files, device))
+    diary = run_toy(configure({"strategy/collaboration": "scaffold", "learner": "er"}, files, device))
     assert (frozen_state(diary, stock=False), dull_payloads(diary)) == ([], [])
     diary.saved = [diary.saved[-1]] * 3
     assert frozen_state(diary, stock=False) == [
@@ -233,7 +233,7 @@ def test_any_two_choices_run_together(row: Choices, files: dict[str, str], devic
     # narrow sketches: an exact subspace of a real data set's inputs takes seconds
     small = ["strategy.projection.server.method=sketch", "strategy.projection.server.sketch_width=8"]
     extra = ["rounds_per_task=1", "client.epochs=1", *(small if row.get("strategy/projection") in SKETCHED else [])]
-    diary = play(configure(row, files, device, *extra, num_tasks=2))
+    diary = run_toy(configure(row, files, device, *extra, num_tasks=2))
     # where clients go different ways, those of one round may hold nothing of their tasks
     apart = row.get("scenario/schedule", "synchronous") != "synchronous"
     assert [one for one in diary.faults if not (apart and one["kind"] == "round_skipped" and one["replies"])] == []
@@ -246,7 +246,7 @@ def test_refused_pairs_are_refused_and_say_why(pair: Pair, files: dict[str, str]
         if why := missing(choice):
             pytest.skip(why)
     with pytest.raises(ConfigError) as caught:
-        Prepared.of(configure(dict(choice.split("=", 1) for choice in sorted(pair)), files, device, num_tasks=2))
+        Setup.of(configure(dict(choice.split("=", 1) for choice in sorted(pair)), files, device, num_tasks=2))
     assert REFUSED[pair] in str(caught.value)
 
 

@@ -22,27 +22,27 @@ from fedcl.results import load
 from fedcl.results.caveats import caveats
 from fedcl.results.target import TargetAccuracy
 from fedcl.runs.cautions import cautions, constant_accuracy, right_columns
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.server.measurement import Measurement
 from fedcl.server.rounds import shared_reason
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "strategy/projection=none"]
 
 right_columns.__test__ = False  # type: ignore[attr-defined]
 
 
-def warned(cfg: Any, prepared: Prepared) -> list[str]:
-    return cautions(cfg, prepared.stream, right_columns(prepared))
+def warned(cfg: Any, setup: Setup) -> list[str]:
+    return cautions(cfg, setup.stream, right_columns(setup))
 
 
-def prepare(*overrides: str) -> tuple[dict[str, Any], Prepared]:
+def prepare(*overrides: str) -> tuple[dict[str, Any], Setup]:
     cfg = compose([*SMALL, "rounds_per_task=1", *overrides])
-    return cfg, Prepared.of(cfg)
+    return cfg, Setup.of(cfg)
 
 
 def test_a_task_without_samples_is_told_before_and_after_and_its_empty_rounds_are_counted(
-    run_experiment: Play, capsys: pytest.CaptureFixture[str]
+    run_experiment: RunExperiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stream = ["scenario=class_incremental", "scenario.num_tasks=3", "scenario.increments=[5,5,0]"]
     folder = run_experiment("empty", *SMALL, *stream, "rounds_per_task=2")
@@ -86,14 +86,14 @@ def test_tasks_that_one_constant_answer_gets_right_are_told(stream: list[str], s
 
 @pytest.mark.parametrize("scenario", ["class_incremental", "domain_rotated"])
 def test_test_samples_of_one_class_are_told_in_every_kind_of_stream(scenario: str) -> None:
-    cfg, prepared = prepare(f"scenario={scenario}")
-    half = prepared.dataset.test
-    only = replace(prepared.dataset, test=replace(half, y=np.full_like(half.y, 3)))
-    told = warned(cfg, replace(prepared, dataset=only))
+    cfg, setup = prepare(f"scenario={scenario}")
+    half = setup.dataset.test
+    only = replace(setup.dataset, test=replace(half, y=np.full_like(half.y, 3)))
+    told = warned(cfg, replace(setup, dataset=only))
     assert any(
         "all test samples are of one class: a model that always gives the same answer scores 100 %" in t for t in told
     )
-    assert constant_accuracy(prepared.stream, right_columns(replace(prepared, dataset=only))) == 1.0
+    assert constant_accuracy(setup.stream, right_columns(replace(setup, dataset=only))) == 1.0
 
 
 def test_the_best_constant_answer_by_hand() -> None:
@@ -177,17 +177,17 @@ class Diary:
 
 
 def test_a_model_with_finite_weights_and_outputs_that_are_none_does_not_look_like_chance() -> None:
-    cfg, prepared = prepare("scenario=class_incremental", "scenario.num_tasks=2")
+    cfg, setup = prepare("scenario=class_incremental", "scenario.num_tasks=2")
     from fedcl import assembly
 
-    model: FlatModel = assembly.make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    model: FlatModel = assembly.make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     initial, diary = model.vector().clone(), Diary()
-    measurement = Measurement(diary, prepared.stream, Evaluator(prepared.dataset, prepared.stream, model))
-    stage = prepared.schedule.stage(1)
+    measurement = Measurement(diary, setup.stream, Evaluator(setup.dataset, setup.stream, model))
+    stage = setup.schedule.stage(1)
     assert stage.ends
     measurement.test(torch.full_like(initial, 1e30), 1, 5.0, stage, [0, 1])
     assert [row["value"] for row in diary.rows] == [0.0, 0.0]
-    samples = {str(task): len(right) for task, right in enumerate(right_columns(prepared))}
+    samples = {str(task): len(right) for task, right in enumerate(right_columns(setup))}
     assert diary.events == [{"kind": "test_undefined", "round": 1, "virtual_time": 5.0, "samples": samples}]
     measurement.test(initial, 1, 5.0, stage, [0, 1])
     assert len(diary.events) == 1

@@ -28,7 +28,7 @@ from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import PAYLOAD, VISIT
 from fedcl.messages.arrays import record_tensors
 from fedcl.runs.retrained import make_unlearning
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
 from tests.toy_files import write_sources
@@ -255,7 +255,7 @@ class Enough(Exception):
     """The run has been played as far as is needed."""
 
 
-def play(
+def run_toy(
     cfg: dict[str, Any],
     *,
     edges: bool = False,
@@ -269,18 +269,18 @@ def play(
     Without ``watch`` nobody looks at payloads before the server does: some are not meant to be read. Without
     ``cohorts`` each client has its own messages, as devices do.
     """
-    prepared = Prepared.of(cfg)
-    diary = Diary(rounds=prepared.schedule.num_rounds)
-    prepared = replace(prepared, partition=awkward(prepared.dataset)) if edges else prepared
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+    setup = Setup.of(cfg)
+    diary = Diary(rounds=setup.schedule.num_rounds)
+    setup = replace(setup, partition=awkward(setup.dataset)) if edges else setup
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
         watched: Any = Watched(backend, diary) if watch else backend.grid
         recorder: Any = diary
         states = backend.states
         assert states is not None
         cache = Path(cfg["unlearning"]["cache"] or "")
-        unlearning = make_unlearning(cfg, prepared, backend, cache) if cfg["unlearning"]["requests"] else None
+        unlearning = make_unlearning(cfg, setup, backend, cache) if cfg["unlearning"]["requests"] else None
         server = make_server(
-            cfg, prepared, replace(backend, grid=watched, cohorts=cohorts), recorder, unlearning=unlearning
+            cfg, setup, replace(backend, grid=watched, cohorts=cohorts), recorder, unlearning=unlearning
         )
         plugins = [build() for build in learner_factories(cfg).values()]
         declared = (payload for owner in (server.strategy, *plugins) for payload in owner.payloads)

@@ -27,7 +27,7 @@ def write_sources(folder: Path, halves: Halves) -> dict[str, str]:
             Image.fromarray(image).save(path, compress_level=0)
     if importlib.util.find_spec("datasets") is not None:
         _write_parquet(folder / "hf", halves, names)
-    (folder / "play.txt").write_text(_play(), encoding="utf-8")
+    (folder / "play.txt").write_text(_run(), encoding="utf-8")
     places = {name: str(folder / name) for name in ("cifar10", "cifar100", "folder", "hf")}
     return {**places, "text": str(folder / "play.txt")}
 
@@ -70,7 +70,7 @@ def _write_parquet(folder: Path, halves: Halves, names: list[str]) -> None:
         table.to_parquet(folder / f"{half}-00000-of-00001.parquet")
 
 
-def _play() -> str:
+def _run() -> str:
     """Five speakers in turn say a to e in order, from a random letter on: after a letter the next one is known."""
     rng = np.random.default_rng(0)
     lines = []

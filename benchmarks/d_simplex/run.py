@@ -21,7 +21,7 @@ from fedcl.assembly import make_model
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.run import load
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 
 HEADS = (
     Row("linear", ("model.head=linear",)),
@@ -57,10 +57,10 @@ def compatibility(folder: Path) -> Numbers:
     states = [state["server"]["models"][GLOBAL] for state, _ in Checkpoints(folder).every()][::-1]
     if len(states) < 2:
         return {}
-    prepared = Prepared.of(cfg)
-    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
-    half = prepared.dataset.test
-    x, features = torch.from_numpy(prepared.dataset.normalise(half.x)), []
+    setup = Setup.of(cfg)
+    model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
+    half = setup.dataset.test
+    x, features = torch.from_numpy(setup.dataset.normalise(half.x)), []
     for vector in states:
         model.load(vector)
         model.eval()

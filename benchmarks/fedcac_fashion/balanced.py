@@ -75,7 +75,7 @@ METHODS = (
 OURS = METHODS[0].name
 
 
-def play(setting: Setting, method: Method, seed: int, runs: Path) -> list[float]:
+def run_row(setting: Setting, method: Method, seed: int, runs: Path) -> list[float]:
     """Run one method with one seed unless that has been done; return each client's accuracy."""
     folder = runs / f"{setting.name}-{method.name}-{seed}"
     status = folder / "STATUS"
@@ -130,7 +130,7 @@ def main() -> None:
     for setting in (s for s in SETTINGS if s.name in args.settings):
         for method in (m for m in METHODS if m.name in args.methods):
             for seed in args.seeds:
-                accuracies = play(setting, method, seed, args.runs.resolve())
+                accuracies = run_row(setting, method, seed, args.runs.resolve())
                 results.setdefault(setting.name, {}).setdefault(method.name, {})[str(seed)] = accuracies
                 out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                 print(setting.name, method.name, seed, round(float(np.mean(accuracies)), 4), flush=True)

@@ -57,7 +57,7 @@ TOLERANCE = 0.02
 LEAST = 0.92  # of FedCAC with beta 10, after aggregation
 
 
-def play(row: Row, draws: str, seed: int, runs: Path) -> Path:
+def run_row(row: Row, draws: str, seed: int, runs: Path) -> Path:
     """Run one row on one draw of clients unless that has been done; return its folder."""
     folder = runs / f"{draws}-{row.name}-{seed}"
     status = folder / "STATUS"
@@ -175,7 +175,9 @@ def main() -> int:
     runs = parser.parse_args().runs.resolve()
     sys.path += [str(folder) for folder in CONFIGS]  # where the partitioner lies
     results: dict[str, Any] = {
-        draws: {row.name: {str(seed): measure(play(row, draws, seed, runs)) for seed in SEEDS[draws]} for row in ROWS}
+        draws: {
+            row.name: {str(seed): measure(run_row(row, draws, seed, runs)) for seed in SEEDS[draws]} for row in ROWS
+        }
         for draws in DRAWS
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

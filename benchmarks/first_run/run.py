@@ -21,7 +21,7 @@ KEYS = ("accuracy/average", "accuracy/average_incremental", "forgetting/first")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def play(seed: int, folder: Path) -> dict[str, float]:
+def run_row(seed: int, folder: Path) -> dict[str, float]:
     """Return the summary of one seed's run and its reference."""
     command = [sys.executable, "-m", "fedcl", "run", "--quiet", "experiment=first_run", f"seed={seed}"]
     subprocess.run([*command, "backend=inline", "figures=false", f"run_dir={folder}"], check=True)
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, choices=range(2, 11))
     seeds = range(parser.parse_args().seeds)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [play(seed, Path(folder) / str(seed)) for seed in seeds]
+        rows = [run_row(seed, Path(folder) / str(seed)) for seed in seeds]
     (HERE / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     table = ["| | average accuracy (%) | average incremental (%) | forgetting, first (%) |", "|---|---|---|---|"]
     for name, prefix in (("FOT", ""), ("FedAvg", "reference/")):

@@ -59,25 +59,25 @@ def sketches(model: nn.Sequential, x: Tensor, bases: dict[int, Tensor]) -> dict[
     return found
 
 
-def extend(bases: dict[int, Tensor], answers: list[dict[int, tuple[Tensor, float]]]) -> None:
+def extend(bases: dict[int, Tensor], responses: list[dict[int, tuple[Tensor, float]]]) -> None:
     """Add principal directions of the summed sketches to the bases."""
     for position in WEIGHTS:
-        ratio = float(np.mean([answer[position][1] for answer in answers]))
-        left, singular, _ = torch.linalg.svd(sum((a[position][0] for a in answers[1:]), answers[0][position][0]))
+        ratio = float(np.mean([response[position][1] for response in responses]))
+        left, singular, _ = torch.linalg.svd(sum((a[position][0] for a in responses[1:]), responses[0][position][0]))
         held = singular.square().cumsum(0) / singular.square().sum()
         new = left[:, : int((held <= 1 - (1 - EPSILON) / ratio).sum()) + 1]
         joined = torch.cat([bases[position], new], 1) if position in bases else new
         bases[position] = torch.linalg.qr(joined)[0]
 
 
-def play_round(server: nn.Sequential, data: list[tuple[Tensor, Tensor]], bases: dict[int, Tensor], ends: bool) -> None:
+def run_round(server: nn.Sequential, data: list[tuple[Tensor, Tensor]], bases: dict[int, Tensor], ends: bool) -> None:
     """Train all clients, average, project, and extend the bases where a task ends."""
-    client, total, answers = network(), {}, []
+    client, total, responses = network(), {}, []
     for x, y in data:
         client.load_state_dict(server.state_dict())
         train(client, x, y)
         if ends:
-            answers.append(sketches(client, x, bases))
+            responses.append(sketches(client, x, bases))
         for name, value in client.state_dict().items():
             total[name] = total[name] + value / CLIENTS if name in total else value / CLIENTS
     new = {}
@@ -88,10 +88,10 @@ def play_round(server: nn.Sequential, data: list[tuple[Tensor, Tensor]], bases: 
         new[name] = value + change
     server.load_state_dict(new)
     if ends:
-        extend(bases, answers)
+        extend(bases, responses)
 
 
-def play(seed: int, projects: bool) -> dict[str, object]:
+def run_row(seed: int, projects: bool) -> dict[str, object]:
     """Run all tasks; return accuracy and forgetting in percent, and the ranks."""
     source = idx(root="fashion_mnist", train_limit=5000, mean=[0.1307], std=[0.3081])
     halves = [
@@ -108,7 +108,7 @@ def play(seed: int, projects: bool) -> dict[str, object]:
         x = x_train[:, permutations[task]]
         for server_round in range(ROUNDS):
             ends = projects and server_round == ROUNDS - 1 and task < TASKS - 1
-            play_round(server, [(x[part], y_train[part]) for part in parts], bases, ends)
+            run_round(server, [(x[part], y_train[part]) for part in parts], bases, ends)
         ranks.append([bases[position].shape[1] for position in WEIGHTS if position in bases])
         server.eval()
         with torch.no_grad():
@@ -134,7 +134,7 @@ def main() -> None:
     results: dict[str, dict[str, object]] = {}
     for name, projects in (("fot", True), ("fedavg", False)):
         for seed in args.seeds:
-            results.setdefault(name, {})[str(seed)] = play(seed, projects)
+            results.setdefault(name, {})[str(seed)] = run_row(seed, projects)
             print(name, seed, results[name][str(seed)], flush=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

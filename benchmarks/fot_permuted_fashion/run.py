@@ -96,7 +96,7 @@ CLAIMS = (
 )
 
 
-def play(row: Row, seed: int, runs: Path) -> Path:
+def run_row(row: Row, seed: int, runs: Path) -> Path:
     """Run one row with one seed unless that has been done; return its folder."""
     folder = runs / f"{row.name}-{seed}"
     status = folder / "STATUS"
@@ -229,7 +229,7 @@ def main() -> int:
     chosen = [row for row in ROWS if row.name in args.rows]
     pairs = [(row, seed) for row in chosen for seed in row.seeds if args.seeds is None or seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(lambda pair: play(*pair, args.runs.resolve()), pairs))
+        folders = list(pool.map(lambda pair: run_row(*pair, args.runs.resolve()), pairs))
     file = HERE / "results.json"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for (row, seed), folder in zip(pairs, folders, strict=True):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from benchmarks.every_learner import Row
-from benchmarks.rows import Bench, Column, Table, main, play
+from benchmarks.rows import Bench, Column, Table, main, run_row
 from fedcl.runs.export import export
 
 PRETRAINING = (
@@ -28,7 +28,7 @@ def pretrained(seed: int, work: Path) -> tuple[str, ...]:
     file = work / f"fashion-{seed}.safetensors"
     if not file.is_file():
         folder = work / f"fashion-{seed}"
-        play([*PRETRAINING, f"seed={seed}"], folder)
+        run_row([*PRETRAINING, f"seed={seed}"], folder)
         export(folder, out=file)
     return (f"model.pretrained={json.dumps(str(file))}",)
 

@@ -31,7 +31,7 @@ from fedcl.contracts.strategy import GLOBAL, LocalWork, Staleness, Update
 from fedcl.messages import Request
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Dropout, Network, Output, build_model
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.scenario.task import Task
 from fedcl.server.selection import select
 from fedcl.server.state import at_once
@@ -145,23 +145,23 @@ class Past:
         return Update(client, visit, GLOBAL, version, base, reply.model, count, float(count), 0, 0, age)
 
 
-def play(network: str, seed: int, rounds: int) -> Past:
+def run_row(network: str, seed: int, rounds: int) -> Past:
     """Play synchronous rounds of the clients' plain mean."""
     cfg = compose([*SETTINGS, f"data.root={os.environ['FEDCL_DATA']}/fashion_mnist", f"seed={seed}"])
-    prepared = Prepared.of(cfg)
-    data = simulated_data(prepared.dataset, prepared.partition, prepared.clients)
-    runtime = client_runtime(cfg, data, prepared.dataset)
+    setup = Setup.of(cfg)
+    data = simulated_data(setup.dataset, setup.partition, setup.clients)
+    runtime = client_runtime(cfg, data, setup.dataset)
     if network != "lenet":
         runtime.model = FlatModel(build_model(lambda: Published(NETWORKS[network]), seed=seed))
     labels = {
-        client: int(np.bincount(prepared.dataset.train.y[part]).argmax())
-        for client, part in zip(prepared.clients, prepared.partition.train, strict=True)
+        client: int(np.bincount(setup.dataset.train.y[part]).argmax())
+        for client, part in zip(setup.clients, setup.partition.train, strict=True)
     }
-    holders = {label: next(c for c in prepared.clients if labels[c] == label) for label in range(10)}
-    work = LocalWork(runtime.model.twin(), local_training(cfg), prepared.stream, prepared.dataset.input_shape)
-    past = Past(runtime, prepared.stream.train_task(0), work, holders, prepared.clients, seed, [runtime.model.vector()])
+    holders = {label: next(c for c in setup.clients if labels[c] == label) for label in range(10)}
+    work = LocalWork(runtime.model.copy(), local_training(cfg), setup.stream, setup.dataset.input_shape)
+    past = Past(runtime, setup.stream.train_task(0), work, holders, setup.clients, seed, [runtime.model.vector()])
     for server_round in range(rounds):
-        chosen = select(prepared.clients, CHOSEN, seed=seed, server_round=server_round)
+        chosen = select(setup.clients, CHOSEN, seed=seed, server_round=server_round)
         deltas = [past.change(client, server_round, server_round).delta for client in chosen]
         past.models.append((past.models[-1].double() + torch.stack(deltas).mean(0)).float())
     return past
@@ -239,7 +239,7 @@ def main() -> None:
     for row in json.loads(file.read_text()) if file.is_file() else []:
         kept[tuple(row[key] for key in keys)] = row
     for seed in args.seeds:
-        past = play(args.network, seed, args.rounds)
+        past = run_row(args.network, seed, args.rounds)
         for age in args.ages:
             for label in args.classes:
                 for row in measure(past, label, age, args.searches):

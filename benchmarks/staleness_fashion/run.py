@@ -33,7 +33,7 @@ from fedcl.config.compose import compose
 from fedcl.contracts.strategy import ServerView, Staleness, Update
 from fedcl.messages import Request
 from fedcl.results.recorder import Recorder
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import open_backend
 from strategies.staleness.rebase import rebased
@@ -108,14 +108,14 @@ class Watched(Staleness):
         return self.part.metrics()
 
 
-def write_devices(prepared: Prepared, age: int, file: Path) -> int:
+def write_devices(setup: Setup, age: int, file: Path) -> int:
     """Write a trace in which clients that hold the late class answer ``age`` rounds later; return how many they are."""
     late = 0
     with file.open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(("client", "latency"))
-        for client, part in zip(prepared.clients, prepared.partition.train, strict=True):
-            holds = bool((prepared.dataset.train.y[part] == LATE_CLASS).any())
+        for client, part in zip(setup.clients, setup.partition.train, strict=True):
+            holds = bool((setup.dataset.train.y[part] == LATE_CLASS).any())
             late += holds
             rows.writerow((client, age + 0.5 if holds else 0))
     return late
@@ -130,34 +130,34 @@ def in_flight(clients: int, late: int, age: int) -> int:
 
 
 @cache
-def _prepared(overrides: tuple[str, ...]) -> Prepared:
-    return Prepared.of(compose(overrides))
+def _setup(overrides: tuple[str, ...]) -> Setup:
+    return Setup.of(compose(overrides))
 
 
-def play(method: str, age: int, seed: int, devices: Path, extra: Sequence[str]) -> dict[str, Any]:
+def run_row(method: str, age: int, seed: int, devices: Path, extra: Sequence[str]) -> dict[str, Any]:
     """Run one method; return its accuracies (percent), errors and costs."""
     common = ["experiment=staleness_fashion", f"data.root={os.environ['FEDCL_DATA']}/fashion_mnist", f"seed={seed}",
               *extra]  # fmt: skip
-    prepared = _prepared(tuple(common))
+    setup = _setup(tuple(common))
     file = devices / f"seed{seed}-age{age}.csv"
-    late = write_devices(prepared, age, file)
-    slots = FRESH + in_flight(len(prepared.clients), late, age)
+    late = write_devices(setup, age, file)
+    slots = FRESH + in_flight(len(setup.clients), late, age)
     timing = [f"devices.path={file}", f"clients_per_round={slots}"]
     if method == "wait":
         timing = [f"devices.path={file}", "async.deadline=null", f"clients_per_round={FRESH}"]
     cfg = compose([*common, *timing, *METHODS[method]])
-    data = simulated_data(prepared.dataset, prepared.partition, prepared.clients)
-    runtime = client_runtime(cfg, data, prepared.dataset)
+    data = simulated_data(setup.dataset, setup.partition, setup.clients)
+    runtime = client_runtime(cfg, data, setup.dataset)
     curve: list[tuple[float, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_backend(cfg, prepared.dataset, prepared.partition) as backend,
+        open_backend(cfg, setup.dataset, setup.partition) as backend,
         Recorder(Path(folder)) as recorder,
     ):
-        server = make_server(cfg, prepared, backend, recorder)
+        server = make_server(cfg, setup, backend, recorder)
         assert isinstance(server.strategy, Pipeline)
         assert server.measurement.evaluator is not None
-        watched = Watched(server.strategy.staleness, runtime, prepared.stream.train_task(0), method == "oracle")
+        watched = Watched(server.strategy.staleness, runtime, setup.stream.train_task(0), method == "oracle")
         server.strategy.staleness = watched
         evaluator, rounds = server.measurement.evaluator, server.schedule.num_rounds
 
@@ -237,7 +237,7 @@ def main() -> None:
             if (method, age, seed) in kept:
                 continue
             started = time.process_time()
-            row = play(method, age, seed, args.devices or Path(folder), args.extra)
+            row = run_row(method, age, seed, args.devices or Path(folder), args.extra)
             kept[method, age, seed] = row | {"cpu_seconds": time.process_time() - started}
             print(json.dumps(kept[method, age, seed]), flush=True)
             lines = ",\n".join(json.dumps(one) for one in kept.values())

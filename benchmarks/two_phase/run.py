@@ -61,7 +61,7 @@ def overrides(method: Method, reported: str, folder: Path) -> list[str]:
     ]
 
 
-def play(method: Method, reported: str, work: Path) -> dict[str, Any]:
+def run_row(method: Method, reported: str, work: Path) -> dict[str, Any]:
     """Play a protocol, or go on with it, and return what it found."""
     folder = work / f"{method.name}-{reported}"
     if not (folder / RESULT).is_file():
@@ -120,7 +120,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for method in METHODS:
         if not args.only or method.name in args.only:
-            results[method.name] = {name: play(method, name, args.work.resolve()) for name in STREAMS}
+            results[method.name] = {name: run_row(method, name, args.work.resolve()) for name in STREAMS}
     results = {method.name: results[method.name] for method in METHODS if method.name in results}
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     body = "\n\n".join(table(results, name) for name in STREAMS)

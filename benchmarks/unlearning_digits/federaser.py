@@ -22,7 +22,7 @@ from benchmarks.every_learner import rewrite, spread
 from benchmarks.every_unlearner import AT, Bench, Numbers, case, centre_checks, compact, poison, requests
 from fedcl.assembly import load_dataset
 from fedcl.config.compose import compose
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 
 FOLDER = Path(__file__).parent
 
@@ -49,17 +49,17 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
-def play(bench: Bench, overrides: tuple[str, ...], seed: int, *, honest: bool) -> Numbers:
+def run_row(bench: Bench, overrides: tuple[str, ...], seed: int, *, honest: bool) -> Numbers:
     """Return clean accuracy and the trigger's success right after serving."""
     settings = ["experiment=unlearning_digits", f"seed={seed}", f"rounds_per_task={AT}", "unlearning.reference=false"]
     base = compose([*settings, *overrides, "unlearning.requests=[]"])
-    prepared = Prepared.of(base, load_dataset(base))
-    asked, leaver = requests(bench, "client", prepared, seed)
+    setup = Setup.of(base, load_dataset(base))
+    asked, departing_client = requests(bench, "client", setup, seed)
     if not honest:
-        prepared = poison(bench, prepared, leaver, seed)
+        setup = poison(bench, setup, departing_client, seed)
     cfg = compose([*settings, *overrides, f"unlearning.requests={asked}"])
     with tempfile.TemporaryDirectory() as folder:  # for what retraining keeps
-        found = case(bench, cfg, prepared, None, Path(folder))
+        found = case(bench, cfg, setup, None, Path(folder))
     return {name: found[f"now/{name}"] for name in ("clean", "backdoor")}
 
 
@@ -91,7 +91,7 @@ def main() -> None:
             runs = results.setdefault(setting, {}).setdefault(name, {})
             for seed in map(str, args.seeds):
                 if seed not in runs:
-                    runs[seed] = play(bench, (*overrides, *own), int(seed), honest=name.endswith("honest leaver"))
+                    runs[seed] = run_row(bench, (*overrides, *own), int(seed), honest=name.endswith("honest leaver"))
             print(setting, name, runs, flush=True)
             file.write_text(compact(results), encoding="utf-8")
     text = table(results, [str(seed) for seed in args.seeds[:3]])

@@ -26,7 +26,7 @@ from fedcl.assembly import load_dataset, make_model
 from fedcl.config.compose import compose
 from fedcl.evaluation.predictions import hits, predict
 from fedcl.models.flat import FlatModel
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 
 HERE = Path(__file__).parent
 BENCH = Bench("unlearning_digits", HERE, label=3, mark=centre_checks(4), high=16)
@@ -41,12 +41,12 @@ class ByClass:
     """Accuracy on the test samples of each class, and of the client that fares worst on the classes left."""
 
     model: FlatModel
-    prepared: Prepared
+    setup: Setup
 
     @cached_property
     def _test(self) -> tuple[Tensor, Tensor]:
-        half = self.prepared.dataset.test
-        return torch.from_numpy(self.prepared.dataset.normalise(half.x)), torch.from_numpy(half.y)
+        half = self.setup.dataset.test
+        return torch.from_numpy(self.setup.dataset.normalise(half.x)), torch.from_numpy(half.y)
 
     def __call__(self, vector: Tensor) -> Numbers:
         """Return rates in [0, 1]: ``class/C``, and ``worst/K`` without the first K classes of the sequence."""
@@ -55,7 +55,7 @@ class ByClass:
         found = {f"class/{label}": float(right[y.numpy() == label].mean()) for label in range(10)}
         for count in range(len(SEQUENCE) + 1):
             left = ~np.isin(y.numpy(), SEQUENCE[:count])
-            own = [part[left[part]] for part in self.prepared.partition.test]
+            own = [part[left[part]] for part in self.setup.partition.test]
             found[f"worst/{count}"] = min(float(right[part].mean()) for part in own if len(part))
         return found
 
@@ -74,17 +74,17 @@ def measure(seeds: Sequence[int], work: Path) -> Results:
     for seed in seeds:
         settings = [f"experiment={BENCH.name}", f"seed={seed}", f"rounds_per_task={AT + len(SEQUENCE)}"]
         base = compose([*settings, "unlearning.requests=[]"])
-        prepared = Prepared.of(base, load_dataset(base))
-        look = ByClass(make_model(base, prepared.dataset, prepared.stream, torch.device("cpu")), prepared)
+        setup = Setup.of(base, load_dataset(base))
+        look = ByClass(make_model(base, setup.dataset, setup.stream, torch.device("cpu")), setup)
         start: Any = None
         for sweep in [*map(str, SIZES), SEQUENTIAL]:
             for name in UNLEARNERS:
                 file = work / sweep / f"{name}-{seed}.json"
                 if not file.is_file():
-                    start = trained(base, prepared, work) if start is None else start
+                    start = trained(base, setup, work) if start is None else start
                     more = [f"unlearner={name}", f"unlearning.requests={asked(sweep)}"]
                     cfg = compose([*settings, *more, f"unlearning.cache={work / 'references' / f'{sweep}-{seed}'}"])
-                    numbers = case(BENCH, cfg, prepared, start, work, look)
+                    numbers = case(BENCH, cfg, setup, start, work, look)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
                     print(sweep, name, seed, flush=True)

@@ -18,7 +18,7 @@ from fedcl.client.erasing import erase
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.policies import Policy
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 
 # R = replayed samples, C = logit columns, T = tasks
 
@@ -58,9 +58,9 @@ class AGEM(Plugin):
     def after_task(self, ctx: Context) -> None:
         """Show the finished task's samples to memory."""
         self._buffer.offer_task(ctx)
-        self._buffer.conclude(ctx)
+        self._buffer.finalize(ctx)
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Erase the forget set from the buffer; the other samples stay."""
         return erase(self._buffer, self, request, gone)
 

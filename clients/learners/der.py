@@ -18,7 +18,7 @@ from fedcl.client.erasing import erase
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.policies import Policy
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
@@ -103,9 +103,9 @@ class DER(Plugin):
         if self.refresh:
             ctx.model.eval()
             self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits, ctx.data.restore)
-        self._buffer.conclude(ctx, logits=True)
+        self._buffer.finalize(ctx, logits=True)
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Erase the forget set from the buffer; the other samples stay."""
         return erase(self._buffer, self, request, gone)
 

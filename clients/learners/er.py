@@ -15,7 +15,7 @@ from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
 from fedcl.client.policies import Policy
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 
@@ -60,9 +60,9 @@ class ER(Plugin):
 
     def after_task(self, ctx: Context) -> None:
         """Choose what to keep of the task, where that is done at its end."""
-        self._buffer.conclude(ctx)
+        self._buffer.finalize(ctx)
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Erase the forget set from the buffer; the other samples stay."""
         return erase(self._buffer, self, request, gone)
 

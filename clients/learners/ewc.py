@@ -120,7 +120,7 @@ class EWC(Plugin):
                 anchor_AP = torch.cat([self._anchor_AP, anchor_AP])
         self._fisher_AP, self._anchor_AP = fisher_AP, anchor_AP
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this client's share of the Fisher's sums: nothing where there is no term to use them."""
         if not self.weight:
             return {}

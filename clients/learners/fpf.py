@@ -21,7 +21,7 @@ from fedcl.client.buffer import ReplayBuffer, Replayed
 from fedcl.client.erasing import erase
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
 
 # P = length of the flat vector, M = samples in memory, B = batch, T = tasks, C = logit columns
@@ -118,14 +118,14 @@ class FPF(Plugin):
         names = sorted(trained, key=lambda module: -totals[module])[: self.modules]
         return [p for p, spec in pairs if module_of(spec) in names]
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Erase the forget set from memory; what is known of how much modules change starts over."""
         erased = erase(self._buffer, self, request, gone)
         if not self._changes:
             return erased
         self._changes = {}
         if erased.outcome == "none":
-            return Residual(erased.part, "reset", "the modules' changes mixed all samples: they start over")
+            return ErasureOutcome(erased.part, "reset", "the modules' changes mixed all samples: they start over")
         return replace(erased, why=f"{erased.why}; the modules' changes start over")
 
     def state(self) -> State:

@@ -14,7 +14,7 @@ from clients.learners.er import masks_by_task
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 
 # M = samples in memory, C = logit columns, T = tasks
 
@@ -55,7 +55,7 @@ class GDumb(Plugin):
         rows = self._buffer.draw(ctx, len(batch.y))
         return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task], fresh=0)
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Erase the forget set from memory; the other samples stay."""
         return erase(self._buffer, self, request, gone)
 

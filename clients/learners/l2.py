@@ -89,12 +89,12 @@ def held_elements(ctx: Context, scope: str | None, columns: list[int]) -> Tensor
     """
     model = ctx.model
     held = torch.ones(model.num_parameters, device=ctx.device)
-    met = torch.zeros(ctx.num_columns, device=ctx.device)
-    met[columns] = 1.0
-    start, rows = 0, met[:0]
+    seen = torch.zeros(ctx.num_columns, device=ctx.device)
+    seen[columns] = 1.0
+    start, rows = 0, seen[:0]
     for spec in (spec for spec in model.parameter_specs if _HEAD.match(spec.name)):
         if spec.name.endswith(".weight"):  # the first of a head's tensors, a row for each column
-            rows = met[start : start + spec.shape[0]]
+            rows = seen[start : start + spec.shape[0]]
             start += len(rows)
         if spec.shape[:1] == rows.shape:  # a learned scale has no rows
             held[spec.start : spec.stop] = rows.repeat_interleave(spec.size // len(rows))

@@ -76,10 +76,10 @@ class LwF(Plugin):
 
 def column_groups(ctx: Context) -> list[list[int]]:
     """Return the columns met so far, each group one softmax: a group a task with heads of their own, else one group."""
-    met = list(ctx.task_columns.values())
+    seen = list(ctx.task_columns.values())
     if any(tensor.task is not None for tensor in ctx.model.spec):
-        return [sorted(columns) for columns in met]
-    return [sorted({column for columns in met for column in columns})]
+        return [sorted(columns) for columns in seen]
+    return [sorted({column for columns in seen for column in columns})]
 
 
 def distillation(student_BC: Tensor, teacher_BC: Tensor, groups: Sequence[Sequence[int]], temperature: float) -> Tensor:

@@ -94,7 +94,7 @@ class MAS(Plugin):
             importance = self.decay * self._importance_P + importance
         self._importance_P, self._anchor_P = importance, ctx.model.vector()[: ctx.model.num_parameters]
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this client's share of the sums: nothing where there is no term to use them."""
         if not self.weight:
             return {}

@@ -63,7 +63,7 @@ class NearestClassMean(ClosedForm):
         if self.distance == "unit_euclidean" and "unit" not in model.module._modules:
             raise ValueError("learner.nmc.distance=unit_euclidean: needs features of length 1; set model.head=unit")
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of the task's features (C, F) and how many each column has (C,), float64."""
         total, counts = class_sums(ctx, unit=self.distance == "cosine")
         return {"features": total.cpu(), "counts": counts.cpu()}

@@ -93,7 +93,7 @@ class ProtoCL(ClosedForm):
         mask = seen if batch.mask is None else seen & batch.mask
         return masked_cross_entropy(Output(logits, out.features), batch._replace(mask=mask))
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of the task's features (C, F) and how many each column has (C,), float64."""
         total, counts = class_sums(ctx)
         return {"features": total.cpu(), "counts": counts.cpu()}

@@ -56,7 +56,7 @@ class RanPAC(ClosedForm):
         super().__init__(train=train)
         self.ridge = ridge
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the client's `gram_sums`."""
         return gram_sums(features(ctx), ctx.num_columns)
 

@@ -124,7 +124,7 @@ class SI(Plugin):
         self._importance_P = gained if self._importance_P is None else self._importance_P + gained
         self._anchor_P = ctx.model.vector()[: ctx.model.num_parameters]
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this client's share of the sums; nothing if it has no part in the task that ends."""
         if self._gained_P is None or self._gained_in != ctx.task.id:
             return {}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.models.networks import Output
 
 # N = samples of the task, B = batch, V = augmented views, H, W = height, width
@@ -101,9 +101,9 @@ class ViewBatch(Plugin):
             x = mirrored(x, generator) if self.flip else x
         return x + self.noise * torch.randn(x.shape, generator=generator).to(x.device) if self.noise else x
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Keep the count: it says nothing about samples."""
-        return Residual(type(self).__name__, "none", "counts epochs, and nothing else")
+        return ErasureOutcome(type(self).__name__, "none", "counts epochs, and nothing else")
 
     def state(self) -> State:
         """Return how many epochs of the task have been trained."""

@@ -118,7 +118,7 @@ class Range:
         }
 
 
-class SubspaceAnswer(Plugin):
+class SubspaceResponse(Plugin):
     """Answers the server's question for the subspace of every layer's inputs.
 
     Parameters
@@ -147,7 +147,7 @@ class SubspaceAnswer(Plugin):
         self.variant, self.method, self.sketch_width, self.batch_size = variant, method, sketch_width, batch_size
 
     @torch.no_grad()
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of :class:`GramSum`, :class:`Sketch` or :class:`Range` for each layer asked for.
 
         Parameters

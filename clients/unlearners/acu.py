@@ -24,7 +24,7 @@ from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnV
 from fedcl.models.flat import Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Response, Target
 
 Way = Literal["subtract", "rebuild"]
 Sums = dict[str, Tensor]
@@ -88,7 +88,7 @@ class ACU(Unlearner):
             self._outcome = "nothing"
             return {}
         fixed = all(same_below_heads(view.spec, model, view.initial) for model in models.values())
-        holders = set(view.statistics.absorbed(GRAM))
+        holders = set(view.statistics.consumed(GRAM))
         self._outcome = "exact" if fixed else "head"
         after = self._subtracted(before, models, view) if fixed and self.sums == "subtract" else None
         if after is None:
@@ -103,28 +103,28 @@ class ACU(Unlearner):
 
     def _subtracted(self, before: Sums, models: Mapping[Target, Tensor], view: UnlearnView) -> Sums | None:
         """Return the sums without what owners say, or None if one of them does not answer."""
-        tasks = view.statistics.absorbed(GRAM)
+        tasks = view.statistics.consumed(GRAM)
         owners = [client for client in view.owners if client in tasks]
         model = next(iter(models.values()))  # all have the same features
-        answers = view.ask(GRAM, dict.fromkeys(owners, model), _ANSWER, tasks=tasks, part="forget") if owners else []
+        responses = view.ask(GRAM, dict.fromkeys(owners, model), _ANSWER, tasks=tasks, part="forget") if owners else []
         out_of_reach = set(tasks) - set(view.clients) - set(owners)
-        if out_of_reach or len(answers) < len(owners):
+        if out_of_reach or len(responses) < len(owners):
             return None
-        gone = total(answers)
+        gone = total(responses)
         return {name: value - gone[name] if name in gone else value for name, value in before.items()}
 
     def _rebuilt(self, before: Sums, view: UnlearnView) -> tuple[Sums, set[str]]:
         """Return the sums of what the clients that stay retain, each in the features of its model, and who they are."""
-        tasks = view.statistics.absorbed(GRAM)
+        tasks = view.statistics.consumed(GRAM)
         stay = [client for client in view.clients if client in tasks]
         asked = {client: view.model_of(client) for client in stay}
-        answers = view.ask(GRAM, asked, _ANSWER, tasks=tasks, part="retain") if stay else []
-        if len(answers) < len(stay):
+        responses = view.ask(GRAM, asked, _ANSWER, tasks=tasks, part="retain") if stay else []
+        if len(responses) < len(stay):
             self._outcome = "partly"
         self._metrics["rebuilt"] = 1.0
-        kept = total(answers)
+        kept = total(responses)
         return {name: kept.get(name, torch.zeros_like(value)) for name, value in before.items()}, {
-            answer.client for answer in answers
+            response.client for response in responses
         }
 
     def promise(self) -> str:
@@ -136,11 +136,11 @@ class ACU(Unlearner):
         return dict(self._metrics)
 
 
-def total(answers: Sequence[Answer]) -> Sums:
+def total(responses: Sequence[Response]) -> Sums:
     """Return the sums over clients of equally named tensors."""
     sums: Sums = {}
-    for answer in answers:
-        for name, tensor in answer.tensors.items():
+    for response in responses:
+        for name, tensor in response.tensors.items():
             sums[name] = sums[name] + tensor if name in sums else tensor
     return sums
 

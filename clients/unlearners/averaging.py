@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.steps import answers_of, check
+from clients.unlearners.steps import check, responses_of
 from fedcl.contracts.fields import Form
 from fedcl.contracts.requests import ForgetRequest, Forgotten
 from fedcl.contracts.strategy import GLOBAL
@@ -17,17 +17,17 @@ from fedcl.contracts.unlearner import Unlearner, UnlearnView
 from fedcl.models.flat import Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Response, Target
 
 
-def moved(model: Tensor, answers: Sequence[Answer]) -> Tensor:
+def moved(model: Tensor, responses: Sequence[Response]) -> Tensor:
     """Return ``model`` (P,) plus the mean of the clients' changes, weighted by their samples, summed in float64."""
-    total = sum(answer.num_examples for answer in answers)
+    total = sum(response.num_examples for response in responses)
     if not total:
         return model
     mean = torch.zeros_like(model, dtype=torch.float64)
-    for answer in answers:
-        mean += answer.tensors["change"].double() * (answer.num_examples / total)
+    for response in responses:
+        mean += response.tensors["change"].double() * (response.num_examples / total)
     return (model.double() + mean).float()
 
 
@@ -38,8 +38,8 @@ def num_parameters(spec: Spec) -> int:
 
 def edited_targets(requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor]) -> list[Target]:
     """Return the targets to edit: all but the own models of clients that leave, which go with them."""
-    leavers = Forgotten(list(requests)).clients
-    return [target for target in models if target not in leavers]
+    departing_clients = Forgotten(list(requests)).clients
+    return [target for target in models if target not in departing_clients]
 
 
 def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> tuple[str, ...]:
@@ -71,9 +71,9 @@ class Averaged(Unlearner):
         self._metrics: dict[str, float] = {}
 
     @property
-    def answer(self) -> Form:
+    def response(self) -> Form:
         """What clients answer in a round: their change and how many steps they took, unless a subclass says more."""
-        return answers_of("steps")
+        return responses_of("steps")
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Return the clients that take part in the edit of ``target``."""
@@ -83,9 +83,9 @@ class Averaged(Unlearner):
         """Return what clients need in round ``number`` besides the model; ``original`` (P,) is where it began."""
         return {}
 
-    def added(self, model: Tensor, answers: Sequence[Answer]) -> Tensor:
+    def added(self, model: Tensor, responses: Sequence[Response]) -> Tensor:
         """Return ``model`` (P,) after a round."""
-        return moved(model, answers)
+        return moved(model, responses)
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
@@ -97,9 +97,9 @@ class Averaged(Unlearner):
             model, clients = models[target], self.asked(target, models, view)
             for number in range(self.rounds):
                 enclosed = self.enclosed(models[target], view, number)
-                answers = view.ask("train", dict.fromkeys(clients, model), self.answer, enclosed, round=number)
-                model = self.added(model, answers)
-                self._count(answers)
+                responses = view.ask("train", dict.fromkeys(clients, model), self.response, enclosed, round=number)
+                model = self.added(model, responses)
+                self._count(responses)
             edited[target] = model
         return edited
 
@@ -107,9 +107,9 @@ class Averaged(Unlearner):
         """Return the sums over all clients, rounds and targets of what they counted (steps, say)."""
         return dict(self._metrics)
 
-    def _count(self, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            for name, tensor in answer.tensors.items():
+    def _count(self, responses: Sequence[Response]) -> None:
+        for response in responses:
+            for name, tensor in response.tensors.items():
                 if tensor.numel() == 1 and name != "change":
                     self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)
 

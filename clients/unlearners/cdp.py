@@ -26,7 +26,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, LocalWork, Target
+    from fedcl.contracts.strategy import LocalWork, Response, Target
 
 STEP = "activations"
 _FORGET, _RETAIN = "forget", "retain"
@@ -57,7 +57,7 @@ class CDP(Unlearner):
         if not 0 < sparsity < 1:
             raise ValueError(f"unlearner.sparsity={sparsity}: must be in (0, 1)")
         self.sparsity = sparsity
-        self._answer: dict[str, TensorField] = {}
+        self._response: dict[str, TensorField] = {}
         self._metrics: dict[str, float] = {}
 
     def check(self, model: FlatModel) -> None:
@@ -66,14 +66,16 @@ class CDP(Unlearner):
 
     def bind(self, work: LocalWork) -> None:
         """Find out which layers clients answer for, and how many channels each has."""
-        model = work.model.twin()
+        model = work.model.copy()
         model.eval()
         with torch.no_grad(), outputs(model.module) as put_out:
             model(torch.zeros(1, *work.input_shape, device=model.device))
         for part in (_FORGET, _RETAIN):  # whoever holds nothing of one leaves it out
-            self._answer[f"{part}/"] = TensorField(("columns",), "float64", low=0.0, group=part)
+            self._response[f"{part}/"] = TensorField(("columns",), "float64", low=0.0, group=part)
             for layer, out in put_out.items():
-                self._answer[f"{part}/{layer}"] = TensorField(("columns", out.shape[1]), "float64", low=0.0, group=part)
+                self._response[f"{part}/{layer}"] = TensorField(
+                    ("columns", out.shape[1]), "float64", low=0.0, group=part
+                )
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Return, by layer, the sums of channels' mean activations by column, apart for what goes and what stays."""
@@ -94,7 +96,7 @@ class CDP(Unlearner):
         edited: dict[Target, Tensor] = {}
         pruned = channels = 0
         for target, model in models.items():
-            sums = added(view.ask(STEP, dict.fromkeys(view.clients, model), self._answer))
+            sums = added(view.ask(STEP, dict.fromkeys(view.clients, model), self._response))
             if f"{_FORGET}/" not in sums:
                 continue
             edited[target] = model.clone()
@@ -193,11 +195,11 @@ def outputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def added(answers: Sequence[Answer]) -> dict[str, Tensor]:
+def added(responses: Sequence[Response]) -> dict[str, Tensor]:
     """Return the sums over clients of equally named tensors."""
     sums: dict[str, Tensor] = {}
-    for answer in answers:
-        for name, tensor in answer.tensors.items():
+    for response in responses:
+        for name, tensor in response.tensors.items():
             sums[name] = sums[name] + tensor if name in sums else tensor
     return sums
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clients.unlearners.local_rounds import Lesson, Lessons, Trained, play_round, train_lesson
-from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from clients.unlearners.local_rounds import LocalTask, LocalTasks, Trained, run_round, train_local_task
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import Spec
 
@@ -34,16 +34,16 @@ class Step:
 
     change: Tensor
     num_examples: int
-    lesson: Lesson
+    local_task: LocalTask
 
     def state(self) -> dict[str, Any]:
         """Return the step for a checkpoint."""
-        return {"change": self.change, "num_examples": self.num_examples, "lesson": self.lesson.state()}
+        return {"change": self.change, "num_examples": self.num_examples, "local_task": self.local_task.state()}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Step:
         """Read what :meth:`state` returned."""
-        return cls(state["change"], int(state["num_examples"]), Lesson.of(state["lesson"]))
+        return cls(state["change"], int(state["num_examples"]), LocalTask.of(state["local_task"]))
 
 
 class FedEraser(Unlearner):
@@ -67,20 +67,20 @@ class FedEraser(Unlearner):
         self._epochs = 1
         self._seen = 0
         self._rounds: dict[int, dict[str, Step]] = {}
-        self._lessons = Lessons()
+        self._local_tasks = LocalTasks()
         self._calibrated = 0
 
     def bind(self, work: LocalWork) -> None:
         """Learn how long clients train, and what."""
         self._epochs = math.ceil(self.ratio * work.training.epochs)
-        self._lessons.stream = work.stream
+        self._local_tasks.stream = work.stream
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
         """Store the changes of every ``every``-th round."""
-        lessons = {update.client: self._lessons.take(update) for update in updates}
+        local_tasks = {update.client: self._local_tasks.take(update) for update in updates}
         if self._seen % self.every == 0:
             self._rounds[self._seen] = {
-                update.client: Step(update.delta.float(), update.num_examples, lessons[update.client])
+                update.client: Step(update.delta.float(), update.num_examples, local_tasks[update.client])
                 for update in updates
             }
         self._seen += 1
@@ -89,10 +89,10 @@ class FedEraser(Unlearner):
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Return the erased model for every target: personal models start again from it."""
-        leavers = Forgotten(list(requests)).clients
+        departing_clients = Forgotten(list(requests)).clients
         erased, self._calibrated = view.initial.double(), 0
         for place, steps in sorted(self._rounds.items()):
-            remaining = {c: step for c, step in steps.items() if c in view.clients and c not in leavers}
+            remaining = {c: step for c, step in steps.items() if c in view.clients and c not in departing_clients}
             # the first round's changes began at the initial model, which nobody has had a hand in
             if self.calibrate and place and remaining:
                 self._calibrated += 1
@@ -102,10 +102,10 @@ class FedEraser(Unlearner):
 
     def _renew(self, steps: dict[str, Step], erased: Tensor, place: int, view: UnlearnView) -> None:
         """Turn stored changes, in place, to where their clients would go today; drop those that do not answer."""
-        lessons = {client: step.lesson for client, step in steps.items()}
-        answers = play_round(view, CALIBRATE, erased, lessons, epochs=self._epochs, place=place)
+        local_tasks = {client: step.local_task for client, step in steps.items()}
+        responses = run_round(view, CALIBRATE, erased, local_tasks, epochs=self._epochs, place=place)
         for client, step in list(steps.items()):
-            trained: Trained | None = answers.get(client)
+            trained: Trained | None = responses.get(client)
             if trained is None:
                 del steps[client]
             else:
@@ -115,7 +115,7 @@ class FedEraser(Unlearner):
         """Train shortly from the model that is being erased."""
         if step != CALIBRATE:
             return super().local(ctx, step)
-        return train_lesson(ctx)
+        return train_local_task(ctx)
 
     def metrics(self) -> dict[str, float]:
         """Return how many rounds were stored and calibrated, and the bytes of all stored changes."""
@@ -126,16 +126,18 @@ class FedEraser(Unlearner):
             "calibrated_rounds": float(self._calibrated),
         }
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the stored changes of the clients that leave; those of the others have been calibrated by now."""
         name, dropped = type(self).__name__, 0
         for client in request.clients:
-            self._lessons.drop(client)
+            self._local_tasks.drop(client)
             dropped += sum(steps.pop(client, None) is not None for steps in self._rounds.values())
         if not dropped:
-            return Residual(name, "none", "stores no change of the clients that leave")
+            return ErasureOutcome(name, "none", "stores no change of the clients that leave")
         others = "only their lengths are as before" if self.calibrate else "made from models that had seen it"
-        return Residual(name, "erased", f"{dropped} stored changes of those who leave; the others' stay, {others}")
+        return ErasureOutcome(
+            name, "erased", f"{dropped} stored changes of those who leave; the others' stay, {others}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history."""
@@ -143,7 +145,7 @@ class FedEraser(Unlearner):
             str(place): {client: step.state() for client, step in steps.items()}
             for place, steps in self._rounds.items()
         }
-        return {"seen": self._seen, "rounds": rounds, "met": self._lessons.state()}
+        return {"seen": self._seen, "rounds": rounds, "tasks": self._local_tasks.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
@@ -152,7 +154,7 @@ class FedEraser(Unlearner):
             int(place): {client: Step.of(step) for client, step in steps.items()}
             for place, steps in state["rounds"].items()
         }
-        self._lessons.load(state["met"])
+        self._local_tasks.load(state["tasks"])
 
 
 def calibrated(spec: Spec, stored_P: Tensor, today_P: Tensor) -> Tensor:

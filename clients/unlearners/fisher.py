@@ -22,7 +22,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 from fedcl.models.flat import FlatModel, TensorSpec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer
+    from fedcl.contracts.strategy import Response
 
 Kind = Literal["per_sample", "official"]
 Loss = Literal["cross_entropy", "output_norm"]
@@ -65,7 +65,7 @@ class Masses:
     whole_samples: int
 
 
-def answer(ctx: UnlearnContext, settings: Settings) -> Local:
+def response(ctx: UnlearnContext, settings: Settings) -> Local:
     """Return a client's share of both importances at the model that came: plain sums, to be added over clients."""
     forget, retain = ctx.forget, ctx.retain
     if not len(forget) + len(retain):
@@ -89,7 +89,7 @@ def answer(ctx: UnlearnContext, settings: Settings) -> Local:
 
 
 _NUMBERS = TensorField((2,), "float64", low=0.0, high=float(MAX_EXAMPLES))
-ANSWER: Form = {  # what `answer` gives: `forget` of those who hold some of the forget set
+ANSWER: Form = {  # what `response` gives: `forget` of those who hold some of the forget set
     "whole": TensorField(("parameters",), "float64", low=0.0),
     "terms": _NUMBERS,
     "samples": _NUMBERS,
@@ -97,14 +97,14 @@ ANSWER: Form = {  # what `answer` gives: `forget` of those who hold some of the 
 }
 
 
-def masses(answers: Sequence[Answer]) -> Masses | None:
+def masses(responses: Sequence[Response]) -> Masses | None:
     """Return the importances over all who answered; None where nobody holds any of the forget set, or any data."""
-    forgets = [one.tensors["forget"] for one in answers if "forget" in one.tensors]
-    terms = torch.stack([one.tensors["terms"] for one in answers]).sum(0).tolist() if forgets else [0.0, 0.0]
+    forgets = [one.tensors["forget"] for one in responses if "forget" in one.tensors]
+    terms = torch.stack([one.tensors["terms"] for one in responses]).sum(0).tolist() if forgets else [0.0, 0.0]
     if not all(terms):
         return None
-    samples = torch.stack([one.tensors["samples"] for one in answers]).sum(0).tolist()
-    whole = torch.stack([one.tensors["whole"] for one in answers]).sum(0)
+    samples = torch.stack([one.tensors["samples"] for one in responses]).sum(0).tolist()
+    whole = torch.stack([one.tensors["whole"] for one in responses]).sum(0)
     forget = torch.stack(forgets).sum(0)
     return Masses(forget / terms[0], whole / terms[1], int(samples[0]), int(samples[1]))
 

@@ -11,13 +11,13 @@ import torch
 from clients.unlearners.averaging import Averaged
 from clients.unlearners.steps import (
     answered,
-    answers_of,
     check,
     clip,
     cross_entropy,
     epochs_of,
     gradients,
     ignorance,
+    responses_of,
     settings,
     sgd,
 )
@@ -68,9 +68,9 @@ class GradientAscent(Averaged):
         self.epochs, self.lr, self.max_norm, self.stop_loss = epochs, lr, max_norm, stop_loss
 
     @property
-    def answer(self) -> Form:
+    def response(self) -> Form:
         """The change, how many steps it took, and whether it was stopped."""
-        return answers_of("steps", "stopped")
+        return responses_of("steps", "stopped")
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Climb, unless there is nothing to forget."""

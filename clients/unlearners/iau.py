@@ -16,7 +16,7 @@ from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Response, Target
 
 ANSWER: Form = {
     "retain": TensorField(("model",), "float64"),
@@ -100,12 +100,12 @@ def summed(ctx: UnlearnContext, samples: Samples) -> Tensor:
     return total
 
 
-def combined(answers: Sequence[Answer], like: Tensor) -> Tensor:
+def combined(responses: Sequence[Response], like: Tensor) -> Tensor:
     """Return mean gradient of what is retained minus that of what is forgotten, float64 (P,), of all clients."""
     gradient = torch.zeros_like(like, dtype=torch.float64)
     for column, name, sign in ((0, "retain", 1.0), (1, "forget", -1.0)):
-        total = sum(float(answer.tensors["counts"][column]) for answer in answers)
-        for answer in answers:
+        total = sum(float(response.tensors["counts"][column]) for response in responses)
+        for response in responses:
             if total:
-                gradient += answer.tensors[name].double() * (sign / total)
+                gradient += response.tensors[name].double() * (sign / total)
     return gradient

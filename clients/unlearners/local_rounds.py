@@ -23,7 +23,7 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LocalTask:
     """What a client trained in a round: a task, and the columns it could choose from (none: all)."""
 
     task: int
@@ -34,39 +34,39 @@ class Lesson:
         return {"task": self.task, "columns": list(self.columns)}
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Lesson:
+    def of(cls, state: Mapping[str, Any]) -> LocalTask:
         """Read what :meth:`state` returned."""
         return cls(int(state["task"]), tuple(state["columns"]))
 
 
 @dataclass
-class Lessons:
+class LocalTasks:
     """Works out what clients train, round by round; it remembers which tasks each has been seen with."""
 
     stream: Stream | None = None
-    _met: dict[str, list[int]] = field(default_factory=dict)
+    _seen: dict[str, list[int]] = field(default_factory=dict)
 
-    def take(self, update: Update) -> Lesson:
+    def take(self, update: Update) -> LocalTask:
         """Return the lesson that ``update`` comes from."""
-        met = self._met.setdefault(update.client, [])
-        if update.task not in met:
-            met.append(update.task)
+        seen = self._seen.setdefault(update.client, [])
+        if update.task not in seen:
+            seen.append(update.task)
         if self.stream is None:
-            return Lesson(update.task)
-        mask = self.stream.client_task(update.task, update.client, tuple(met)).mask
-        return Lesson(update.task, () if mask is None else tuple(mask))
+            return LocalTask(update.task)
+        mask = self.stream.client_task(update.task, update.client, tuple(seen)).mask
+        return LocalTask(update.task, () if mask is None else tuple(mask))
 
     def drop(self, client: str) -> None:
         """Forget which tasks ``client`` has been seen with."""
-        self._met.pop(client, None)
+        self._seen.pop(client, None)
 
     def state(self) -> dict[str, list[int]]:
         """Return the tasks by client."""
-        return {client: list(tasks) for client, tasks in self._met.items()}
+        return {client: list(tasks) for client, tasks in self._seen.items()}
 
     def load(self, state: Mapping[str, Sequence[int]]) -> None:
         """Restore what :meth:`state` returned."""
-        self._met = {client: list(tasks) for client, tasks in state.items()}
+        self._seen = {client: list(tasks) for client, tasks in state.items()}
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,28 @@ class Trained:
     change: Tensor
 
 
-def play_round(
-    view: UnlearnView, step: str, model: Tensor, lessons: Mapping[str, Lesson], *, epochs: int, place: int
+def run_round(
+    view: UnlearnView, step: str, model: Tensor, local_tasks: Mapping[str, LocalTask], *, epochs: int, place: int
 ) -> dict[str, Trained]:
     """Let clients train ``epochs`` epochs from ``model`` (P,), each its lesson; ``place`` keys their draws.
 
     Clients that hold nothing (any more) of their lesson's task are left out, and so are those that fail.
     """
-    groups: dict[Lesson, list[str]] = {}
-    for client, lesson in lessons.items():
-        groups.setdefault(lesson, []).append(client)
+    groups: dict[LocalTask, list[str]] = {}
+    for client, local_task in local_tasks.items():
+        groups.setdefault(local_task, []).append(client)
     start = model.float()
     found: dict[str, Trained] = {}
-    for lesson, clients in groups.items():
-        args = {"task": lesson.task, "columns": list(lesson.columns), "epochs": epochs, "place": place}
-        answers = view.ask(step, dict.fromkeys(clients, start), {MODEL: fields.MODEL}, **args)  # type: ignore[arg-type]
-        for answer in answers:
-            change = answer.tensors[MODEL].double() - start.double()
-            found[answer.client] = Trained(answer.num_examples, change)
-    return {client: found[client] for client in lessons if client in found}
+    for local_task, clients in groups.items():
+        args = {"task": local_task.task, "columns": list(local_task.columns), "epochs": epochs, "place": place}
+        responses = view.ask(step, dict.fromkeys(clients, start), {MODEL: fields.MODEL}, **args)  # type: ignore[arg-type]
+        for response in responses:
+            change = response.tensors[MODEL].double() - start.double()
+            found[response.client] = Trained(response.num_examples, change)
+    return {client: found[client] for client in local_tasks if client in found}
 
 
-def train_lesson(ctx: UnlearnContext) -> Local:
+def train_local_task(ctx: UnlearnContext) -> Local:
     """Train from the received weights on what the client retains of a task, as ``client.*`` says, and return the model.
 
     Plain masked cross-entropy: plugins of the learner take no part.

@@ -16,7 +16,7 @@ from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, Target
+    from fedcl.contracts.strategy import Response, Target
 
 
 class NegGradPlus(Averaged):
@@ -65,7 +65,7 @@ class NegGradPlus(Averaged):
         self.max_norm, self.stop_loss = max_norm, stop_loss
 
     @property
-    def answer(self) -> Form:
+    def response(self) -> Form:
         """The way of each term, the numbers of samples behind them, and what is counted."""
         number = TensorField((1,), low=0.0)
         counts = TensorField((2,), low=0.0, counts=True)
@@ -97,15 +97,15 @@ class NegGradPlus(Averaged):
         """Ask the model's users that stay, and the owners of the forget set."""
         return tuple(dict.fromkeys([*users_of(target, models, view), *view.owners]))
 
-    def added(self, model: Tensor, answers: Sequence[Answer]) -> Tensor:
+    def added(self, model: Tensor, responses: Sequence[Response]) -> Tensor:
         """Return ``model`` (P,) plus, for each term, the mean way of the clients weighted by the term's samples."""
         change = torch.zeros_like(model, dtype=torch.float64)
         for column, name in enumerate(("retain", "forget")):
-            total = sum(float(answer.tensors["counts"][column]) for answer in answers)
-            for answer in answers:
-                share = float(answer.tensors["counts"][column])
+            total = sum(float(response.tensors["counts"][column]) for response in responses)
+            for response in responses:
+                share = float(response.tensors["counts"][column])
                 if share:
-                    change += answer.tensors[name].double() * (share / total)
+                    change += response.tensors[name].double() * (share / total)
         return (model.double() + change).float()
 
     def _terms(self, ctx: UnlearnContext, retain: Batch | None, forget: Batch | None) -> dict[str, list[Tensor]]:

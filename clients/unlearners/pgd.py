@@ -16,7 +16,6 @@ from clients.unlearners.steps import (
     CHANGE,
     accuracy,
     answered,
-    answers_of,
     check,
     clip,
     cross_entropy,
@@ -24,6 +23,7 @@ from clients.unlearners.steps import (
     epochs_of,
     gradients,
     project,
+    responses_of,
     settings,
     sgd,
 )
@@ -141,17 +141,19 @@ class PGD(Unlearner):
             trained = view.ask("train", dict.fromkeys(view.owners, model), CHANGE)
             if not trained:
                 continue
-            last = {answer.client: (model.double() + answer.tensors["change"].double()).float() for answer in trained}
+            last = {
+                response.client: (model.double() + response.tensors["change"].double()).float() for response in trained
+            }
             start = reference(model, list(last.values()), len(view.clients) + len(last), num_parameters(view.spec))
             radius = self.radius or self._radius(start, view)
-            answers = []
+            responses = []
             for client, own in last.items():
-                answers += view.ask(
-                    "ascend", {client: start}, answers_of("steps", "stopped"), {"last": own}, radius=radius
+                responses += view.ask(
+                    "ascend", {client: start}, responses_of("steps", "stopped"), {"last": own}, radius=radius
                 )
-            edited[target] = moved(start, answers)
+            edited[target] = moved(start, responses)
             for name in ("steps", "stopped"):
-                self._metrics[name] += sum(float(answer.tensors[name]) for answer in answers)
+                self._metrics[name] += sum(float(response.tensors[name]) for response in responses)
             self._metrics["radius"] = radius
             self._metrics["reference_distance"] = float((start - model).norm())
         return edited

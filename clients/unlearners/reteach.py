@@ -36,7 +36,7 @@ from clients.unlearners.sparing import (
     total,
     whole,
 )
-from clients.unlearners.steps import BATCH, answered, answers_of, settings, sgd
+from clients.unlearners.steps import BATCH, answered, responses_of, settings, sgd
 from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest, Scope
@@ -44,7 +44,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, LocalWork, Target
+    from fedcl.contracts.strategy import LocalWork, Response, Target
 
 _TEACHER, _MATRIX = "teacher", "matrix"
 
@@ -111,7 +111,7 @@ class Reteach(Unlearner):
 
     def bind(self, work: LocalWork) -> None:
         """Find out which layers clients answer for, and how much each reads."""
-        model = work.model.twin()
+        model = work.model.copy()
         nothing = torch.zeros(1, *work.input_shape, device=model.device)
         read = input_sums(model, Samples(nothing, torch.zeros(1, dtype=torch.long, device=model.device)))
         self._inputs = {f"{GRAM}/{layer}": TensorField(tuple(sums.shape)) for layer, sums in read.items()}
@@ -192,27 +192,31 @@ class Reteach(Unlearner):
                     "both", dict.fromkeys(view.clients, model), {**self._teaching, **self._inputs}, seed=seed
                 )
                 teacher = self._solve(sums)
-                sums = [answer for answer in sums if answer.client in stay]
+                sums = [response for response in sums if response.client in stay]
             else:
                 sums = view.ask("inputs", dict.fromkeys(stay, model), self._inputs)
             if teacher is None:
                 return {}
             tensors = {f"{_MATRIX}/{name}": m for name, m in sparing_matrices(sums, self.epsilon).items()}
-            for leaver in view.owners:
-                answers = view.ask(
-                    "relearn", {leaver: model}, answers_of("steps"), {_TEACHER: teacher, **tensors}, seed=seed
+            for departing_client in view.owners:
+                responses = view.ask(
+                    "relearn",
+                    {departing_client: model},
+                    responses_of("steps"),
+                    {_TEACHER: teacher, **tensors},
+                    seed=seed,
                 )
-                for answer in answers:
-                    model = (model.double() + answer.tensors["change"].double()).float()
-                    self._metrics["steps"] += float(answer.tensors["steps"])
+                for response in responses:
+                    model = (model.double() + response.tensors["change"].double()).float()
+                    self._metrics["steps"] += float(response.tensors["steps"])
             edited[target] = model
         return edited
 
-    def _solve(self, answers: Sequence[Answer]) -> Tensor | None:
+    def _solve(self, responses: Sequence[Response]) -> Tensor | None:
         """Return the teacher's weights (F, C): (S + ridge tr(S)/F I)^-1 Q of all clients' sums."""
-        if not answers:
+        if not responses:
             return None
-        gram, cross = whole(total(answers, GRAM)), total(answers, "cross")
+        gram, cross = whole(total(responses, GRAM)), total(responses, "cross")
         gram.diagonal().add_(self.ridge * gram.diagonal().mean())
         return torch.cholesky_solve(cross, cholesky(gram)).float()
 
@@ -226,7 +230,7 @@ class Told:
 
     def __init__(self, samples: Samples, scores_NC: Tensor, sharpness: float) -> None:
         self._x, self._mask = samples.x, samples.mask
-        self._answers_NC = torch.softmax(self._shut(sharpness * scores_NC, samples.mask), 1)
+        self._responses_NC = torch.softmax(self._shut(sharpness * scores_NC, samples.mask), 1)
 
     def batches(self, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield the positions of each batch, over all epochs."""
@@ -238,7 +242,7 @@ class Told:
         """Return the mean cross-entropy of ``model`` to the teacher's answers."""
         logits = self._shut(model(self._x[rows]).logits, None if self._mask is None else self._mask[rows])
         log_p = torch.log_softmax(logits, 1).masked_fill(torch.isinf(logits), 0.0)
-        return -(self._answers_NC[rows] * log_p).sum(1).mean()
+        return -(self._responses_NC[rows] * log_p).sum(1).mean()
 
     @staticmethod
     def _shut(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clients.unlearners.local_rounds import Lesson
+from clients.unlearners.local_rounds import LocalTask
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Round:
     factor: float
     shares: dict[str, float]
     distances: dict[str, float]
-    lessons: dict[str, Lesson]
+    local_tasks: dict[str, LocalTask]
 
     def moved(self, group: Collection[str]) -> float:
         """Return a bound on how far the mean is from that of the round without ``group``; inf if nobody is left.
@@ -39,14 +39,14 @@ class Round:
 
     def state(self) -> dict[str, Any]:
         """Return the round for a checkpoint."""
-        lessons = {client: lesson.state() for client, lesson in self.lessons.items()}
-        return {"factor": self.factor, "shares": self.shares, "distances": self.distances, "lessons": lessons}
+        local_tasks = {client: local_task.state() for client, local_task in self.local_tasks.items()}
+        return {"factor": self.factor, "shares": self.shares, "distances": self.distances, "local_tasks": local_tasks}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Round:
         """Read what :meth:`state` returned."""
-        lessons = {client: Lesson.of(lesson) for client, lesson in state["lessons"].items()}
-        return cls(float(state["factor"]), dict(state["shares"]), dict(state["distances"]), lessons)
+        local_tasks = {client: LocalTask.of(local_task) for client, local_task in state["local_tasks"].items()}
+        return cls(float(state["factor"]), dict(state["shares"]), dict(state["distances"]), local_tasks)
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Path:
         """Forget the sensitivities of ``clients``: their trace is covered."""
         for one in self.rounds:
             for client in clients:
-                for kept in (one.shares, one.distances, one.lessons):
+                for kept in (one.shares, one.distances, one.local_tasks):
                     kept.pop(client, None)
         for known in self._single.values():
             for client in clients:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from clients.unlearners.local_rounds import Lessons, local_steps, play_round, train_lesson
+from clients.unlearners.local_rounds import LocalTasks, local_steps, run_round, train_local_task
 from clients.unlearners.sensitivity import Path, Round, budget
 from fedcl.contracts.learner import LocalTraining
-from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ class SIFU(Unlearner):
         self._training = LocalTraining()
         self._contracts = False
         self._broken: dict[str, int] = {}  # assumption -> how often it did not hold
-        self._lessons = Lessons()
+        self._local_tasks = LocalTasks()
         self._path = Path()
         self._last: dict[str, float] = {}
 
     def bind(self, work: LocalWork) -> None:
         """Learn how clients train, and see whether the model's loss is convex at all."""
-        self._training, self._lessons.stream = work.training, work.stream
+        self._training, self._local_tasks.stream = work.training, work.stream
         linear = is_linear(work.model, math.prod(work.input_shape))
         self._contracts = linear and work.training.momentum == 0
         if not linear:
@@ -113,33 +113,33 @@ class SIFU(Unlearner):
         mean = torch.stack([examples[client] / total * model for client, model in models.items()]).sum(0)
         if (mean - new).norm() > _ROUNDING * (1 + new.norm()):
             self._broken["the server does more than average the models of a round by samples"] = 1
-        lessons = {update.client: self._lessons.take(update) for update in updates}
-        self._note({c: float((m - new).norm()) for c, m in models.items()}, examples, lessons, new.float())
+        local_tasks = {update.client: self._local_tasks.take(update) for update in updates}
+        self._note({c: float((m - new).norm()) for c, m in models.items()}, examples, local_tasks, new.float())
 
     def _note(
-        self, distances: dict[str, float], examples: Mapping[str, int], lessons: Mapping[str, Any], new: Tensor
+        self, distances: dict[str, float], examples: Mapping[str, int], local_tasks: Mapping[str, Any], new: Tensor
     ) -> None:
         total = sum(examples.values())
         steps = min(local_steps(self._training, examples[client]) for client in distances)
         factor = max(0.0, 1.0 - self._training.lr * self._lambda) ** steps if self._contracts else 1.0
         shares = {client: examples[client] / total for client in distances}
-        self._path.add(Round(factor, shares, distances, dict(lessons)), new, self.budget)
+        self._path.add(Round(factor, shares, distances, dict(local_tasks)), new, self.budget)
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Roll back, add noise, and play the lost rounds again without the leavers; every target takes the result."""
-        leavers = Forgotten(list(requests)).clients
+        departing_clients = Forgotten(list(requests)).clients
         if not self._path.models:
             return {}  # nobody has trained yet
-        played, before = len(self._path.rounds), self._path.sensitivity(leavers)
+        played, before = len(self._path.rounds), self._path.sensitivity(departing_clients)
         stored = float(sum(model.nbytes for model in self._path.models.values()))
-        place = self._path.rollback_point(leavers, self.budget)
-        psi = self._path.sensitivity(leavers, place)
+        place = self._path.rollback_point(departing_clients, self.budget)
+        psi = self._path.sensitivity(departing_clients, place)
         sigma = self.sigma if psi else 0.0  # a model that they have not touched needs no cover
         model = noisy(self._path.models[place], view.spec, sigma, view.rng("sifu"))
         lost = self._path.cut(place, model)
-        self._path.drop(leavers)
+        self._path.drop(departing_clients)
         if self.retrain:
             for number, one in enumerate(lost):
                 model = self._again(one, number, model, view)
@@ -154,8 +154,8 @@ class SIFU(Unlearner):
 
     def _again(self, lost: Round, number: int, model: Tensor, view: UnlearnView) -> Tensor:
         """Play a lost round with those of its clients that stay, and return the mean of their models."""
-        lessons = {client: lesson for client, lesson in lost.lessons.items() if client in view.clients}
-        trained = play_round(view, TRAIN, model, lessons, epochs=self._training.epochs, place=number)
+        local_tasks = {client: local_task for client, local_task in lost.local_tasks.items() if client in view.clients}
+        trained = run_round(view, TRAIN, model, local_tasks, epochs=self._training.epochs, place=number)
         if not trained:
             return model
         examples = {client: one.num_examples for client, one in trained.items()}
@@ -163,41 +163,43 @@ class SIFU(Unlearner):
         change = torch.stack([examples[c] / total * one.change for c, one in trained.items()]).sum(0)
         distances = {client: float((one.change - change).norm()) for client, one in trained.items()}
         new = (model.double() + change).float()
-        self._note(distances, examples, {client: lessons[client] for client in trained}, new)
+        self._note(distances, examples, {client: local_tasks[client] for client in trained}, new)
         return new
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Train as in a round."""
         if step != TRAIN:
             return super().local(ctx, step)
-        return train_lesson(ctx)
+        return train_local_task(ctx)
 
     def metrics(self) -> dict[str, float]:
         """Return how far the last request went back, the leavers' sensitivity there and before, and what is kept."""
         return dict(self._last)
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the sensitivities of those who leave; models from before the rollback point keep what is within it."""
         self._path.drop(request.clients)
         for client in request.clients:
-            self._lessons.drop(client)
+            self._local_tasks.drop(client)
         name = type(self).__name__
         if not self._path.models:
-            return Residual(name, "none", "has seen no round yet")
+            return ErasureOutcome(name, "none", "has seen no round yet")
         older = sum(0 < place < self._path.served_at for place in self._path.models)
         if older:
             why = f"{older} models of earlier rounds, on which the leavers' sensitivity is within the budget"
-            return Residual(name, "remains", f"{why}: noise is added before one is used")
-        return Residual(name, "erased", "the leavers' sensitivities, and every model from after the rollback point")
+            return ErasureOutcome(name, "remains", f"{why}: noise is added before one is used")
+        return ErasureOutcome(
+            name, "erased", "the leavers' sensitivities, and every model from after the rollback point"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the path and its models."""
-        return {"path": self._path.state(), "met": self._lessons.state(), "broken": dict(self._broken)}
+        return {"path": self._path.state(), "tasks": self._local_tasks.state(), "broken": dict(self._broken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._path = Path.of(state["path"])
-        self._lessons.load(state["met"])
+        self._local_tasks.load(state["tasks"])
         self._broken = dict(state["broken"])
 
 

@@ -20,7 +20,7 @@ from fedcl.contracts.unlearner import Samples
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer
+    from fedcl.contracts.strategy import Response
 
 
 GRAM = "gram"
@@ -52,11 +52,11 @@ def add_gram(total_DD: Tensor, rows_ND: Tensor) -> None:
         total_DD[start : start + _STRIP, start:].addmm_(strip.T, rows_ND[:, start:])
 
 
-def total(answers: Sequence[Answer], key: str) -> Tensor:
+def total(responses: Sequence[Response], key: str) -> Tensor:
     """Return the float64 sum of all clients' tensors ``key``."""
-    summed = torch.zeros_like(answers[0].tensors[key], dtype=torch.float64)
-    for answer in answers:
-        summed += answer.tensors[key]
+    summed = torch.zeros_like(responses[0].tensors[key], dtype=torch.float64)
+    for response in responses:
+        summed += response.tensors[key]
     return summed
 
 
@@ -135,11 +135,11 @@ def cholesky(gram_DD: Tensor) -> Tensor:
     return torch.linalg.cholesky(definite(gram_DD)) if int(info) else factor
 
 
-def sparing_matrices(answers: Sequence[Answer], epsilon: float) -> dict[str, Tensor]:
+def sparing_matrices(responses: Sequence[Response], epsilon: float) -> dict[str, Tensor]:
     """Return, by layer, M = (A + epsilon tr(A)/D I)^-1 of all clients' sums, scaled to a mean diagonal of 1."""
     matrices = {}
-    for key in (key for key in answers[0].tensors if key.startswith(f"{GRAM}/")) if answers else ():
-        gram = whole(total(answers, key))
+    for key in (key for key in responses[0].tensors if key.startswith(f"{GRAM}/")) if responses else ():
+        gram = whole(total(responses, key))
         energy = gram.diagonal().mean()
         if energy > 0:
             gram.div_(energy).diagonal().add_(epsilon)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import ANSWER, STEP, Kind, Loss, Masses, Order, Settings, answer, masses
+from clients.unlearners.fisher import ANSWER, STEP, Kind, Loss, Masses, Order, Settings, masses, response
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
@@ -85,7 +85,7 @@ class SSD(Unlearner):
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Return the client's share of the importances."""
-        return answer(ctx, self.importances) if step == STEP else super().local(ctx, step)
+        return response(ctx, self.importances) if step == STEP else super().local(ctx, step)
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView

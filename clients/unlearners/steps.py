@@ -175,7 +175,7 @@ def project(model: FlatModel, centre: Tensor, radius: float) -> None:
 CHANGE: Form = {"change": MODEL}
 
 
-def answers_of(*numbers: str) -> Form:
+def responses_of(*numbers: str) -> Form:
     """Return what :func:`answered` gives with ``numbers`` of these names, each at least 0."""
     return {**CHANGE, **{name: TensorField((1,), low=0.0) for name in numbers}}
 

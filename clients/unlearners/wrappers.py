@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import ANSWER, STEP, Masses, Settings, answer, masses
+from clients.unlearners.fisher import ANSWER, STEP, Masses, Settings, masses, response
 from fedcl.client.scope import check_scope
 from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Response, ServerView, Target, Update
 
 CORRECT: Form = {"correct": TensorField((1,), "float64", low=0.0, high=float(MAX_EXAMPLES))}
 
@@ -68,9 +68,9 @@ class Wrapper(Unlearner):
         """Do a step of the wrapper itself."""
         return super().local(ctx, step)
 
-    def ask(self, view: UnlearnView, step: str, models: Mapping[str, Tensor], answer: Form) -> list[Answer]:
+    def ask(self, view: UnlearnView, step: str, models: Mapping[str, Tensor], response: Form) -> list[Response]:
         """Ask clients for a step of the wrapper itself."""
-        return view.ask(f"{self.prefix}/{step}", models, answer)
+        return view.ask(f"{self.prefix}/{step}", models, response)
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
         """Show the base a round."""
@@ -84,7 +84,7 @@ class Wrapper(Unlearner):
         """Return what the wrapper did."""
         return {}
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Let the base forget; wrappers keep nothing about clients."""
         return self.base.forget(request)
 
@@ -136,7 +136,7 @@ class Localised(Wrapper):
 
     def own_step(self, ctx: UnlearnContext, step: str) -> Local:
         """Return the client's share of the importances."""
-        return answer(ctx, Settings()) if step == STEP else super().own_step(ctx, step)
+        return response(ctx, Settings()) if step == STEP else super().own_step(ctx, step)
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
@@ -246,9 +246,9 @@ class Guarded(Wrapper):
 
     def _accuracy(self, model: Tensor, clients: Sequence[str], view: UnlearnView) -> float:
         """Return the accuracy of ``model`` (P,) on what ``clients`` retain; 0 where they have nothing left to lose."""
-        answers = self.ask(view, "retain_accuracy", dict.fromkeys(clients, model), CORRECT)
-        total = sum(one.num_examples for one in answers)
-        return sum(float(one.tensors["correct"]) for one in answers) / total if total else 0.0
+        responses = self.ask(view, "retain_accuracy", dict.fromkeys(clients, model), CORRECT)
+        total = sum(one.num_examples for one in responses)
+        return sum(float(one.tensors["correct"]) for one in responses) / total if total else 0.0
 
     def own_metrics(self) -> dict[str, float]:
         """Return the smallest s and the largest drop over models, and how many models were rolled back."""

@@ -41,7 +41,7 @@ class Limit:
         self.samples = sum(workload.sizes) * workload.epochs
         self.kept = [w.detach().clone() for w in self.weights]
 
-    def play(self, rounds: int) -> None:
+    def run(self, rounds: int) -> None:
         """Take the steps of ``rounds`` rounds."""
         for _ in range(max(1, round(rounds * self.samples / len(self.y)))):
             step(self.weights, cross_entropy(self.net(self.x), self.y), LR)
@@ -86,12 +86,12 @@ def engine(model: str = "mlp", repetitions: int | None = None) -> Result:
     count = CLIENTS.get(known(model), 50)
     workload = Workload(model, (200,) * count)
     with ExitStack() as stack:
-        limits = [Side(f"limit, batches of {size}{form}", limit.play, time.process_time)
+        limits = [Side(f"limit, batches of {size}{form}", limit.run, time.process_time)
                   for size, form, limit in _limits(workload)]  # fmt: skip
         bare = Loop(workload)
         loops = [
-            Side("deep copies", Copies(workload).play, time.process_time),
-            Side("bare loop", bare.play, time.process_time),
+            Side("deep copies", Copies(workload).run, time.process_time),
+            Side("bare loop", bare.run, time.process_time),
         ]
         runs: dict[str, Federation] = {}
         for choice in CHOICES:

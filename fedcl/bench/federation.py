@@ -19,7 +19,7 @@ from fedcl.bench.workload import Workload
 from fedcl.config.compose import compose
 from fedcl.results.recorder import Recorder
 from fedcl.runs.retrained import make_unlearning
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import open_backend
 
@@ -30,7 +30,7 @@ class Federation:
 
     server: Server
 
-    def play(self, rounds: int) -> None:
+    def run(self, rounds: int) -> None:
         """Play ``rounds`` more rounds."""
         self.server.run(lambda server_round: None, until=self.server.state.next_round + rounds)
 
@@ -40,7 +40,7 @@ class Federation:
 
     def side(self, name: str, cpu: Callable[[], float] | None = None) -> Side:
         """Return it as a side; its processor time is that of this process and all it has started unless told how."""
-        return Side(name, self.play, cpu or own_seconds)
+        return Side(name, self.run, cpu or own_seconds)
 
 
 def own_seconds() -> float:
@@ -55,12 +55,12 @@ def federation(workload: Workload, *overrides: str) -> Iterator[Federation]:
     cfg = compose([*workload.overrides(), *overrides])
     dataset = workload.dataset()
     stream = make_stream(cfg, dataset)
-    prepared = Prepared(dataset, workload.partition(), stream, make_schedule(cfg, stream), participants(cfg))
+    setup = Setup(dataset, workload.partition(), stream, make_schedule(cfg, stream), participants(cfg))
     with tempfile.TemporaryDirectory(prefix="fedcl-bench-") as folder:
         run_dir = Path(folder)
         with (
             Recorder(run_dir) as recorder,
-            open_backend(cfg, prepared.dataset, prepared.partition, None, run_dir / "clients") as backend,
+            open_backend(cfg, setup.dataset, setup.partition, None, run_dir / "clients") as backend,
         ):
-            unlearning = make_unlearning(cfg, prepared, backend, run_dir)
-            yield Federation(make_server(cfg, prepared, backend, recorder, unlearning=unlearning, evaluate=False))
+            unlearning = make_unlearning(cfg, setup, backend, run_dir)
+            yield Federation(make_server(cfg, setup, backend, recorder, unlearning=unlearning, evaluate=False))

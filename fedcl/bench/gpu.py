@@ -63,8 +63,8 @@ def gpu(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
 def _side(run: Federation, name: str) -> Side:
     me = os.getpid()
 
-    def play(rounds: int) -> None:
-        run.play(rounds)
+    def run_rounds(rounds: int) -> None:
+        run.run(rounds)
         torch.cuda.synchronize()
 
-    return Side(name, play, lambda: tree_seconds(me))
+    return Side(name, run_rounds, lambda: tree_seconds(me))

@@ -26,7 +26,7 @@ USEFUL_MARK, EFFICIENCY_MARK = 0.9, 0.9
 
 
 @dataclass
-class Played:
+class RunSide:
     """Rounds of one population on so many workers: by round, seconds on the wall and of each worker's processor."""
 
     sigma: float
@@ -37,7 +37,7 @@ class Played:
     walls: list[float] = field(default_factory=list)
     busy: list[tuple[float, ...]] = field(default_factory=list)
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Play a few rounds, each measured by itself."""
         for _ in range(ROUNDS):
             before, started = self._clocks(), time.perf_counter()
@@ -90,11 +90,11 @@ def hetero(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
         stack.enter_context(local_ray(1 + WORKERS * len(SIGMAS)))
         sides = [_open(stack, model, 0.0, 1), *(_open(stack, model, sigma, WORKERS) for sigma in SIGMAS)]
         for side in sides:
-            side.play()
+            side.run()
             side.forget()
         for _ in range(repetitions):
             for side in sides:
-                side.play()
+                side.run()
     alone = sides[0]
     rows: list[Row] = [
         {
@@ -120,14 +120,14 @@ def _largest(sigma: float) -> float:
     return max(drawn) / sum(drawn)
 
 
-def _open(stack: ExitStack, model: str, sigma: float, workers: int) -> Played:
+def _open(stack: ExitStack, model: str, sigma: float, workers: int) -> RunSide:
     before = _workers()
     workload = Workload(model, sizes(sigma))
     run = stack.enter_context(federation(workload, "backend=ray", f"backend.workers={workers}"))
     pids = tuple(sorted(_workers() - before))
     if len(pids) != workers:
         raise RuntimeError(f"{len(pids)} new processes of Ray's call themselves workers, {workers} were started")
-    return Played(sigma, workers, workload.steps, run.play, pids)
+    return RunSide(sigma, workers, workload.steps, run.run, pids)
 
 
 def _workers() -> set[int]:

@@ -37,7 +37,7 @@ class Loop:
         self.model = [w.detach().clone() for w in self.weights]
         self.round = 0
 
-    def play(self, rounds: int) -> None:
+    def run(self, rounds: int) -> None:
         """Play ``rounds`` more rounds of FedAvg."""
         for _ in range(rounds):
             total = [torch.zeros_like(w) for w in self.model]
@@ -83,7 +83,7 @@ def overhead(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
     clocks = {"inline": time.process_time, "ray": own_seconds}
     with ExitStack() as stack:
         stack.enter_context(local_ray(2 * WORKERS))
-        sides = [Side("bare loop", Loop(workload).play, time.process_time)]
+        sides = [Side("bare loop", Loop(workload).run, time.process_time)]
         for backend, clock in clocks.items():
             for work in (workload, twice):
                 settings = [f"backend={backend}", *([f"backend.workers={WORKERS}"] if backend == "ray" else [])]

@@ -36,15 +36,15 @@ def repro() -> Result:
     Result
         One row a run; ``ratio`` is the share of runs whose ``metrics.parquet`` has the inline run's SHA-256.
     """
-    ways: dict[str, Callable[[Path], Path]] = {"inline": lambda folder: _play(folder, "backend=inline")}
+    ways: dict[str, Callable[[Path], Path]] = {"inline": lambda folder: _run(folder, "backend=inline")}
     for count in WORKERS:
         ways[f"ray, workers={count}"] = _on_ray(count)
     ways[f"inline, killed after round {KILL_AFTER} and resumed"] = _killed_and_resumed
     rows: list[dict[str, str | int | float | bool]] = []
     with tempfile.TemporaryDirectory(prefix="fedcl-repro-") as folder:
-        for number, (name, play) in enumerate(ways.items()):
+        for number, (name, run_rounds) in enumerate(ways.items()):
             started = time.perf_counter()
-            run_dir = play(Path(folder) / str(number))
+            run_dir = run_rounds(Path(folder) / str(number))
             digest = hashlib.sha256((run_dir / "metrics.parquet").read_bytes()).hexdigest()
             rows.append(
                 {
@@ -60,10 +60,10 @@ def repro() -> Result:
 
 
 def _on_ray(count: int) -> Callable[[Path], Path]:
-    return lambda folder: _play(folder, "backend=ray", f"backend.workers={count}")
+    return lambda folder: _run(folder, "backend=ray", f"backend.workers={count}")
 
 
-def _play(folder: Path, *overrides: str) -> Path:
+def _run(folder: Path, *overrides: str) -> Path:
     settings = [*SETTINGS, *overrides, f"run_dir={folder}"]
     return run(compose(settings), settings, [], quiet=True)
 

@@ -85,7 +85,7 @@ class Rival:
         """Its process."""
         return self._process.pid
 
-    def play(self, rounds: int) -> Mapping[str, Any]:
+    def run(self, rounds: int) -> Mapping[str, Any]:
         """Let it play ``rounds`` more rounds; return what it says of them."""
         return self._ask({"rounds": rounds})
 
@@ -96,7 +96,7 @@ class Rival:
 
     def side(self, name: str) -> Side:
         """Return it as a side, its processor time that of all its processes."""
-        return Side(name, self.play, lambda: tree_seconds(self.pid))
+        return Side(name, self.run, lambda: tree_seconds(self.pid))
 
     def _ask(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
         os.write(self._to, (json.dumps(command) + "\n").encode())

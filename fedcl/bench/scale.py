@@ -73,7 +73,7 @@ def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: i
     notes = []
     with federation(workload, "backend=ray", f"backend.workers={WORKERS}") as run:
         _select(run, cohorts[-2])
-        run.play(max(cohorts) // cohorts[-2])
+        run.run(max(cohorts) // cohorts[-2])
         for clients in cohorts:
             needed = seen[-1].kb * (clients - seen[-1].clients) if seen else 0.0
             if needed > SPARE * _free_kb():

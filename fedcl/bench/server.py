@@ -20,7 +20,7 @@ from fedcl.base.linalg import leading, random_signs
 from fedcl.base.randomness import torch_generator
 from fedcl.bench.result import Cell, Result
 from fedcl.config.instantiate import locate
-from fedcl.contracts.strategy import GLOBAL, Answer, Collaboration, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Response, Update
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import pack_bits
 from fedcl.server.fold import BLOCK, fold
@@ -61,7 +61,7 @@ class Case:
     value: Any = None
     extra: float = 0.0
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Call once more."""
         self.value = None
         before = _reset_peak()
@@ -85,7 +85,7 @@ def server(sizes: Sizes | None = None) -> Result:
     groups = [_overlap(sizes), _basis(sizes), _fold(sizes)]
     for group in groups * sizes.repeats:
         for case in group.cases * group.times:
-            case.play()
+            case.run()
     rows = [row for group in groups for row in group.rows()]
     marks = [group.ratio() / group.mark for group in groups]
     passed = min(marks) >= 1 and all(group.sound() for group in groups)
@@ -209,7 +209,7 @@ def _basis(sizes: Sizes) -> Group:
         for number, rows in enumerate(parts):
             summary = client(empty, signs)
             summary.add(rows)
-            answers.append(Answer(str(number), len(rows), summary.tensors("layer")))
+            answers.append(Response(str(number), len(rows), summary.tensors("layer")))
         found: Tensor = from_ranges(answers, "layer", EPSILON, cpu, draw).directions_DN
         return found
 

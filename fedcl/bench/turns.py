@@ -27,10 +27,10 @@ class Turn:
 
 @dataclass
 class Side:
-    """One who can play rounds: ``play(n)`` plays ``n`` more, ``cpu()`` says what its processes have used so far."""
+    """One who can run rounds: ``run(n)`` runs ``n`` more, ``cpu()`` says what its processes have used so far."""
 
     name: str
-    play: Callable[[int], object]
+    run: Callable[[int], object]
     cpu: Callable[[], float]
     turns: list[Turn] = field(default_factory=list)
 
@@ -38,7 +38,7 @@ class Side:
         """Play and measure."""
         gc.collect()
         cpu, wall = self.cpu(), time.perf_counter()
-        self.play(rounds)
+        self.run(rounds)
         wall = time.perf_counter() - wall
         return Turn(wall, self.cpu() - cpu)
 
@@ -53,7 +53,7 @@ def take_turns(sides: Sequence[Side], rounds: int, repetitions: int, *, warm_up:
     Every second repetition goes through them backwards, so that none always follows the same one.
     """
     for side in sides:
-        side.play(warm_up)
+        side.run(warm_up)
     for repetition in range(repetitions):
         for side in sides if repetition % 2 == 0 else reversed(sides):
             side.turns.append(side.turn(rounds))

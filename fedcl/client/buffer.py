@@ -103,7 +103,7 @@ class ReplayBuffer:
             rows = self.rows_of(ctx)
             self._admit(rows["y"], ctx.rng("reservoir"), lambda part: {name: rows[name][part] for name in rows})
 
-    def conclude(self, ctx: Context, *, logits: bool = False) -> None:
+    def finalize(self, ctx: Context, *, logits: bool = False) -> None:
         """Choose among a finished task's samples by herding, if that is the policy; with their logits if asked."""
         if self.policy != "herding" or not self.enabled:
             return
@@ -184,12 +184,12 @@ class ReplayBuffer:
         """Return ``count`` different samples (None: as many as a batch has) for a step of the visit."""
         return self.sample(count or ctx.batch_size, ctx.rng("replay"), ctx.data.restore)
 
-    def rewrite_logits(self, task: int, answer: Callable[[Tensor], Tensor], restore: Restore | None = None) -> None:
+    def rewrite_logits(self, task: int, response: Callable[[Tensor], Tensor], restore: Restore | None = None) -> None:
         """Replace the logits of the samples of ``task`` with ``answer(x)`` (B, C), where any are held."""
         held = self.held
         if "logits" in held and (held["task"] == task).any():
             chosen = torch.nonzero(held["task"] == task).squeeze(1)
-            held["logits"][chosen] = answer(self._inputs(restore)[chosen])
+            held["logits"][chosen] = response(self._inputs(restore)[chosen])
 
     def keep(self, chosen: Tensor, arriving: Rows | None = None) -> None:
         """Hold the samples at the positions ``chosen`` (K,) of those held, followed by ``arriving``, in that order."""

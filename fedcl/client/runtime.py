@@ -14,12 +14,12 @@ from fedcl.base.tree import clone, num_bytes
 from fedcl.client.engines import Engine, stack_size, stacks
 from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_data import LocalData
+from fedcl.client.local_evaluation import LocalEvaluation, LocalEvaluationOf
 from fedcl.client.loop import accuracy, fit, ordered, owner
-from fedcl.client.probe import Probe, ProbeOf
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.contracts.learner import EXCLUSIVE, Context, LocalTraining, Plugin, State, TaskData, overrides
-from fedcl.contracts.requests import ForgetNote, Residual, residuals_json
+from fedcl.contracts.requests import ErasureOutcome, ForgetNote, outcomes_json
 from fedcl.contracts.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.chain import chain_of
@@ -39,7 +39,7 @@ class _Visit:
     learner: dict[str, Plugin]
     ctx: Context
     test: TaskData | None
-    probe: Probe | None
+    local_evaluation: LocalEvaluation | None
     metrics: dict[str, float]
     start: Tensor | None = None
 
@@ -51,8 +51,8 @@ class ClientRuntime:
     ``plugins`` builds the learner afresh for each visit, so nothing can leak from one client to the next. ``engine``
     says how clients train: ``loop`` one after another; ``fused`` likewise, with steps that are written out where model
     and learner allow it; ``stack`` together where these allow it, else as ``fused``; ``auto`` as ``stack`` on plain
-    linear networks and as ``loop`` on others. ``rates`` gives the learning rate of a visit (client, 0-based round), if
-    it is not that of ``training`` throughout; clients then train one after another.
+    linear networks and as ``loop`` on others. ``lr_schedule`` gives the learning rate of a visit (client, 0-based
+    round), if it is not that of ``training`` throughout; clients then train one after another.
     """
 
     model: FlatModel
@@ -62,9 +62,9 @@ class ClientRuntime:
     seed: int
     num_columns: int
     personal_evaluation: bool = False
-    probe: ProbeOf | None = None
+    local_evaluation: LocalEvaluationOf | None = None
     unlearner: Callable[[], Unlearner] = Unlearner
-    rates: Callable[[str, int], float] | None = None
+    lr_schedule: Callable[[str, int], float] | None = None
     engine: Engine = "loop"
     _spare: FlatModel | None = field(default=None, init=False, repr=False)
     _notes: dict[tuple[tuple[int, tuple[int, ...]], ...], State] = field(default_factory=dict, init=False, repr=False)
@@ -73,7 +73,7 @@ class ClientRuntime:
         plugins = [build() for build in self.plugins.values()]
         self._together = stack_size(self.model)
         exact = self.training.precision == "float32"
-        self._stacks = exact and self.probe is None and stacks(self.engine, self.model, plugins) is None
+        self._stacks = exact and self.local_evaluation is None and stacks(self.engine, self.model, plugins) is None
         # copies of a model cost as much as a step: none is made that no plugin can tell
         self._moves = any(overrides(plugin, hook) for plugin in plugins for hook in _BEFORE)
         self._ends = any(overrides(plugin, "after_round") for plugin in plugins)
@@ -118,7 +118,7 @@ class ClientRuntime:
             visit = self._begin(request, store)
             if isinstance(visit, Reply):
                 return visit
-            plugins = [*visit.learner.values(), *(() if visit.probe is None else (visit.probe,))]
+            plugins = [*visit.learner.values(), *(() if visit.local_evaluation is None else (visit.local_evaluation,))]
             visit.metrics.update(fit(visit.ctx, plugins, self.training, fused=self.engine != "loop"))
             return self._finish(visit, store)
         except BaseException as error:
@@ -156,9 +156,9 @@ class ClientRuntime:
                     yield from self._train_together([request], store)
             return
         for one in begun:
-            yield self._conclude(one, *next(trained), store) if isinstance(one, _Visit) else one
+            yield self._finalize(one, *next(trained), store) if isinstance(one, _Visit) else one
 
-    def _conclude(
+    def _finalize(
         self, visit: _Visit, vector: Tensor, metrics: dict[str, float], store: ClientStateStore
     ) -> Reply | Exception:
         try:
@@ -180,14 +180,18 @@ class ClientRuntime:
         test = self._own_test(request)
         if test is not None:
             metrics["accuracy_received"] = accuracy(ctx, plugins, test.x, test.y)
-        probe = None if self.probe is None else self.probe(request.client, request.server_round, plugins)
-        if probe is not None:
-            probe.before_round(ctx)
+        local_evaluation = (
+            None
+            if self.local_evaluation is None
+            else self.local_evaluation(request.client, request.server_round, plugins)
+        )
+        if local_evaluation is not None:
+            local_evaluation.before_round(ctx)
         for plugin in plugins:
             if ctx.is_new_task:
                 plugin.before_task(ctx)
             plugin.before_round(ctx)
-        return _Visit(request, learner, ctx, test, probe, metrics)
+        return _Visit(request, learner, ctx, test, local_evaluation, metrics)
 
     def _finish(self, visit: _Visit, store: ClientStateStore, trained: Tensor | None = None) -> Reply:
         """Do all that comes after the last step; the ``trained`` weights (P,) are in the model if not given.
@@ -195,9 +199,9 @@ class ClientRuntime:
         If they are, they are in the model too where anybody looks at it.
         """
         ctx, metrics, plugins = visit.ctx, visit.metrics, list(visit.learner.values())
-        if visit.probe is not None:
-            visit.probe.after_round(ctx)
-            metrics.update(visit.probe.metrics)
+        if visit.local_evaluation is not None:
+            visit.local_evaluation.after_round(ctx)
+            metrics.update(visit.local_evaluation.metrics)
         if visit.test is not None:
             metrics["accuracy_trained"] = accuracy(ctx, plugins, visit.test.x, visit.test.y)
         payload: dict[str, Tensor] = {}
@@ -221,8 +225,8 @@ class ClientRuntime:
         learner, ctx = self._enter(request, store)
         for plugin in learner.values():
             if request.name in plugin.queries:
-                answer = plugin.answer(ctx, request.name, request.payload) if len(ctx.data) else {}
-                return Reply(len(ctx.data), {}, None, answer)
+                response = plugin.respond(ctx, request.name, request.payload) if len(ctx.data) else {}
+                return Reply(len(ctx.data), {}, None, response)
         raise ValueError(f"no plugin of this client answers {request.name!r}")
 
     def _evaluate(self, request: Request, store: ClientStateStore) -> Reply:
@@ -252,7 +256,7 @@ class ClientRuntime:
             num_columns=self.num_columns,
             tensors=request.payload,
             args=note.args,
-            twin=self._twin,
+            copy_model=self._copy_model,
         )
         self.model.set_generator(self._layer_generator(ctx.rng("dropout")))
         done = self.unlearner().local(ctx, request.name)
@@ -264,7 +268,7 @@ class ClientRuntime:
         if note.leaves(request.client):
             store.drop(request.client)
             self.data.drop(request.client)
-            return Reply(0, note=residuals_json([Residual("client state", "erased", "the client has left")]))
+            return Reply(0, note=outcomes_json([ErasureOutcome("client state", "erased", "the client has left")]))
         if request.committed == NEVER:
             self.data.drop(request.client)
             if self.plugins:
@@ -273,17 +277,17 @@ class ClientRuntime:
         learner, ctx = self._enter(request, store)
         gone = joined([lost for _, lost, _ in part(self.data, request.client, note, self.model.device)])
         self.data.drop(request.client)
-        residuals = []
+        collected = []
         for name, plugin in learner.items() if len(gone) else ():
             outcomes = [plugin.forget(ctx, one, gone) for one in note.requests if one.concerns(request.client)]
             if any(outcome.outcome == "reset" for outcome in outcomes):
                 learner[name] = self.plugins[name]()
                 learner[name].load({})
-            residuals += outcomes
+            collected += outcomes
         if ctx.is_new_task:
             del ctx.task_columns[ctx.task.id]  # being told is not training
         self._stage(request, store, learner, ctx)
-        return Reply(len(gone), note=residuals_json(residuals))
+        return Reply(len(gone), note=outcomes_json(collected))
 
     def _enter(self, request: Request, store: ClientStateStore) -> tuple[dict[str, Plugin], Context]:
         if request.model is None or request.task is None:
@@ -302,9 +306,9 @@ class ClientRuntime:
         return learner, ctx
 
     def _context(self, request: Request, task: Task, model: Tensor, state: State) -> Context:
-        met = {int(id_): tuple(columns) for id_, columns in state.get("tasks", {}).items()}
-        is_new = task.id not in met
-        met[task.id] = task.columns
+        seen = {int(id_): tuple(columns) for id_, columns in state.get("tasks", {}).items()}
+        is_new = task.id not in seen
+        seen[task.id] = task.columns
         return Context(
             model=self.model,
             task=task,
@@ -312,21 +316,21 @@ class ClientRuntime:
             received=model.to(self.model.device),
             epochs=self.training.epochs,
             batch_size=self.training.batch_size,
-            lr=self.training.lr if self.rates is None else self.rates(request.client, request.server_round),
+            lr=self.training.lr if self.lr_schedule is None else self.lr_schedule(request.client, request.server_round),
             seed=self.seed,
             client=request.client,
             visit=request.visit if request.turn < 0 else request.turn,
             is_new_task=is_new,
-            task_columns=met,
+            task_columns=seen,
             num_columns=self.num_columns,
             payload=request.payload,
-            twin=self._twin,
+            copy_model=self._copy_model,
         )
 
-    def _twin(self) -> FlatModel:
+    def _copy_model(self) -> FlatModel:
         # building a module costs as much as a short visit: one serves them all
         if self._spare is None:
-            self._spare = self.model.twin()
+            self._spare = self.model.copy()
         return self._spare
 
     def _layer_generator(self, generator: torch.Generator) -> torch.Generator:
@@ -351,10 +355,10 @@ class ClientRuntime:
             store.stage(request.client, request.visit, kept)
             return num_bytes(kept)
         # ten thousand clients that remember nothing but which tasks they have met share one note of it
-        met = tuple(ctx.task_columns.items())
-        if met not in self._notes:
-            self._notes[met] = {"tasks": _columns(ctx), "plugins": plugins}
-        store.stage(request.client, request.visit, self._notes[met])
+        seen = tuple(ctx.task_columns.items())
+        if seen not in self._notes:
+            self._notes[seen] = {"tasks": _columns(ctx), "plugins": plugins}
+        store.stage(request.client, request.visit, self._notes[seen])
         return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fedcl.commands import looking, playing
+from fedcl.commands import inspecting, running
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 
 def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
     """Add every command; ``configs`` and ``quiet`` are the parents that bring ``--config-dir`` and ``--quiet``."""
-    playing.add(commands, configs, quiet)
-    looking.add(commands, configs)
+    running.add(commands, configs, quiet)
+    inspecting.add(commands, configs)

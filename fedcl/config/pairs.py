@@ -30,7 +30,7 @@ def check_pairs(cfg: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
         At the first pair that is refused, and for an entry that is none.
     """
     for key in (REFUSES_KEY, WARNS_KEY):
-        found = [text for place, entries in _lists(schema, key) for text in _met(entries, cfg, place, key)]
+        found = [text for place, entries in _lists(schema, key) for text in _seen(entries, cfg, place, key)]
         if found and key == REFUSES_KEY:
             raise ConfigError(found[0])
     return found
@@ -44,7 +44,7 @@ def _lists(node: Mapping[str, Any], key: str, path: str = "") -> Iterator[tuple[
             yield from _lists(value, key, f"{path}.{name}" if path else str(name))
 
 
-def _met(entries: Any, cfg: Mapping[str, Any], path: str, key: str) -> Iterator[str]:
+def _seen(entries: Any, cfg: Mapping[str, Any], path: str, key: str) -> Iterator[str]:
     place = f"{path}.{key}" if path else key
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise ConfigError(f"{place}: must be a list of {{when, why}}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form, TensorField
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.data.dataset import Indices
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output
@@ -122,7 +122,7 @@ class Context:
     ``task_columns`` maps every task this client has met to its logit columns; ``payload`` is what the server sent
     along; ``step`` counts optimizer steps of this visit.
     ``order`` and ``start`` are where the loop is: the epoch's order of the samples, and the place of the present batch.
-    ``twin`` gives a second model to hold a teacher; without it one is made at need.
+    ``copy`` gives a second model to hold a teacher; without it one is made at need.
     """
 
     model: FlatModel
@@ -139,7 +139,7 @@ class Context:
     task_columns: dict[int, tuple[int, ...]]
     num_columns: int
     payload: dict[str, Tensor] = field(default_factory=dict)
-    twin: Callable[[], FlatModel] | None = None
+    copy_model: Callable[[], FlatModel] | None = None
     step: int = 0
     epoch: int = 0
     order: Tensor | None = None
@@ -147,7 +147,7 @@ class Context:
     _mask: Tensor | None = None
     _generators: dict[str, torch.Generator] = field(default_factory=dict)
     _teacher: tuple[Tensor, Output] | None = None
-    _twin: FlatModel | None = None
+    _copy_model: FlatModel | None = None
 
     def __post_init__(self) -> None:
         self._mask = self.columns_mask(self.task.mask)
@@ -188,19 +188,19 @@ class Context:
 
     def set_teacher(self, vector_P: Tensor) -> None:
         """Choose the frozen weights that :meth:`teacher` answers with: one copy, shared by all plugins."""
-        if self._twin is None:
-            self._twin = self.model.twin() if self.twin is None else self.twin()
-        self._twin.load(vector_P)
-        self._twin.eval()
+        if self._copy_model is None:
+            self._copy_model = self.model.copy() if self.copy_model is None else self.copy_model()
+        self._copy_model.load(vector_P)
+        self._copy_model.eval()
         self._teacher = None
 
     def teacher(self, x: Tensor) -> Output:
         """Return the frozen model's output on ``x``, without gradients; computed once a step however many ask."""
-        if self._twin is None:
+        if self._copy_model is None:
             raise RuntimeError("no teacher has been set for this visit")
         if self._teacher is None or self._teacher[0] is not x:
             with torch.no_grad():
-                self._teacher = (x, self._twin(x))
+                self._teacher = (x, self._copy_model(x))
         return self._teacher[1]
 
 
@@ -278,7 +278,7 @@ class Plugin:
         """Return logits (B, C) in place of the model's own. At most one plugin of a learner may own it."""
         raise TypeError(f"{type(self).__name__} does not define a prediction")
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         """Answer the server's question ``name`` (one of :attr:`queries`) with tensors."""
         raise TypeError(f"{type(self).__name__} does not answer {name!r}")
 
@@ -293,7 +293,7 @@ class Plugin:
         ``ctx.payload``.
         """
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> Residual:
+    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Drop what this plugin keeps of the forget set, and say what became of it.
 
         Called at a client that holds some of it, with the samples ``gone`` of all tasks met so far; ``ctx.data`` holds
@@ -302,8 +302,8 @@ class Plugin:
         """
         name = type(self).__name__
         if not overrides(self, "state"):
-            return Residual(name, "none", "keeps nothing between visits")
-        return Residual(name, "reset", "its state mixed all samples of the client: it starts over")
+            return ErasureOutcome(name, "none", "keeps nothing between visits")
+        return ErasureOutcome(name, "reset", "its state mixed all samples of the client: it starts over")
 
     def state(self) -> State:
         """Return everything that must survive: nested dicts of tensors, numbers, strings, lists of numbers."""

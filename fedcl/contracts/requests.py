@@ -49,7 +49,7 @@ class ForgetRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
+class ErasureOutcome:
     """What became of a part's memory of the forget set, and why: printed on the certificate when it ``remains``."""
 
     part: str
@@ -135,13 +135,13 @@ class ForgetNote:
             raise ValueError("the message does not say what to forget") from error
 
 
-def residuals_json(residuals: Iterable[Residual]) -> str:
+def outcomes_json(outcomes: Iterable[ErasureOutcome]) -> str:
     """Return residuals as text."""
-    return json.dumps([asdict(residual) for residual in residuals], separators=(",", ":"))
+    return json.dumps([asdict(residual) for residual in outcomes], separators=(",", ":"))
 
 
-def residuals_from(text: str) -> list[Residual]:
-    """Read what :func:`residuals_json` wrote; texts in it are cleaned and cut, as they go to events and certificates.
+def outcomes_from(text: str) -> list[ErasureOutcome]:
+    """Read what :func:`outcomes_json` wrote; texts in it are cleaned and cut, as they go to events and certificates.
 
     Raises
     ------
@@ -157,11 +157,11 @@ def residuals_from(text: str) -> list[Residual]:
     return [_residual(row) for row in rows]
 
 
-def _residual(row: Any) -> Residual:
+def _residual(row: Any) -> ErasureOutcome:
     if not isinstance(row, dict) or row.keys() != {"part", "outcome", "why"}:
         raise ValueError("note: a residual must have part, outcome and why, and nothing else")
     if not all(isinstance(value, str) for value in row.values()):
         raise ValueError("note: part, outcome and why of a residual must be texts")
     if row["outcome"] not in get_args(Outcome):
         raise ValueError(f"note: outcome {shown(row['outcome'])} must be one of {', '.join(get_args(Outcome))}")
-    return Residual(clean(row["part"], MAX_PART), row["outcome"], clean(row["why"]))
+    return ErasureOutcome(clean(row["part"], MAX_PART), row["outcome"], clean(row["why"]))

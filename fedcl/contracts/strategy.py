@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining, Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
 from fedcl.scenario.task import Stream
 
@@ -128,7 +128,7 @@ class PastView(Protocol):
         """Return a generator keyed by (seed, version, purpose)."""
         ...
 
-    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
+    def ask_past(self, query: Query, server_round: int) -> list[Response]:
         """Put ``query`` to clients that took part in ``server_round``.
 
         Each answers with what it may still use of the task that it had then.
@@ -157,18 +157,18 @@ class Event:
 class Query:
     """A question to clients: the model each should answer it with, and tensors to go along.
 
-    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies. ``answer`` declares
+    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies. ``response`` declares
     every tensor of an answer, by name: one that is anything else is rejected before the part that asks sees it.
     """
 
     name: str
     models: dict[str, Tensor]
-    answer: Form
+    response: Form
     request: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A client's reply to a :class:`Query`."""
 
     client: str
@@ -233,9 +233,9 @@ class Part:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop what this part remembers of the forget set and say what became of it."""
-        return Residual(type(self).__name__, "none", "keeps nothing about clients")
+        return ErasureOutcome(type(self).__name__, "none", "keeps nothing about clients")
 
     def relearn(self, view: PastView) -> None:
         """Learn again, without the forget set, what :meth:`forget` promised: called when the models are edited."""
@@ -337,9 +337,9 @@ class Projection(Part):
         """Return what to ask clients at ``event``."""
         return []
 
-    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
         """Learn from the answers to a query of :meth:`queries`."""
 
-    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
         """Return models (P,) that take the place of their targets' now, past optimizer and projection."""
         return {}

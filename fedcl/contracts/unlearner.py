@@ -17,12 +17,12 @@ from torch import Tensor
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import Batch, LocalTraining
-from fedcl.contracts.requests import NAMES, ForgetRequest, Residual, Scope
+from fedcl.contracts.requests import NAMES, ErasureOutcome, ForgetRequest, Scope
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.task import Task
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Answer, LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Response, ServerView, Target, Update
 
 # P = parameters, N = samples, C = logit columns
 Guarantee = Literal["exact", "certified", "approximate", "none"]
@@ -97,7 +97,7 @@ class UnlearnContext:
     num_columns: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
-    twin: Callable[[], FlatModel] | None = None
+    copy_model: Callable[[], FlatModel] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +111,7 @@ class UnlearnContext:
 
     def other_model(self) -> FlatModel:
         """Return a second model, for a teacher; its weights are anything."""
-        return self.model.twin() if self.twin is None else self.twin()
+        return self.model.copy() if self.copy_model is None else self.copy_model()
 
 
 class Local(NamedTuple):
@@ -133,7 +133,7 @@ class Sums(Protocol):
         """Return the sums of query ``name`` by tensor name, float64; empty before the first task has ended."""
         ...
 
-    def absorbed(self, name: str) -> dict[str, tuple[Task, ...]]:
+    def consumed(self, name: str) -> dict[str, tuple[Task, ...]]:
         """Return, by client, the tasks whose samples are in the sums of query ``name``, one for each time they were."""
         ...
 
@@ -198,14 +198,14 @@ class UnlearnView(Protocol):
         self,
         step: str,
         models: Mapping[str, Tensor],
-        answer: Form,
+        response: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
-    ) -> list[Answer]:
+    ) -> list[Response]:
         """Let the clients in ``models``, each with its vector (P,), do ``step`` of :meth:`Unlearner.local`.
 
-        ``answer`` declares every tensor of an answer: one that is anything else is rejected.
+        ``response`` declares every tensor of an answer: one that is anything else is rejected.
         Each sees its samples of ``tasks``, by client; None is all tasks it has met, as they were before the requests.
         Returns the answers of those whose ``num_examples`` is not zero, in the order of ``models``. A client that fails
         costs its own answer and an event.
@@ -275,9 +275,9 @@ class Unlearner:
         """Return what the last request took or chose (selected share, steps): printed on the certificate."""
         return {}
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop what the server half remembers of the forget set."""
-        return Residual(type(self).__name__, "none", "keeps nothing about clients")
+        return ErasureOutcome(type(self).__name__, "none", "keeps nothing about clients")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything of the server half that must survive: nested dicts of tensors, numbers, strings, lists."""

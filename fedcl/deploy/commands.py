@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace) -> None:
     fleet = _load(args.folder)
     with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
         run_dir = submit(fleet, args.overrides, quiet=args.quiet, config_dirs=args.config_dir)
-    _conclude(run_dir, args.quiet)
+    _finalize(run_dir, args.quiet)
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -140,7 +140,7 @@ def _resume(args: argparse.Namespace) -> None:
     fleet = _load(args.folder)
     with _resumable(f"fedcl deploy resume {_named(args.config_dir)}{{fleet}}"):
         run_dir = resume(fleet, args.run_dir, quiet=args.quiet, config_dirs=args.config_dir)
-    _conclude(run_dir, args.quiet)
+    _finalize(run_dir, args.quiet)
 
 
 def _local(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def _local(args: argparse.Namespace) -> None:
     how = {"folder": args.folder, "insecure": args.insecure, "quiet": args.quiet, "config_dirs": args.config_dir}
     with _resumable(f"fedcl deploy local -n {args.devices} --resume {_named(args.config_dir)}--dir {{fleet}}"):
         run_dir = local(args.devices, args.overrides, going_on=args.resume, **how)
-    _conclude(run_dir, args.quiet)
+    _finalize(run_dir, args.quiet)
 
 
 def _named(config_dirs: Sequence[Path]) -> str:
@@ -188,7 +188,7 @@ def _load(folder: Path) -> Fleet:
     return fleet
 
 
-def _conclude(run_dir: Path, quiet: bool) -> None:
+def _finalize(run_dir: Path, quiet: bool) -> None:
     """Show what a simulation shows at its end."""
     if not quiet:
         from fedcl import results

@@ -66,7 +66,7 @@ def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: 
     settings = {"overrides": shlex.join([*given, f"run_dir={run_dir}"])}
     if config_dirs:
         settings["config_dirs"] = shlex.join(str(folder.resolve()) for folder in config_dirs)
-    _play(fleet, launch, settings, quiet=quiet)
+    _run(fleet, launch, settings, quiet=quiet)
     return run_dir
 
 
@@ -100,11 +100,11 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
     again = replace(launch, attempt=launch.attempt + 1)
     named = shlex.join(str(one.resolve()) for one in config_dirs)
     settings = {"overrides": shlex.join(given), "config_dirs": named, "resume": str(folder)}
-    _play(fleet, again, settings, quiet=quiet)
+    _run(fleet, again, settings, quiet=quiet)
     return folder
 
 
-def _play(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
+def _run(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool) -> None:
     """Submit, follow to the end, and raise unless the run is done."""
     from fedcl.client.device import sent_to_devices
     from fedcl.config.compose import path_keys

@@ -192,7 +192,7 @@ def linear_probe(train: Samples, test: Samples, *, ridge: float = 1e-3) -> float
 
 
 def _student(model: FlatModel, vector: Tensor, generator: torch.Generator) -> FlatModel:
-    student = model.twin()
+    student = model.copy()
     student.load(vector)
     student.set_generator(generator)
     return student

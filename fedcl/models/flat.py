@@ -221,7 +221,7 @@ class FlatModel:
         """Return a copy of the flat vector (P,)."""
         return self.flat.clone()
 
-    def twin(self) -> FlatModel:
+    def copy(self) -> FlatModel:
         """Return an independent model of the same kind, with this one's present weights."""
         return FlatModel(copy.deepcopy(self.module), device=self.device)
 

@@ -101,8 +101,8 @@ def _parameters(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the settings that are no choice of a component; what a client's half repeats of its server's once only."""
     everything = settings(cfg)
     for key, value in everything.items():
-        twin = key.replace(".client.", ".server.") if key.startswith("strategy.") else key
-        repeated = twin != key and everything.get(twin, _ABSENT) == value
+        copy_model = key.replace(".client.", ".server.") if key.startswith("strategy.") else key
+        repeated = copy_model != key and everything.get(copy_model, _ABSENT) == value
         if not key.endswith("_target_") and value != {} and not repeated:
             yield key, value
 

@@ -87,7 +87,7 @@ class Recorder:
         """
         self.close(finished=exc_type is None)
         if exc_type is not None and issubclass(exc_type, (KeyboardInterrupt, SystemExit)):
-            self.conclude()
+            self.finalize()
 
     def row(
         self,
@@ -194,9 +194,9 @@ class Recorder:
         """
         write_summary(self.run_dir, summary)
 
-    def conclude(self) -> None:
+    def finalize(self) -> None:
         """Write down the hash of everything that has been measured: it is to stay as it is."""
-        sums.conclude(self.run_dir)
+        sums.finalize(self.run_dir)
 
     def _write(self, table: str, record: Mapping[str, Any]) -> None:
         self._line(table, _ENCODE(_plain(record)) + "\n")

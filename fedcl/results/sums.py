@@ -66,7 +66,7 @@ def begin(folder: Path) -> None:
         (folder / schema.SUMS).unlink()
 
 
-def conclude(folder: Path) -> None:
+def finalize(folder: Path) -> None:
     """Take in what a run that is done has written."""
     found = read(folder)
     for name in schema.WRITTEN:

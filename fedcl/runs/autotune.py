@@ -17,7 +17,7 @@ from fedcl.config.checks import is_local
 from fedcl.config.compose import Config, compose
 from fedcl.config.value_rules import ConfigError
 from fedcl.messages import Request
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.server.fold import BLOCK
 
 CHOICES = ("loop", "fused", "stack")
@@ -40,7 +40,7 @@ def chosen(
         return cfg, overrides
     if is_local(cfg):
         raise ConfigError("engine=tune: measures on the clients' data, which are on devices here; choose another one")
-    seconds = measured(cfg, Prepared.of(cfg))
+    seconds = measured(cfg, Setup.of(cfg))
     best = min(seconds, key=seconds.__getitem__)
     if not quiet:
         times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
@@ -49,11 +49,11 @@ def chosen(
     return compose(overrides, config_dirs), overrides
 
 
-def note_unstacked(cfg: Config, prepared: Prepared) -> None:
+def note_unstacked(cfg: Config, setup: Setup) -> None:
     """Say on standard error, once a run, why clients are trained one after another although ``engine=stack``."""
     if cfg["engine"] != "stack":
         return
-    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     why = stacks("stack", model, [build() for build in learner_factories(cfg).values()])
     if why is None and cfg["evaluation"]["iterations"]:
         why = "evaluation.iterations looks into every step"
@@ -61,16 +61,16 @@ def note_unstacked(cfg: Config, prepared: Prepared) -> None:
         print(f"engine=stack: clients are trained one after another, since {why}", file=sys.stderr)
 
 
-def measured(cfg: Config, prepared: Prepared) -> dict[str, float]:
+def measured(cfg: Config, setup: Setup) -> dict[str, float]:
     """Return the processor seconds of a client's training in the first task, by engine that can be used.
 
     Every engine trains the same clients (up to a block of them), in turn; its quickest turn counts.
     """
-    runtimes = {name: _runtime({**cfg, "engine": name}, prepared) for name in CHOICES}
+    runtimes = {name: _runtime({**cfg, "engine": name}, setup) for name in CHOICES}
     runtime = runtimes["stack"]
     if stacks("stack", runtime.model, [build() for build in runtime.plugins.values()]) is not None:
         del runtimes["stack"]
-    asked = _requests(prepared, runtime)
+    asked = _requests(setup, runtime)
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
     for _ in range(REPEATS + 1):  # the first turn warms up
         for name, one in runtimes.items():
@@ -82,11 +82,11 @@ def measured(cfg: Config, prepared: Prepared) -> dict[str, float]:
     return {name: min(times[1:]) / max(len(asked), 1) for name, times in seconds.items()}
 
 
-def _runtime(cfg: Config, prepared: Prepared) -> ClientRuntime:
-    return client_runtime(cfg, simulated_data(prepared.dataset, prepared.partition, client_ids(cfg)), prepared.dataset)
+def _runtime(cfg: Config, setup: Setup) -> ClientRuntime:
+    return client_runtime(cfg, simulated_data(setup.dataset, setup.partition, client_ids(cfg)), setup.dataset)
 
 
-def _requests(prepared: Prepared, runtime: ClientRuntime) -> list[Request]:
-    task, model, data = prepared.stream.train_task(0), runtime.model.vector(), runtime.data
-    holding = [client for client in prepared.clients if len(data.train(client, task, runtime.model.device))]
+def _requests(setup: Setup, runtime: ClientRuntime) -> list[Request]:
+    task, model, data = setup.stream.train_task(0), runtime.model.vector(), runtime.data
+    holding = [client for client in setup.clients if len(data.train(client, task, runtime.model.device))]
     return [Request("train", client, 0, NEVER, 0, 0, task, model=model) for client in holding[:BLOCK]]

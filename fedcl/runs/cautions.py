@@ -13,7 +13,7 @@ from fedcl.client.buffer import ReplayBuffer
 from fedcl.config.compose import Config
 from fedcl.contracts.learner import Plugin
 from fedcl.results.caveats import named
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.scenario.materialise import materialise, targets
 from fedcl.scenario.task import Stream
 
@@ -29,9 +29,9 @@ def cautions(cfg: Config, stream: Stream, rights: Sequence[Columns]) -> list[str
     return [*_untested(rights), *_trivial(stream, rights), *_buffers(plugins)]
 
 
-def right_columns(prepared: Prepared) -> list[Columns]:
+def right_columns(setup: Setup) -> list[Columns]:
     """Return for each task the logit columns that are right for the server's test samples of it; perhaps none."""
-    stream, y = prepared.stream, prepared.dataset.test.y
+    stream, y = setup.stream, setup.dataset.test.y
     tasks = [stream.test_task(task, after=range(stream.num_tasks)) for task in range(stream.num_tasks)]
     return [targets(task, y[materialise(task, y)]) for task in tasks]
 

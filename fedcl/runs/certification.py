@@ -11,10 +11,10 @@ import torch
 from fedcl import __version__
 from fedcl.config.compose import Config, config_hash
 from fedcl.config.instantiate import TARGET_KEY
-from fedcl.contracts.requests import Residual
+from fedcl.contracts.requests import ErasureOutcome
 from fedcl.results import schema
 from fedcl.results.recorder import Recorder
-from fedcl.runs.retrained import SimulatedReplay
+from fedcl.runs.retrained import SimulatedReference
 from fedcl.server.state import ServerData
 from fedcl.unlearning import certificate
 from fedcl.unlearning.receipt import Receipt
@@ -66,22 +66,22 @@ class AfterServing:
         forgotten, replay = self._unlearning.forgotten, self._unlearning.replay
         if not forgotten.requests:
             return
-        if isinstance(replay, SimulatedReplay) and self._cfg["unlearning"]["cache"] is None:
+        if isinstance(replay, SimulatedReference) and self._cfg["unlearning"]["cache"] is None:
             replay.prune(forgotten, self._server.state.next_round)
         reference = self._run_dir / schema.REFERENCE
         if (reference / schema.SUMMARY).is_file():  # done: its numbers stay, it needs no more
             for name in ("checkpoints", "clients", "references"):
                 shutil.rmtree(reference / name, ignore_errors=True)
 
-    def _kept(self) -> list[Residual]:
+    def _kept(self) -> list[ErasureOutcome]:
         """Return what becomes of the files that a run writes besides."""
         cache, every = self._cfg["unlearning"]["cache"], self._cfg["checkpoint"]["every"]
-        shared = Residual("references", "remains", "unlearning.cache is shared with other runs, and not emptied")
+        shared = ErasureOutcome("references", "remains", "unlearning.cache is shared with other runs, and not emptied")
         return [
-            Residual("checkpoints", "erased", "one is written now, those before it are deleted")
+            ErasureOutcome("checkpoints", "erased", "one is written now, those before it are deleted")
             if every
-            else Residual("checkpoints", "none", "the run keeps none"),
-            shared if cache else Residual("references", "erased", "those that knew the forget set are deleted"),
+            else ErasureOutcome("checkpoints", "none", "the run keeps none"),
+            shared if cache else ErasureOutcome("references", "erased", "those that knew the forget set are deleted"),
         ]
 
     def _about(self) -> certificate.About:

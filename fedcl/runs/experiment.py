@@ -26,8 +26,8 @@ from fedcl.results.run import Run, load
 from fedcl.results.summary import add_reference, summary
 from fedcl.results.trackers import check as check_trackers
 from fedcl.runs.autotune import chosen, note_unstacked
-from fedcl.runs.session import play
-from fedcl.runs.setup import Prepared
+from fedcl.runs.session import run_session
+from fedcl.runs.setup import Setup
 from fedcl.runs.unlearning_metrics import marked
 from fedcl.simulation.backend import FlowerGrid
 from fedcl.unlearning.submitted import Line, lines
@@ -54,13 +54,13 @@ def run(
         If the configuration does not fit the data; nothing has been written then.
     """
     cfg, overrides = chosen(cfg, overrides, config_dirs, quiet)
-    prepared, reference = check(cfg, overrides, config_dirs)
+    setup, reference = check(cfg, overrides, config_dirs)
     if not quiet:
         for text in _remarks(cfg, overrides, config_dirs):
             print(f"fedcl: {text}", file=sys.stderr)
-        for note in prepared.notes:
+        for note in setup.notes:
             print(f"data: {note}", file=sys.stderr)
-        note_unstacked(cfg, prepared)
+        note_unstacked(cfg, setup)
     launch = {
         "overrides": list(overrides),
         "config_dirs": [str(Path(folder).resolve()) for folder in config_dirs],
@@ -68,25 +68,25 @@ def run(
     }
     with new_folder(cfg) as run_dir:
         begin(cfg, run_dir, launch)
-        play(cfg, prepared, run_dir, quiet=quiet, grid=grid)
+        run_session(cfg, setup, run_dir, quiet=quiet, grid=grid)
         finish(cfg, reference, run_dir, launch, quiet)
     return run_dir
 
 
 def check(
     cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], dataset: Dataset | None = None
-) -> tuple[Prepared, Config | None]:
+) -> tuple[Setup, Config | None]:
     """Return a run prepared, and its reference's configuration or None; nothing is written.
 
     ``dataset`` saves loading what is loaded already. Raises ConfigError if the configuration does not fit the data.
     """
-    prepared = Prepared.of(cfg, dataset=dataset)
+    setup = Setup.of(cfg, dataset=dataset)
     check_trackers(make_trackers(cfg))
-    marked(prepared.dataset, cfg["unlearning"]["trigger"])
+    marked(setup.dataset, cfg["unlearning"]["trigger"])
     reference = reference_config(cfg, overrides, functools.partial(_composed, config_dirs))
     if reference is not None:
-        Prepared.of(reference, dataset=prepared.dataset if reference["data"] == cfg["data"] else None)
-    return prepared, reference
+        Setup.of(reference, dataset=setup.dataset if reference["data"] == cfg["data"] else None)
+    return setup, reference
 
 
 def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None, trust: Trust | None = None) -> Path:
@@ -115,12 +115,12 @@ def go_on(run: Launched, *, force: bool, quiet: bool, grid: FlowerGrid | None = 
     done = reading.status(run_dir) == "done"
     waiting = unanswered(run_dir)
     if waiting or not done:
-        prepared = Prepared.of(cfg)
+        setup = Setup.of(cfg)
         # one who came when all rounds were over may have chosen another unlearner
-        over = done or _next_round(run_dir) == prepared.schedule.num_rounds
+        over = done or _next_round(run_dir) == setup.schedule.num_rounds
         overrides = next((line.overrides for line in waiting), ()) if over else ()
         serving = with_unlearner(run, overrides)
-        play(serving, prepared, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
+        run_session(serving, setup, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
     else:
         mend(run_dir)
     reference = reference_config(cfg, run.launch["overrides"], run.compose)
@@ -214,7 +214,7 @@ def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[st
         if not resuming:
             folder.mkdir(exist_ok=True)
             begin(reference, folder, launch)
-        play(reference, Prepared.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
+        run_session(reference, Setup.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
     if reference is not None:
         mend(folder)
         add_reference(run_dir, folder)

@@ -30,7 +30,7 @@ from fedcl.models.networks import Output, build_model
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.launches import Trust, launched
 from fedcl.runs.retrained import SilentRecord, inline
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.scenario.task import Stream
 from fedcl.simulation.backend import open_backend
 from fedcl.unlearning.receipt import model_digest
@@ -120,15 +120,15 @@ def export(run_dir: Path, client: str | None = None, out: Path | None = None, tr
     if not checkpoints.begun():
         raise ConfigError(f"{run_dir}: has no checkpoint to take a model from; checkpoint.every=0 writes none")
     state, states = checkpoints.load()
-    prepared = Prepared.of(cfg)
+    setup = Setup.of(cfg)
     server = state["server"]
     vector = server["models"][GLOBAL]
     if client is not None:
-        vector = _personal(cfg, prepared, server, states, client)
-    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+        vector = _personal(cfg, setup, server, states, client)
+    model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     model.load(vector)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
-    about = _about(cfg, prepared, server, vector, client)
+    about = _about(cfg, setup, server, vector, client)
     name = "model.safetensors" if client is None else f"model_client_{client}.safetensors"
     path = out or run_dir / name
     write_bytes_atomic(path, save(tensors, metadata={_HEADER: json.dumps(about)}))
@@ -178,10 +178,8 @@ def _factory(node: Mapping[str, Any], shape: Any, heads: Any, trusted: Collectio
     return functools.partial(build, node, at="model", trusted=trusted, input_shape=tuple(shape), heads=tuple(heads))
 
 
-def _about(
-    cfg: Config, prepared: Prepared, server: Mapping[str, Any], vector: Tensor, client: str | None
-) -> dict[str, Any]:
-    dataset, stream = prepared.dataset, prepared.stream
+def _about(cfg: Config, setup: Setup, server: Mapping[str, Any], vector: Tensor, client: str | None) -> dict[str, Any]:
+    dataset, stream = setup.dataset, setup.stream
     target = GLOBAL if client is None else client
     return {
         "format": FORMAT,
@@ -197,7 +195,7 @@ def _about(
         "model": {key: None if key == "pretrained" else value for key, value in cfg["model"].items()},
         "normalisation": {"scale": dataset.scale, "mean": list(dataset.mean), "std": list(dataset.std)},
         "labels": _labels(stream),
-        "tasks": _tasks(prepared, stream, server["next_round"], client),
+        "tasks": _tasks(setup, stream, server["next_round"], client),
         "model_sha256": model_digest({target: vector}),
         "config_sha256": config_hash(cfg),
     }
@@ -211,11 +209,11 @@ def _labels(stream: Stream) -> list[int]:
     return labels
 
 
-def _tasks(prepared: Prepared, stream: Stream, rounds: int, client: str | None) -> list[dict[str, Any]]:
+def _tasks(setup: Setup, stream: Stream, rounds: int, client: str | None) -> list[dict[str, Any]]:
     """Return the tasks that were met, as they are tested."""
-    clients = prepared.clients if client is None else (client,)
-    met = sorted({task for one in clients for task in prepared.schedule.met(one, max(rounds - 1, 0))})
-    tested = [stream.test_task(task, after=met) for task in met]
+    clients = setup.clients if client is None else (client,)
+    seen = sorted({task for one in clients for task in setup.schedule.seen(one, max(rounds - 1, 0))})
+    tested = [stream.test_task(task, after=seen) for task in seen]
     return [
         {
             "id": task.id,
@@ -254,11 +252,11 @@ class _Standing(ClientRuntime):
 
 
 def _personal(
-    cfg: Config, prepared: Prepared, server: Mapping[str, Any], states: Mapping[str, tuple[int, Any]], client: str
+    cfg: Config, setup: Setup, server: Mapping[str, Any], states: Mapping[str, tuple[int, Any]], client: str
 ) -> Tensor:
     """Return the weights (P,) that a client predicts with, where they are other ones than everybody's."""
     gone = Forgotten.of(server.get("unlearning", {}).get("forgotten", ())).clients
-    if client not in prepared.clients or client in gone:
+    if client not in setup.clients or client in gone:
         raise ConfigError(f"--client {client}: has left the run, or never was of it")
     visit = server["committed"].get(client, NEVER)
     if visit != NEVER and client not in states and cfg["backend"]["name"] == "flower":
@@ -268,21 +266,21 @@ def _personal(
         store.stage(client, visit, states[client][1])
         store.commit(client, visit)
     here = inline(cfg)
-    with open_backend(here, prepared.dataset, prepared.partition) as backend:
-        loop = make_server(here, prepared, backend, cast(Any, SilentRecord()), evaluate=False)
+    with open_backend(here, setup.dataset, setup.partition) as backend:
+        loop = make_server(here, setup, backend, cast(Any, SilentRecord()), evaluate=False)
         loop.state.models = dict(server["models"])
         loop.strategy.load_state_dict(server["strategy"])
         received = loop.model_of(client)
     last = max(server["next_round"] - 1, 0)
-    met = prepared.schedule.met(client, last)
-    if not met:
+    seen = setup.schedule.seen(client, last)
+    if not seen:
         raise ConfigError(f"--client {client}: has met no task yet")
-    data = simulated_data(prepared.dataset, prepared.partition, tuple(str(i) for i in range(cfg["num_clients"])))
-    plain = client_runtime({**here, "device": "cpu"}, data, prepared.dataset)
+    data = simulated_data(setup.dataset, setup.partition, tuple(str(i) for i in range(cfg["num_clients"])))
+    plain = client_runtime({**here, "device": "cpu"}, data, setup.dataset)
     made = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain) if field.init}
     request = Request(
         "evaluate", client, visit, visit if client in states else NEVER, last, server["version"],
-        prepared.stream.test_task(met[-1], after=met), model=received, turn=server["turns"].get(client, 0),
+        setup.stream.test_task(seen[-1], after=seen), model=received, turn=server["turns"].get(client, 0),
     )  # fmt: skip
     vector = _Standing(**made).weights(request, store)
     if torch.equal(vector, server["models"][GLOBAL]):

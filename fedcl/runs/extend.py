@@ -29,8 +29,8 @@ from fedcl.results.locking import hold
 from fedcl.results.recorder import write_atomic
 from fedcl.results.target import was_reached
 from fedcl.runs.experiment import begin, finish, new_folder, reference_config
-from fedcl.runs.session import play
-from fedcl.runs.setup import Prepared
+from fedcl.runs.session import run_session
+from fedcl.runs.setup import Setup
 from fedcl.server.strategy import Pipeline
 from fedcl.unlearning.submitted import lines
 
@@ -72,8 +72,8 @@ def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool,
         settings = [*_without(run.launch["overrides"], overrides), *overrides]
         longer = run.compose(settings)
         _refuse_other_settings(cfg, longer)
-        old = Prepared.of(cfg)
-        new = Prepared.of(longer, dataset=old.dataset)
+        old = Setup.of(cfg)
+        new = Setup.of(longer, dataset=old.dataset)
         _refuse_another_past(old, new)
         saved = _last_common(run_dir, cfg, longer, old, new)
         folder = stack.enter_context(new_folder(longer))
@@ -86,7 +86,7 @@ def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool,
         begin(longer, folder, launch)
         _begin(run_dir, folder, saved, old, new)
         looking.close()
-        play(longer, new, folder, quiet=quiet, resuming=True)
+        run_session(longer, new, folder, quiet=quiet, resuming=True)
         finish(longer, reference_config(longer, settings, run.compose), folder, launch, quiet)
     return folder
 
@@ -117,7 +117,7 @@ def _without(before: Sequence[str], changed: Sequence[str]) -> list[str]:
     return [text for text in before if text.partition("=")[0] not in gone]
 
 
-def _refuse_another_past(old: Prepared, new: Prepared) -> None:
+def _refuse_another_past(old: Setup, new: Setup) -> None:
     """Refuse streams that differ in what the old one had: its heads, its parts, its tasks."""
     if old.stream.heads != new.stream.heads:
         raise ConfigError(
@@ -131,17 +131,17 @@ def _refuse_another_past(old: Prepared, new: Prepared) -> None:
     if old.stream.online != new.stream.online:
         raise ConfigError(f"scenario.online={new.stream.online}: must be what it was")
     for task in range(old.stream.num_tasks):
-        met = range(task + 1)
+        seen = range(task + 1)
         for client in old.clients:
-            one, two = (stream.client_task(task, client, met) for stream in (old.stream, new.stream))
+            one, two = (stream.client_task(task, client, seen) for stream in (old.stream, new.stream))
             if one != two:
                 changed = [name for name in one.__slots__ if getattr(one, name) != getattr(two, name)]
                 raise ConfigError(f"scenario: task {task} would have had other {', '.join(changed)} than it had")
-        if old.stream.test_task(task, after=met) != new.stream.test_task(task, after=met):
+        if old.stream.test_task(task, after=seen) != new.stream.test_task(task, after=seen):
             raise ConfigError(f"scenario: task {task} would be tested otherwise than it was")
 
 
-def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Prepared, new: Prepared) -> Saved:
+def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Setup, new: Setup) -> Saved:
     """Return the newest checkpoint up to which both runs are the same."""
     _refuse_horizons(cfg, longer, old, new)
     asks = _asks(cfg, old)
@@ -162,7 +162,7 @@ def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Prepared, new:
     )
 
 
-def _same(old: Prepared, new: Prepared, server_round: int) -> bool:
+def _same(old: Setup, new: Setup, server_round: int) -> bool:
     if server_round >= new.schedule.num_rounds or old.schedule.stage(server_round) != new.schedule.stage(server_round):
         return False
     for client in old.clients:
@@ -178,19 +178,19 @@ def _same(old: Prepared, new: Prepared, server_round: int) -> bool:
     return True
 
 
-def _asks(cfg: Config, prepared: Prepared) -> str:
+def _asks(cfg: Config, setup: Setup) -> str:
     """Return the part that is told when tasks end, and which of them is the run's last; empty if it does not listen."""
-    strategy = _strategy(cfg, prepared)
+    strategy = _strategy(cfg, setup)
     part = strategy.projection if isinstance(strategy, Pipeline) else Projection()
-    listens = type(part).queries is not Projection.queries or type(part).conclude is not Projection.conclude
+    listens = type(part).queries is not Projection.queries or type(part).finalize is not Projection.finalize
     return type(part).__name__ if listens else ""
 
 
-def _refuse_horizons(cfg: Config, longer: Config, old: Prepared, new: Prepared) -> None:
+def _refuse_horizons(cfg: Config, longer: Config, old: Setup, new: Setup) -> None:
     """Refuse parts that reckon with how many rounds the whole run has: they would have begun otherwise."""
     found = []
-    for settings, prepared in ((cfg, old), (longer, new)):
-        strategy = _strategy(settings, prepared)
+    for settings, setup in ((cfg, old), (longer, new)):
+        strategy = _strategy(settings, setup)
         parts = strategy.parts if isinstance(strategy, Pipeline) else {}
         found.append(
             {
@@ -205,15 +205,15 @@ def _refuse_horizons(cfg: Config, longer: Config, old: Prepared, new: Prepared) 
         )
 
 
-def _strategy(cfg: Config, prepared: Prepared) -> Any:
-    model = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
-    strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(prepared.clients)})
+def _strategy(cfg: Config, setup: Setup) -> Any:
+    model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
+    strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(setup.clients)})
     if isinstance(strategy, Pipeline):
-        strategy.bind(local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape))
+        strategy.bind(local_work(cfg, model, setup.stream, setup.schedule, setup.dataset.input_shape))
     return strategy
 
 
-def _begin(run_dir: Path, folder: Path, saved: Saved, old: Prepared, new: Prepared) -> None:
+def _begin(run_dir: Path, folder: Path, saved: Saved, old: Setup, new: Setup) -> None:
     """Write the tables and the checkpoint that the extended run goes on from."""
     state, clients = saved
     offsets, digests = {}, {}
@@ -229,7 +229,7 @@ def _begin(run_dir: Path, folder: Path, saved: Saved, old: Prepared, new: Prepar
     Checkpoints(folder).save(last, state, visits, lambda client, _: clients[client][1])
 
 
-def _as_if_longer(table: str, text: bytes, ended: bool, old: Prepared, new: Prepared) -> str:
+def _as_if_longer(table: str, text: bytes, ended: bool, old: Setup, new: Setup) -> str:
     """Return a table as the longer run would have it, but for tests on the tasks that it did not know of."""
     kept = []
     for line in text.decode().splitlines(keepends=True):

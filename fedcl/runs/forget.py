@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcl.assembly import make_queue, make_unlearner
-from fedcl.client.substitute import Substitute
+from fedcl.client.unlearner_override import UnlearnerOverride
 from fedcl.config.compose import Config
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import ForgetRequest, Forgotten, Scope
@@ -21,7 +21,7 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.launches import Launched, Trust, launched
 from fedcl.results.locking import Held, hold, holder
 from fedcl.runs.experiment import go_on, with_unlearner
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.unlearning import certificate
 from fedcl.unlearning.queue import RequestQueue
 from fedcl.unlearning.submitted import alone, hand_in, lines
@@ -133,7 +133,7 @@ def _refuse_over(cfg: Config, serving: Config, run_dir: Path) -> None:
         raise ConfigError(f"{run_dir}: keeps no checkpoint (checkpoint.every=0), so there is nothing to change")
     if serving is not cfg:
         try:
-            Substitute(make_unlearner(cfg), make_unlearner(serving))
+            UnlearnerOverride(make_unlearner(cfg), make_unlearner(serving))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -143,8 +143,8 @@ def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status:
 
     A run that is going on is not looked into: there, what has left meanwhile is refused as an event.
     """
-    prepared = Prepared.of(cfg)
-    queue = make_queue(cfg, prepared.stream, prepared.schedule, prepared.dataset)
+    setup = Setup.of(cfg)
+    queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset)
     forgotten, next_round = Forgotten(), -1
     if status != "running" and Checkpoints(run_dir).begun():
         state = Checkpoints(run_dir).load()[0]["server"]
@@ -153,7 +153,7 @@ def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status:
             queue.load_state_dict(state["unlearning"]["queue"])
             forgotten = Forgotten.of(state["unlearning"]["forgotten"])
     text = request.to_json()
-    before = _met(queue, run_dir)
+    before = _seen(queue, run_dir)
     if any(text == one.to_json() for one in before) or text in queue.state_dict()["answered"]:
         return True
     queue.inbox = lambda _: [*((line.request, line.fault) for line in lines(run_dir)), (request, None)]
@@ -163,7 +163,7 @@ def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status:
     return False
 
 
-def _met(queue: RequestQueue, run_dir: Path) -> list[ForgetRequest]:
+def _seen(queue: RequestQueue, run_dir: Path) -> list[ForgetRequest]:
     """Return the requests that are planned or handed in."""
     return [*(one for _, one in queue.planned), *(line.request for line in lines(run_dir) if line.fault is None)]
 

@@ -25,7 +25,7 @@ from fedcl.contracts.requests import ForgetRequest, Forgotten
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.contracts.unlearner import Unlearner
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.runs.unlearning_metrics import SimulatedPanel, marked
 from fedcl.server.arrivals import VirtualClock
 from fedcl.server.state import ServerData
@@ -67,11 +67,11 @@ class SilentRecord:
 
 
 @dataclass
-class SimulatedReplay:
+class SimulatedReference:
     """Plays references in this process, and keeps them under ``cache`` by what they depend on."""
 
     cfg: Config
-    prepared: Prepared
+    setup: Setup
     backend: Backend
     cache: Path
     spent: dict[str, float] = field(default_factory=dict, init=False)
@@ -82,9 +82,9 @@ class SimulatedReplay:
         saved, states = self._kept(kept)
         if saved is None:
             started, cpu = time.perf_counter(), time.process_time()
-            state, clients = self._play(forgotten, until)
+            state, clients = self._run(forgotten, until)
             spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-            stay = len(set(self.prepared.clients) - forgotten.clients)
+            stay = len(set(self.setup.clients) - forgotten.clients)
             spent |= {"rounds": float(until), "bytes": float(sum(state["bytes"])), "clients": float(stay)}
             visits = {client: visit for client, (visit, _) in clients.items()}
             kept.save(until, {"server": state, "spent": spent}, visits, lambda client, visit: clients[client][1])
@@ -123,14 +123,14 @@ class SimulatedReplay:
         rest = {name: value for name, value in state.items() if name != "unlearning"}
         server.load_state_dict({**clone(rest, torch.device("cpu")), **own})
 
-    def _play(self, forgotten: Forgotten, until: int) -> Saved:
+    def _run(self, forgotten: Forgotten, until: int) -> Saved:
         cfg = inline(self.cfg)
         queue = RequestQueue(Bounds((), 0, 0, frozenset()))
         record: Any = SilentRecord()
-        dataset, partition = self.prepared.dataset, self.prepared.partition
+        dataset, partition = self.setup.dataset, self.setup.partition
         with open_backend(cfg, dataset, partition) as backend:
             unlearning = Unlearning(queue, Unlearner(), forgotten=Forgotten(list(forgotten.requests)))
-            server = make_server(cfg, self.prepared, backend, record, unlearning=unlearning, evaluate=False)
+            server = make_server(cfg, self.setup, backend, record, unlearning=unlearning, evaluate=False)
             server.leave(forgotten.clients)
             server.run(lambda _: None, until)
             states = backend.states
@@ -150,8 +150,8 @@ class SimulatedReplay:
     def _content(self) -> str:
         """Return a hash of the samples and of who holds which: one name of a data set may stand for several."""
         digest = hashlib.sha256()
-        half = self.prepared.dataset.train
-        for array in (half.x, half.y, *self.prepared.partition.train):
+        half = self.setup.dataset.train
+        for array in (half.x, half.y, *self.setup.partition.train):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -171,7 +171,7 @@ class SimulatedEnsemble:
     """
 
     cfg: Config
-    prepared: Prepared
+    setup: Setup
     cache: Path
     count: int = 0
     shadows: int = 0
@@ -192,8 +192,8 @@ class SimulatedEnsemble:
         unlearned, retrained = [], []
         for more in range(1, self.count):
             cfg = self._other(more)
-            with open_backend(cfg, self.prepared.dataset, self.prepared.partition) as backend:
-                replay = SimulatedReplay(cfg, self.prepared, backend, self.cache)
+            with open_backend(cfg, self.setup.dataset, self.setup.partition) as backend:
+                replay = SimulatedReference(cfg, self.setup, backend, self.cache)
                 retrained.append(replay.run(gone, until)[0]["models"][GLOBAL])
                 unlearned.append(self._serve(cfg, backend, replay, until))
         return unlearned, retrained
@@ -203,8 +203,8 @@ class SimulatedEnsemble:
         found = []
         for more in range(1, self.shadows + 1):
             cfg = self._other(more)
-            with open_backend(cfg, self.prepared.dataset, self.prepared.partition) as backend:
-                replay = SimulatedReplay(cfg, self.prepared, backend, self.cache)
+            with open_backend(cfg, self.setup.dataset, self.setup.partition) as backend:
+                replay = SimulatedReference(cfg, self.setup, backend, self.cache)
                 found.append(replay.run(forgotten, until)[0]["models"][GLOBAL])
         return found
 
@@ -213,20 +213,20 @@ class SimulatedEnsemble:
         options = {**self.cfg["unlearning"], "requests": [], "window": 0}
         return inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
 
-    def _serve(self, cfg: Config, backend: Backend, replay: SimulatedReplay, until: int) -> Tensor:
-        queue = make_queue(cfg, self.prepared.stream, self.prepared.schedule, self.prepared.dataset)
+    def _serve(self, cfg: Config, backend: Backend, replay: SimulatedReference, until: int) -> Tensor:
+        queue = make_queue(cfg, self.setup.stream, self.setup.schedule, self.setup.dataset)
         queue.planned = list(self._served)
         record: Any = SilentRecord()
         settings = cfg["unlearning"]
         options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], reference=False)
         unlearning = Unlearning(queue, make_unlearner(cfg), options, replay=replay)
-        server = make_server(cfg, self.prepared, backend, record, unlearning=unlearning, evaluate=False)
+        server = make_server(cfg, self.setup, backend, record, unlearning=unlearning, evaluate=False)
         server.run(lambda _: None, until)
         server.process_requests(until, ends=True)
         return server.global_model
 
 
-def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: Path) -> Unlearning:
+def make_unlearning(cfg: Config, setup: Setup, backend: Backend, run_dir: Path) -> Unlearning:
     """Wire what serves unlearning requests in a run.
 
     Raises
@@ -237,17 +237,17 @@ def make_unlearning(cfg: Config, prepared: Prepared, backend: Backend, run_dir: 
     """
     settings, unlearner = cfg["unlearning"], make_unlearner(cfg)
     cache = Path(settings["cache"]) if settings["cache"] else run_dir / "references"
-    replay = None if backend.states is None else SimulatedReplay(cfg, prepared, backend, cache)
+    replay = None if backend.states is None else SimulatedReference(cfg, setup, backend, cache)
     if settings["klom"] == 1:
         raise ConfigError("unlearning.klom=1: must be 0 or >= 2, as one model has no distribution")
-    marked(prepared.dataset, settings["trigger"])
-    queue = make_queue(cfg, prepared.stream, prepared.schedule, prepared.dataset)
+    marked(setup.dataset, settings["trigger"])
+    queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset)
     if replay is None and unlearner.replays:
         if queue.planned:
             raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
         queue.bounds = replace(queue.bounds, scopes=frozenset())
     options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
     models = settings["klom"], settings["references"]
-    ensemble = SimulatedEnsemble(cfg, prepared, cache, *models) if any(models) else None
-    panel = None if replay is None else SimulatedPanel(cfg, prepared, ensemble)
+    ensemble = SimulatedEnsemble(cfg, setup, cache, *models) if any(models) else None
+    panel = None if replay is None else SimulatedPanel(cfg, setup, ensemble)
     return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

@@ -16,7 +16,7 @@ import torch
 from fedcl.assembly import make_trackers, make_unlearner
 from fedcl.base.interruption import Interruption, interruptible
 from fedcl.client.state import NEVER, ClientStateStore, MemoryStateStore
-from fedcl.client.substitute import Substitute
+from fedcl.client.unlearner_override import UnlearnerOverride
 from fedcl.config.checks import is_local
 from fedcl.config.compose import Config
 from fedcl.config.value_rules import RunFailed
@@ -32,7 +32,7 @@ from fedcl.results.trackers import Trackers
 from fedcl.runs.cautions import Columns, cautions, constant_accuracy, right_columns
 from fedcl.runs.certification import AfterServing
 from fedcl.runs.retrained import make_unlearning
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import FlowerGrid, open_backend
 from fedcl.unlearning.submitted import Inbox, alone
@@ -40,9 +40,9 @@ from fedcl.unlearning.submitted import Inbox, alone
 Saved = tuple[Any, dict[str, tuple[int, Any]]]
 
 
-def play(
+def run_session(
     cfg: Config,
-    prepared: Prepared,
+    setup: Setup,
     run_dir: Path,
     *,
     quiet: bool,
@@ -77,27 +77,25 @@ def play(
         interruption = stack.enter_context(interruptible(at_once=grid is not None))
         left, folder = _left(saved), run_dir / "clients"
         backend = stack.enter_context(
-            open_backend(cfg, prepared.dataset, prepared.partition, grid, folder, resuming=resuming, left=left)
+            open_backend(cfg, setup.dataset, setup.partition, grid, folder, resuming=resuming, left=left)
         )
-        unlearning = make_unlearning(cfg, prepared, backend, run_dir)
+        unlearning = make_unlearning(cfg, setup, backend, run_dir)
         unlearning.queue.inbox = Inbox(inbox or run_dir)
         if own is not None:
-            unlearning.unlearner = Substitute(make_unlearner(own), unlearning.unlearner)
-        rights = right_columns(prepared)
+            unlearning.unlearner = UnlearnerOverride(make_unlearner(own), unlearning.unlearner)
+        rights = right_columns(setup)
         tested = [task for task, right in enumerate(rights) if len(right)]
-        target = TargetAccuracy(cfg.get("target_accuracy"), prepared.stream.num_tasks, tested)
+        target = TargetAccuracy(cfg.get("target_accuracy"), setup.stream.num_tasks, tested)
         recorder.followers.append(target.follow)
-        server = make_server(cfg, prepared, backend, recorder, unlearning=unlearning)
+        server = make_server(cfg, setup, backend, recorder, unlearning=unlearning)
         trackers = Trackers(make_trackers(cfg), recorder, server.when)
         states = backend.states or MemoryStateStore()
         if saved is not None:
             _restore(server, states, saved)
         else:
-            _report_partition(cfg, prepared, rights, recorder, quiet)
+            _report_partition(cfg, setup, rights, recorder, quiet)
         progress = stack.enter_context(Progress(quiet=quiet))
-        after = _AfterRound(
-            cfg, prepared, server, states, recorder, checkpoints, progress, interruption, target, trackers
-        )
+        after = _AfterRound(cfg, setup, server, states, recorder, checkpoints, progress, interruption, target, trackers)
         unlearning.certify = served = AfterServing(
             cfg, own or cfg, run_dir, server, unlearning, recorder, after.save_alone
         )
@@ -115,10 +113,10 @@ def play(
                 door.enter_context(alone(run_dir, quiet=True))
             while server.process_requests(server.state.next_round, ends=True):
                 pass  # requests may come in while the last ones are served
-        recorder.timing(prepared.schedule.num_rounds, "run", time.perf_counter() - started)
+        recorder.timing(setup.schedule.num_rounds, "run", time.perf_counter() - started)
         recorder.close()
         recorder.write_summary(summary(run_dir, server.exchange.bytes_up, server.exchange.bytes_down))
-        recorder.conclude()
+        recorder.finalize()
 
 
 class _AfterRound:
@@ -127,7 +125,7 @@ class _AfterRound:
     def __init__(
         self,
         cfg: Config,
-        prepared: Prepared,
+        setup: Setup,
         server: Server,
         states: ClientStateStore,
         recorder: Recorder,
@@ -139,13 +137,13 @@ class _AfterRound:
     ) -> None:
         self._every, self._seconds = cfg["checkpoint"]["every"], cfg["checkpoint"]["min_seconds"]
         self._saved = -math.inf
-        self._prepared, self._server, self._states = prepared, server, states
+        self._setup, self._server, self._states = setup, server, states
         self._recorder, self._checkpoints = recorder, checkpoints
         self._progress, self._interruption = progress, interruption
         self._target, self._trackers = target, trackers
 
     def __call__(self, server_round: int) -> None:
-        schedule = self._prepared.schedule
+        schedule = self._setup.schedule
         reached = self._target.reached(server_round)
         last = reached is not None or server_round == schedule.num_rounds - 1
         if reached is not None:
@@ -195,15 +193,13 @@ def _left(saved: Saved | None) -> frozenset[str]:
     return Forgotten.of(state.get("forgotten", ())).clients
 
 
-def _report_partition(
-    cfg: Config, prepared: Prepared, rights: Sequence[Columns], recorder: Recorder, quiet: bool
-) -> None:
+def _report_partition(cfg: Config, setup: Setup, rights: Sequence[Columns], recorder: Recorder, quiet: bool) -> None:
     """Record how the samples were dealt, and say so where some were left out."""
-    report = partition_report(prepared.partition, prepared.dataset.train.y)
-    stream = prepared.stream
+    report = partition_report(setup.partition, setup.dataset.train.y)
+    stream = setup.stream
     begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
-    if prepared.notes:
-        report["notes"] = list(prepared.notes)
+    if setup.notes:
+        report["notes"] = list(setup.notes)
     recorder.event(
         "partition",
         **begin,

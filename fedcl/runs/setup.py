@@ -49,7 +49,7 @@ from fedcl.unlearning.service import Unlearning
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Setup:
     """What is known before anything is written: data, parts, tasks and rounds."""
 
     dataset: Dataset
@@ -60,7 +60,7 @@ class Prepared:
     notes: tuple[str, ...] = ()  # what is to be said of the data
 
     @classmethod
-    def of(cls, cfg: Config, dataset: Dataset | None = None) -> Prepared:
+    def of(cls, cfg: Config, dataset: Dataset | None = None) -> Setup:
         """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
         torch.set_num_threads(1)
         device_of(cfg)
@@ -86,7 +86,7 @@ class Prepared:
 
 def make_server(
     cfg: Config,
-    prepared: Prepared,
+    setup: Setup,
     backend: Backend,
     recorder: Recorder,
     *,
@@ -94,9 +94,9 @@ def make_server(
     evaluate: bool = True,
 ) -> Server:
     """Wire the server over an open backend."""
-    model = make_model(cfg, prepared.dataset, prepared.stream, device_of(cfg))
+    model = make_model(cfg, setup.dataset, setup.stream, device_of(cfg))
     strategy = make_strategy(cfg, model, backend.nodes)
-    work = local_work(cfg, model, prepared.stream, prepared.schedule, prepared.dataset.input_shape)
+    work = local_work(cfg, model, setup.stream, setup.schedule, setup.dataset.input_shape)
     for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
         bind(part, work)
     exchange = Exchange(
@@ -110,29 +110,29 @@ def make_server(
         erase=backend.erase,
         release=backend.release,
         max_update_norm=cfg["max_update_norm"],
-        num_tasks=probed_tasks(cfg, prepared.stream),
+        num_tasks=probed_tasks(cfg, setup.stream),
     )
     arrivals = Arrivals(
         exchange,
         _clock(cfg, backend),
         cfg["seed"],
         make_devices(cfg),
-        make_steps(cfg, prepared.dataset, prepared.partition),
+        make_steps(cfg, setup.dataset, setup.partition),
     )
     server = Server(
         strategy=strategy,
         exchange=exchange,
         arrivals=arrivals,
-        schedule=prepared.schedule,
-        stream=prepared.stream,
+        schedule=setup.schedule,
+        stream=setup.stream,
         spec=model.spec,
         initial=model.vector(),
-        clients=prepared.clients,
+        clients=setup.clients,
         record=recorder,
-        evaluator=_evaluator(cfg, prepared, model) if evaluate else None,
+        evaluator=_evaluator(cfg, setup, model) if evaluate else None,
         options=_loop_options(cfg),
         statistics=make_statistics(cfg, model),
-        known=_known(cfg, prepared, model),
+        known=_known(cfg, setup, model),
         compute=backend.compute,
         unlearning=unlearning,
     )
@@ -141,19 +141,19 @@ def make_server(
     return server
 
 
-def _evaluator(cfg: Config, prepared: Prepared, model: FlatModel) -> Evaluator:
-    return Evaluator(prepared.dataset, prepared.stream, model, batch_size=cfg["evaluation"]["batch_size"])
+def _evaluator(cfg: Config, setup: Setup, model: FlatModel) -> Evaluator:
+    return Evaluator(setup.dataset, setup.stream, model, batch_size=cfg["evaluation"]["batch_size"])
 
 
-def _known(cfg: Config, prepared: Prepared, model: FlatModel) -> Known:
+def _known(cfg: Config, setup: Setup, model: FlatModel) -> Known:
     """Return what training costs, counted once, and where updates may be late which classes each client holds."""
-    forward = flops(model.module, prepared.dataset.input_shape)
+    forward = flops(model.module, setup.dataset.input_shape)
     # forward, and backward to inputs and to weights: three matrix products of one size
     costs = {"parameters": float(model.num_parameters), "flops_per_sample": 3.0 * forward}
     counts = {}
     if _is_late(cfg):
-        for client, held in zip(client_ids(cfg), prepared.partition.train, strict=True):
-            labels, sizes = np.unique(prepared.dataset.train.y[held], return_counts=True)
+        for client, held in zip(client_ids(cfg), setup.partition.train, strict=True):
+            labels, sizes = np.unique(setup.dataset.train.y[held], return_counts=True)
             counts[client] = {int(label): int(size) for label, size in zip(labels, sizes, strict=True)}
     return Known(costs, counts)
 

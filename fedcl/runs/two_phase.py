@@ -42,7 +42,7 @@ class Launch:
         """Compose one run's configuration; ConfigError if it is none."""
         return compose([*self.overrides, *extra], self.config_dirs)
 
-    def play(self, folder: Path, extra: Sequence[str]) -> dict[str, float]:
+    def run(self, folder: Path, extra: Sequence[str]) -> dict[str, float]:
         """Return the summary of a run in ``folder``: played, gone on with, or read where it is done."""
         if reading.status(folder) != "done":
             settings = [*self.overrides, *extra, as_text("run_dir", folder)]
@@ -85,7 +85,7 @@ def _both_phases(
         print(f"tuned: {' '.join(candidates[best])}  {plan['metric']} {tried[best]['mean']:.4f}")
     final = [*plan["evaluate_on"], *candidates[best]]
     runs = {
-        seed: launch.play(folder / "evaluate" / f"seed_{seed}", [*final, f"seed={seed}"])
+        seed: launch.run(folder / "evaluate" / f"seed_{seed}", [*final, f"seed={seed}"])
         for seed in plan["evaluate_seeds"]
     }
     result: dict[str, Any] = {
@@ -161,7 +161,7 @@ def _tried(plan: Mapping[str, Any], launch: Launch, folder: Path, candidate: Seq
     settings = [*plan["tune_on"], *candidate, "compare_with=null", "figures=false"]
     values = []
     for seed in plan["tune_seeds"]:
-        summary = launch.play(folder / f"seed_{seed}", [*settings, f"seed={seed}"])
+        summary = launch.run(folder / f"seed_{seed}", [*settings, f"seed={seed}"])
         if plan["metric"] not in summary:
             raise ConfigError(f"protocol.metric={plan['metric']}: not in the summary, which has {', '.join(summary)}")
         value = summary[plan["metric"]]

@@ -25,7 +25,7 @@ from fedcl.evaluation.klom import ensemble_distance
 from fedcl.evaluation.predictions import accuracy, margins, predict
 from fedcl.evaluation.unlearning import PARTS, Part, backdoor, panel
 from fedcl.models.flat import FlatModel
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.scenario.task import Task
 
 Pairs = list[tuple[Task, TaskData]]
@@ -52,7 +52,7 @@ class SimulatedPanel:
     """Measures the global model on the forget and the retain set of requests, train and test halves apart."""
 
     cfg: Config
-    prepared: Prepared
+    setup: Setup
     ensemble: Ensemble | None = None
     _alike: dict[tuple[str, tuple[int, ...]], Pairs] = field(default_factory=dict, init=False, repr=False)
 
@@ -61,13 +61,13 @@ class SimulatedPanel:
     @functools.cached_property
     def model(self) -> FlatModel:
         """The run's network; its weights are scratch."""
-        return make_model(self.cfg, self.prepared.dataset, self.prepared.stream, device_of(self.cfg))
+        return make_model(self.cfg, self.setup.dataset, self.setup.stream, device_of(self.cfg))
 
     @functools.cached_property
     def random(self) -> Tensor:
         """Weights (P,) that have learned nothing, drawn apart from the run's initial ones."""
         other = {**self.cfg, "seed": self.cfg["seed"] + 1}
-        return make_model(other, self.prepared.dataset, self.prepared.stream, torch.device("cpu")).vector()
+        return make_model(other, self.setup.dataset, self.setup.stream, torch.device("cpu")).vector()
 
     def measure(
         self,
@@ -75,14 +75,14 @@ class SimulatedPanel:
         before: Mapping[Target, Tensor],
         after: Mapping[Target, Tensor],
         reference: Mapping[Target, Tensor] | None,
-        met: Sequence[int],
+        seen: Sequence[int],
         earlier: Forgotten,
         server_round: int,
     ) -> dict[str, float]:
         """Return the panel of the model ``after``, and with prefixes the original's and the reference's own numbers."""
-        if not met:
+        if not seen:
             return {}
-        sets = self._sets(requests, met, earlier)
+        sets = self._sets(requests, seen, earlier)
         targets: dict[Part, Tensor] = {
             name: torch.cat([data.y for _, data in data_of]) for name, data_of in sets.items() if data_of
         }
@@ -102,7 +102,7 @@ class SimulatedPanel:
         for prefix, vector in models.items():
             behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
             numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
-        numbers |= self._backdoor(models, met, earlier)
+        numbers |= self._backdoor(models, seen, earlier)
         numbers |= _gaps(numbers, ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"))
         if self.ensemble is not None and reference is not None:
             others = self.ensemble.others(requests, earlier, server_round)
@@ -111,13 +111,13 @@ class SimulatedPanel:
                 numbers |= self._klom(sets, targets, unlearned, retrained)
         return {name: value for name, value in numbers.items() if not np.isnan(value)}
 
-    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
+    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, seen: Sequence[int]) -> dict[str, float]:
         """Return the accuracy of ``model`` (P,) on what each of ``requests`` wanted forgotten, by request id."""
         found = {}
         for request in requests:
-            key = (request.id, tuple(met))
+            key = (request.id, tuple(seen))
             if key not in self._alike:  # asked at every evaluation, and the same until another task is met
-                sets = self._sets([request], met, Forgotten())
+                sets = self._sets([request], seen, Forgotten())
                 self._alike[key] = sets["forget_test"] or sets["forget_train"]
             if pairs := self._alike[key]:
                 logits = self._logits({"forget_test": pairs}, model)["forget_test"]
@@ -126,12 +126,12 @@ class SimulatedPanel:
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
-    def _sets(self, requests: Sequence[ForgetRequest], met: Sequence[int], earlier: Forgotten) -> Sets:
+    def _sets(self, requests: Sequence[ForgetRequest], seen: Sequence[int], earlier: Forgotten) -> Sets:
         """Return (task as it is tested now, samples) of the four sets, without what was forgotten ``earlier``."""
-        prepared, device = self.prepared, self.model.device
-        tasks = [self._task(task_id, met) for task_id in met]
+        setup, device = self.setup, self.model.device
+        tasks = [self._task(task_id, seen) for task_id in seen]
         ids = [str(i) for i in range(self.cfg["num_clients"])]
-        data = simulated_data(prepared.dataset, prepared.partition, tuple(ids))
+        data = simulated_data(setup.dataset, setup.partition, tuple(ids))
         sets: Sets = {name: [] for name in PARTS}
         for client in (client for client in ids if client not in earlier.clients):
             note = ForgetNote(tuple(requests), tuple(earlier.task(client, task) for task in tasks))
@@ -146,18 +146,18 @@ class SimulatedPanel:
         filled["retain_train"] = self._fewer(filled["retain_train"])
         return filled
 
-    def _task(self, task_id: int, met: Sequence[int]) -> Task:
-        stream = self.prepared.stream
-        return replace(stream.train_task(task_id), mask=stream.test_task(task_id, after=met).mask)
+    def _task(self, task_id: int, seen: Sequence[int]) -> Task:
+        stream = self.setup.stream
+        return replace(stream.train_task(task_id), mask=stream.test_task(task_id, after=seen).mask)
 
     def _test(
         self, task: Task, requests: Sequence[ForgetRequest], earlier: Forgotten, device: torch.device
     ) -> tuple[TaskData, TaskData]:
         """Return the test samples of ``task`` that are like the forget set, and the others but those like it before."""
-        partition, dataset = self.prepared.partition, self.prepared.dataset
+        partition, dataset = self.setup.partition, self.setup.dataset
         everything: Indices = np.arange(len(dataset.test.y))
-        leavers = Forgotten(list(requests)).clients
-        own = [partition.test[i] for i in range(len(partition.test)) if str(i) in leavers]
+        departing_clients = Forgotten(list(requests)).clients
+        own = [partition.test[i] for i in range(len(partition.test)) if str(i) in departing_clients]
         mine = np.isin(everything, np.concatenate(own)) if own else np.zeros(len(everything), bool)
         mine |= np.isin(dataset.test.y, [label for request in requests for label in request.classes])
         if any(task.id in request.tasks for request in requests):
@@ -169,9 +169,9 @@ class SimulatedPanel:
         return self._held(everything[mine], task, device), self._held(everything[other], task, device)
 
     def _held(self, positions: Indices, task: Task, device: torch.device, dataset: Dataset | None = None) -> TaskData:
-        dataset = self.prepared.dataset if dataset is None else dataset
+        dataset = self.setup.dataset if dataset is None else dataset
         half = replace(dataset, train=dataset.test)
-        data = simulated_data(half, replace(self.prepared.partition, train=(positions,), test=(positions,)), ("test",))
+        data = simulated_data(half, replace(self.setup.partition, train=(positions,), test=(positions,)), ("test",))
         return data.train("test", replace(task, portions=None), device)
 
     def _fewer(self, pairs: list[tuple[Task, TaskData]]) -> list[tuple[Task, TaskData]]:
@@ -245,16 +245,16 @@ class SimulatedPanel:
     def _raw(pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
         return [(data.x, data.y) for _, data in pairs]
 
-    def _backdoor(self, models: Mapping[str, Tensor], met: Sequence[int], earlier: Forgotten) -> dict[str, float]:
+    def _backdoor(self, models: Mapping[str, Tensor], seen: Sequence[int], earlier: Forgotten) -> dict[str, float]:
         """Return how often a trigger works (``unlearning.trigger``), and what of its victims' accuracy is recovered."""
         trigger = self.cfg["unlearning"]["trigger"]
         if not trigger["pixels"]:
             return {}
-        dataset = marked(self.prepared.dataset, trigger)
+        dataset = marked(self.setup.dataset, trigger)
         everything: Indices = np.arange(len(dataset.test.y))
         gone = [label for request in earlier.requests for label in request.classes]
         everything = everything[~np.isin(dataset.test.y, gone)]
-        tasks = [self._task(task_id, met) for task_id in met]
+        tasks = [self._task(task_id, seen) for task_id in seen]
         pairs = [(task, self._held(everything, task, self.model.device, dataset)) for task in tasks]
         sets: Sets = {"retain_test": [pair for pair in pairs if len(pair[1])]}
         if not sets["retain_test"]:

@@ -15,8 +15,8 @@ from fedcl.contracts.requests import ForgetRequest, Forgotten
 from fedcl.results import reading
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.launches import Trust, launched
-from fedcl.runs.retrained import SimulatedReplay
-from fedcl.runs.setup import Prepared
+from fedcl.runs.retrained import SimulatedReference
+from fedcl.runs.setup import Setup
 from fedcl.simulation.backend import open_backend
 from fedcl.unlearning import certificate
 from fedcl.unlearning.certificate import Finding
@@ -96,13 +96,13 @@ class _Again:
         key = (gone, until)
         if key not in self._hashes:
             here: dict[str, Any] = {**cfg, "backend": {**cfg["backend"], "name": "inline", "state": "memory"}}
-            prepared = Prepared.of(here)
+            setup = Setup.of(here)
             ids = set(self._served[:gone])
             forgotten = Forgotten([request for request in self._requests if request.id in ids])
             with (
                 tempfile.TemporaryDirectory() as folder,
-                open_backend(here, prepared.dataset, prepared.partition) as backend,
+                open_backend(here, setup.dataset, setup.partition) as backend,
             ):
-                state, _ = SimulatedReplay(here, prepared, backend, Path(folder)).run(forgotten, until)
+                state, _ = SimulatedReference(here, setup, backend, Path(folder)).run(forgotten, until)
             self._hashes[key] = model_digest(state["models"])
         return self._hashes[key]

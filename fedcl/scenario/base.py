@@ -88,8 +88,8 @@ class Tasks:
         """Return the task as it is trained; IndexError if there is no such task."""
         return self._tasks[self._existing(task_id)]
 
-    def client_task(self, task_id: int, client: str, met: Collection[int]) -> Task:
-        """Return the task as ``client`` trains it, which has met the tasks ``met``; IndexError if there is none."""
+    def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
+        """Return the task as ``client`` trains it, which has met the tasks ``seen``; IndexError if there is none."""
         return self.train_task(task_id)
 
     def test_task(self, task_id: int, *, after: int | Collection[int]) -> Task:
@@ -127,15 +127,15 @@ class Masked(Tasks):
         self._masking = masking
         self._tasks = tuple(replace(task, mask=self._mask(task, range(task.id + 1))) for task in self._tasks)
 
-    def client_task(self, task_id: int, client: str, met: Collection[int]) -> Task:
+    def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
         """Return the task; masked to what has been seen, that is what the client itself has."""
         task = self.train_task(task_id)
-        return replace(task, mask=self._mask(task, {*met, task_id}))
+        return replace(task, mask=self._mask(task, {*seen, task_id}))
 
-    def _mask(self, task: Task, met: Collection[int]) -> tuple[int, ...] | None:
+    def _mask(self, task: Task, seen: Collection[int]) -> tuple[int, ...] | None:
         if self._masking == "all":
             return None
-        return tuple(sorted(task.columns)) if self._masking == "task" else self._columns(met)
+        return tuple(sorted(task.columns)) if self._masking == "task" else self._columns(seen)
 
     def _columns(self, task_ids: Collection[int]) -> tuple[int, ...]:
         """Return all columns of some tasks, ascending."""

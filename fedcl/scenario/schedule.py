@@ -90,7 +90,7 @@ class Itineraries:
                 return Position(span.task_id, server_round - span.start, span.stop - span.start)
         return None
 
-    def met(self, client: str, server_round: int) -> tuple[int, ...]:
+    def seen(self, client: str, server_round: int) -> tuple[int, ...]:
         """Return the tasks that ``client`` has been in so far, in the order it came to them; IndexError as above."""
         self._require(server_round)
         return tuple(dict.fromkeys(span.task_id for span in self.spans(client) if span.start <= server_round))

@@ -66,15 +66,15 @@ class ClassIncremental(SingleHead):
         tasks = [Task(k, group, group) for k, group in enumerate(groups)]
         super().__init__(tasks, (num_classes,), masking=masking, online=online)
 
-    def client_task(self, task_id: int, client: str, met: Collection[int]) -> Task:
+    def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
         """Return the task with the classes that ``client`` learns, masked to what it has itself."""
         if self._share is None:
-            return super().client_task(task_id, client, met)
+            return super().client_task(task_id, client, seen)
         task = self._part(task_id, client)
         if self._masking == "seen":
-            parts = [self._part(other, client) for other in {*met, task_id}]
+            parts = [self._part(other, client) for other in {*seen, task_id}]
             return replace(task, mask=tuple(sorted(column for part in parts for column in part.columns)))
-        return replace(task, mask=self._mask(task, met))
+        return replace(task, mask=self._mask(task, seen))
 
     def _part(self, task_id: int, client: str) -> Task:
         task = self.train_task(task_id)

@@ -96,8 +96,8 @@ class Stream(Protocol):
         """Return the task as it is trained: ``mask`` follows the scenario's masking policy."""
         ...
 
-    def client_task(self, task_id: int, client: str, met: Collection[int]) -> Task:
-        """Return the task as ``client`` trains it, which has met the tasks ``met`` (this one among them)."""
+    def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
+        """Return the task as ``client`` trains it, which has met the tasks ``seen`` (this one among them)."""
         ...
 
     def test_task(self, task_id: int, *, after: int | Collection[int]) -> Task:
@@ -126,7 +126,7 @@ class Schedule(Protocol):
         """Return the position of ``client`` at the 0-based ``server_round``; None where it takes no part."""
         ...
 
-    def met(self, client: str, server_round: int) -> tuple[int, ...]:
+    def seen(self, client: str, server_round: int) -> tuple[int, ...]:
         """Return the ids of the tasks ``client`` has been in up to ``server_round``, that round's included."""
         ...
 

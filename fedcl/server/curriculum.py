@@ -34,19 +34,19 @@ class Curriculum:
         position = self.schedule.position(client, server_round)
         if position is None:
             return None
-        return self.met_task(client, position.task_id, server_round)
+        return self.seen_task(client, position.task_id, server_round)
 
-    def met_task(self, client: str, task_id: int, server_round: int) -> Task:
+    def seen_task(self, client: str, task_id: int, server_round: int) -> Task:
         """Return a task that ``client`` has met by ``server_round``, with the samples that may still be trained."""
         return self.forgotten.task(client, self.plain_task(client, task_id, server_round))
 
     def plain_task(self, client: str, task_id: int, server_round: int) -> Task:
         """Return the same task with all its samples, whatever has been forgotten."""
-        return self._task(client, task_id, self.schedule.met(client, server_round))
+        return self._task(client, task_id, self.schedule.seen(client, server_round))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a run has one curriculum, and it lives as long
-    def _task(self, client: str, task_id: int, met: tuple[int, ...]) -> Task:
-        task = self.stream.client_task(task_id, client, met)
+    def _task(self, client: str, task_id: int, seen: tuple[int, ...]) -> Task:
+        task = self.stream.client_task(task_id, client, seen)
         if len(self._tasks) >= KEPT:
             self._tasks.clear()
         return self._tasks.setdefault(task.to_json(), task)
@@ -62,10 +62,10 @@ class Curriculum:
         positions = {client: self.schedule.position(client, server_round) for client in clients}
         return {client: p.task_id for client, p in positions.items() if p is not None and p.is_last}
 
-    def met(self, clients: Sequence[str], server_round: int) -> list[int]:
+    def seen(self, clients: Sequence[str], server_round: int) -> list[int]:
         """Return the ids of the tasks that any of ``clients`` has met so far, ascending."""
         asked = clients[:1] if self.schedule.uniform else clients
-        return sorted({task for client in asked for task in self.schedule.met(client, server_round)})
+        return sorted({task for client in asked for task in self.schedule.seen(client, server_round)})
 
     def stage(self, server_round: int) -> Stage:
         """Return how far the run is."""

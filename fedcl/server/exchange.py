@@ -19,7 +19,7 @@ from torch import Tensor
 from fedcl.client.state import NEVER
 from fedcl.contracts.fields import NOTHING, clean
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.strategy import Answer, Query
+from fedcl.contracts.strategy import Query, Response
 from fedcl.messages import CHANGES_STATE, CONFIG, MESSAGE_TYPE, Kind, Reply, Request, instruction, read_reply
 from fedcl.messages.arrays import tensors_record, vector_record
 from fedcl.messages.blocks import is_block, read_block
@@ -169,25 +169,25 @@ class Exchange:
         *,
         kind: Kind = "query",
         note_of: NoteOf = _no_note,
-    ) -> list[Answer]:
+    ) -> list[Response]:
         """Put ``query`` to its clients; return the answers of those that hold data, in the query's order."""
         outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
         recipients = [
             (out, self._question(kind, out, task_of, server_round, version, query.name, note_of)) for out in outgoing
         ]
-        replies, expected = self._send(recipients), Expected.of(kind, self.spec, query.answer)
-        answers = []
+        replies, expected = self._send(recipients), Expected.of(kind, self.spec, query.response)
+        responses = []
         for out, request in recipients:
             sound = self._accept(request, replies.get(out.client), expected)
             if sound is not None and sound.num_examples:
-                answers.append(Answer(out.client, sound.num_examples, sound.payload))
-        self._note_outliers(query.name, answers, server_round)
-        return answers
+                responses.append(Response(out.client, sound.num_examples, sound.payload))
+        self._note_outliers(query.name, responses, server_round)
+        return responses
 
-    def _note_outliers(self, name: str, answers: Sequence[Answer], server_round: int) -> None:
+    def _note_outliers(self, name: str, responses: Sequence[Response], server_round: int) -> None:
         """Name the clients whose answer is far larger than the others', by itself and for their number of samples."""
-        norms = {answer.client: payload_norms(answer.tensors) for answer in answers}
-        sizes = {answer.client: answer.num_examples for answer in answers}
+        norms = {response.client: payload_norms(response.tensors) for response in responses}
+        sizes = {response.client: response.num_examples for response in responses}
         for fields in payload_outliers(norms, sizes):
             fields["payload"] = f"{name}/{fields['payload']}"
             self._note("payload_outlier", round=server_round, **fields)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedcl.contracts.requests import Forgotten
-from fedcl.contracts.strategy import GLOBAL, Answer, Event, Query, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Event, Query, Response, Target, Update
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
@@ -83,9 +83,9 @@ class Server(ServerData):
             server_round = self.state.next_round
             started = time.perf_counter()
             self.process_requests(server_round)
-            arrived = self.rounds.play(server_round, self, self.state.model_epoch)
+            arrived = self.rounds.run(server_round, self, self.state.model_epoch)
             self._aggregate(server_round, arrived)
-            self._conclude(server_round, updates(arrived))
+            self._finalize(server_round, updates(arrived))
             self.state.next_round += 1
             if self.state.next_round == self.schedule.num_rounds:
                 self.process_requests(self.state.next_round, ends=True)
@@ -131,7 +131,7 @@ class Server(ServerData):
             return False
         return self.strategy.folding(self.exchange.expected("train"), self.exchange.max_update_norm) is not None
 
-    def _conclude(self, server_round: int, counted: Sequence[Contribution]) -> None:
+    def _finalize(self, server_round: int, counted: Sequence[Contribution]) -> None:
         """Do what follows a round: conclude tasks that end, ask questions, measure."""
         stage = self.curriculum.stage(server_round)
         ended = tuple(self.curriculum.ended(self._clients, server_round))
@@ -151,18 +151,18 @@ class Server(ServerData):
         """Test the global model where that is due, and what each client would use at the end of a stage."""
         every = self.options.evaluate_every
         if stage.ends or (every and (server_round + 1) % every == 0):
-            met = self.curriculum.met(self._clients, server_round)
-            self.measurement.test(self.global_model, server_round, self.now, stage, met)
+            seen = self.curriculum.seen(self._clients, server_round)
+            self.measurement.test(self.global_model, server_round, self.now, stage, seen)
             if server_round == self.schedule.num_rounds - 1:
-                self.measurement.classes(self.global_model, server_round, self.now, stage, met)
+                self.measurement.classes(self.global_model, server_round, self.now, stage, seen)
             if self.unlearning is not None:
-                self.unlearning.follow(self, server_round, met)
+                self.unlearning.follow(self, server_round, seen)
             if self.state.late:
                 late = self.state.late
-                self.measurement.stale_classes(self.global_model, server_round, self.now, stage, met, late)
+                self.measurement.stale_classes(self.global_model, server_round, self.now, stage, seen, late)
         if stage.ends and (self.strategy.personal or self.options.personal_evaluation):
             everybody = self._outgoing(self._clients)
-            tasks = {client: self.schedule.met(client, server_round) for client in self._clients}
+            tasks = {client: self.schedule.seen(client, server_round) for client in self._clients}
             self.measurement.personal(
                 self.exchange, everybody, server_round, self.version, self.now, stage.index, tasks
             )
@@ -189,14 +189,14 @@ class Server(ServerData):
         A client in flight does so when it is back: two messages at once would race for its state.
         """
         flights = self.arrivals.flights
-        self.state.owed.update({client: server_round for client in ended if client in flights})
+        self.state.pending_task_end.update({client: server_round for client in ended if client in flights})
         present = [client for client in ended if client in self.state.visited and client not in flights]
         self._tell_end(present, server_round, server_round)
 
     def _settle(self, clients: Sequence[str], server_round: int) -> None:
         """Let clients that have come back conclude the tasks that ended meanwhile."""
         for client in clients:
-            ended_in = self.state.owed.pop(client, None)
+            ended_in = self.state.pending_task_end.pop(client, None)
             if ended_in is not None:
                 self._tell_end([client], ended_in, server_round)
 
@@ -212,16 +212,16 @@ class Server(ServerData):
         last = server_round == self.schedule.num_rounds - 1
         event = Event("task_end" if ended else "round_end", stage, server_round, last, kept, ended)
         for query in self.strategy.queries(event, self):
-            self.strategy.absorb(query, self._answers(query, server_round), self)
+            self.strategy.consume(query, self._responses(query, server_round), self)
         models = {client: self.model_of(client) for client in ended}
         tasks = {client: self._whole_task(client, server_round) for client in ended}
         for query in self.statistics.queries(models):
-            self.statistics.absorb(query, self._answers(query, server_round), tasks)
-        self._replace(self.strategy.conclude(event, self))
+            self.statistics.consume(query, self._responses(query, server_round), tasks)
+        self._replace(self.strategy.finalize(event, self))
         if ended:
             self._replace(self.statistics.solve(self.state.models))
 
-    def _answers(self, query: Query, server_round: int) -> list[Answer]:
+    def _responses(self, query: Query, server_round: int) -> list[Response]:
         """Return what the clients that take part in this round answer, each with its present task's data."""
         active = set(self.curriculum.active(self._clients, server_round))
         models = {client: model for client, model in query.models.items() if client in active}
@@ -242,7 +242,7 @@ class Server(ServerData):
         at, visited = max(self.state.next_round - 1, 0), set(self.state.visited)
         counted = 0
         for _ in range(rounds):
-            arrived = self.rounds.play(at, self, self.state.model_epoch)
+            arrived = self.rounds.run(at, self, self.state.model_epoch)
             present = updates(arrived)
             if present:
                 self._take_in(arrived, present)

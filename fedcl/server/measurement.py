@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedcl.client.probe import iteration
+from fedcl.client.local_evaluation import iteration
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.scenario.task import Stage, Stream
 from fedcl.server.exchange import Exchange
@@ -80,7 +80,7 @@ class Measurement:
             )
 
     def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
-        """Test the global model on the tasks ``met`` by then, at the end of a stage on all."""
+        """Test the global model on the tasks ``seen`` by then, at the end of a stage on all."""
         if self.evaluator is None:
             return
         tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(met)
@@ -152,7 +152,7 @@ class Measurement:
         stage: int,
         met: Mapping[str, Collection[int]],
     ) -> None:
-        """Test what each client would use after aggregation, on its own test samples of every task it has ``met``."""
+        """Test what each client would use after aggregation, on its own test samples of every task it has ``seen``."""
         for task_id in sorted({task_id for tasks in met.values() for task_id in tasks}):
             tasks = {c: self.stream.test_task(task_id, after=seen) for c, seen in met.items() if task_id in seen}
             asked = [out for out in outgoing if out.client in tasks]

@@ -76,7 +76,7 @@ class Rounds:
     curriculum: Curriculum
     folds: Callable[[], bool] = lambda: False
 
-    def play(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
+    def run(self, server_round: int, view: ServerView, model_epoch: int) -> list[Arrived]:
         """Return what arrived in this round, in canonical client order, with the clients' states committed.
 
         Raises

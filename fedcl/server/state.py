@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
-from fedcl.contracts.requests import Forgotten, Residual
+from fedcl.contracts.requests import ErasureOutcome, Forgotten
 from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.models.flat import Spec
 from fedcl.server.arrivals import Arrivals
@@ -46,9 +46,9 @@ class ServerState:
     """What a run is at the end of a round: models by target, counters, and the next round to play.
 
     ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
-    are the clients that learned something of their present task; ``owed`` maps clients that were in flight when their
-    task ended to the round that ended it, which they conclude when they are back; ``late`` are the clients that an old
-    update of counted; ``untold`` are those that were out of reach when they were to forget.
+    are the clients that learned something of their present task; ``pending_task_end`` maps clients that were in flight
+    when their task ended to the round that ended it, which they finish when they are back; ``late`` are the clients
+    that an old update of counted; ``pending_notice`` are those that were out of reach when they were to forget.
     """
 
     models: dict[Target, Tensor]
@@ -56,9 +56,9 @@ class ServerState:
     model_epoch: int = 0
     next_round: int = 0
     visited: set[str] = field(default_factory=set)
-    owed: dict[str, int] = field(default_factory=dict)
+    pending_task_end: dict[str, int] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
-    untold: set[str] = field(default_factory=set)
+    pending_notice: set[str] = field(default_factory=set)
 
 
 class BetweenRounds(Protocol):
@@ -88,8 +88,8 @@ class BetweenRounds(Protocol):
         """See a round's updates that counted, and the global model ``before`` (P,) they were applied."""
         ...
 
-    def follow(self, server: ServerData, server_round: int, met: Sequence[int]) -> None:
-        """See the global model that was just tested; ``met`` are the ids of the tasks trained by then."""
+    def follow(self, server: ServerData, server_round: int, seen: Sequence[int]) -> None:
+        """See the global model that was just tested; ``seen`` are the ids of the tasks trained by then."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,9 +186,9 @@ class ServerData:
         """Run ``fn`` where the backend computes: here, or in a worker; its exception, if any, waits in the future."""
         return self.compute_in(fn, *args)
 
-    def met(self, server_round: int) -> list[int]:
+    def seen(self, server_round: int) -> list[int]:
         """Return the ids of the tasks that were trained before ``server_round``."""
-        return self.curriculum.met(self._clients, server_round - 1) if server_round else []
+        return self.curriculum.seen(self._clients, server_round - 1) if server_round else []
 
     # -- edits --------------------------------------------------------------------------------------------------------
 
@@ -207,25 +207,25 @@ class ServerData:
         self.state.version += GLOBAL in models
         self.state.model_epoch += 1
 
-    def expel(self, leavers: Sequence[str]) -> list[Residual]:
+    def remove_clients(self, departing_clients: Sequence[str]) -> list[ErasureOutcome]:
         """Drop everything that server and backend keep of clients that have left."""
-        if not leavers:
+        if not departing_clients:
             return []
         state, cancelled = self.state, 0
-        for client in leavers:
+        for client in departing_clients:
             cancelled += self.arrivals.flights.pop(client, None) is not None
-            for kept in (state.models, state.owed, self.exchange.committed):
+            for kept in (state.models, state.pending_task_end, self.exchange.committed):
                 kept.pop(client, None)
-        state.visited.difference_update(leavers)
-        state.late.difference_update(leavers)
+        state.visited.difference_update(departing_clients)
+        state.late.difference_update(departing_clients)
         if self.exchange.erase is None:
-            return [Residual("devices", "remains", "the client's own device keeps its state: it was not told")]
-        away = self.exchange.erase(leavers)
-        state.untold.difference_update(leavers)
+            return [ErasureOutcome("devices", "remains", "the client's own device keeps its state: it was not told")]
+        away = self.exchange.erase(departing_clients)
+        state.pending_notice.difference_update(departing_clients)
         if away:
-            state.untold.update(away)
-            return [Residual("devices", "remains", f"client(s) {', '.join(away)} {OUT_OF_REACH}")]
-        return [Residual("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
+            state.pending_notice.update(away)
+            return [ErasureOutcome("devices", "remains", f"client(s) {', '.join(away)} {OUT_OF_REACH}")]
+        return [ErasureOutcome("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
 
     def cancel(self, clients: Sequence[str]) -> None:
         """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
@@ -249,9 +249,9 @@ class ServerData:
             "model_epoch": state.model_epoch,
             "next_round": state.next_round,
             "visited": sorted(state.visited),
-            "owed": dict(state.owed),
+            "pending_task_end": dict(state.pending_task_end),
             "late": sorted(state.late),
-            "untold": sorted(state.untold),
+            "pending_notice": sorted(state.pending_notice),
             "visits": dict(self.exchange.visits),
             "turns": dict(self.exchange.turns),
             "committed": dict(self.exchange.committed),
@@ -270,9 +270,9 @@ class ServerData:
             model_epoch=state["model_epoch"],
             next_round=state["next_round"],
             visited=set(state["visited"]),
-            owed=dict(state["owed"]),
+            pending_task_end=dict(state["pending_task_end"]),
             late=set(state["late"]),
-            untold=set(state.get("untold", ())),
+            pending_notice=set(state["pending_notice"]),
         )
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedcl.contracts.learner import Payload, Plugin
 from fedcl.contracts.learner import overrides as defines
-from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
-from fedcl.contracts.strategy import Answer, Query, Target
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
+from fedcl.contracts.strategy import Query, Response, Target
 from fedcl.models.flat import FlatModel
 from fedcl.scenario.task import Task
 
@@ -32,7 +32,7 @@ class Statistics:
         self._owners = {name: plugin for plugin in plugins for name in plugin.sums}
         self._model = model
         self._sums: dict[str, Sums] = {name: {} for name in self._owners}
-        self._absorbed: dict[str, dict[str, list[Task]]] = {name: {} for name in self._owners}
+        self._consumed: dict[str, dict[str, list[Task]]] = {name: {} for name in self._owners}
         self._settled: set[tuple[str, str]] = set()  # (query, request) that need no forgetting any more
         self.payloads: tuple[Payload, ...] = tuple(
             payload
@@ -45,13 +45,13 @@ class Statistics:
         """Return what to ask the clients whose task has ended, given the model (P,) each ended it with."""
         return [Query(name, dict(models), plugin.sums[name]) for name, plugin in self._owners.items()] if models else []
 
-    def absorb(self, query: Query, answers: Sequence[Answer], tasks: Mapping[str, Task] | None = None) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], tasks: Mapping[str, Task] | None = None) -> None:
         """Add the answers, in canonical client order; ``tasks`` are those whose samples they are sums over."""
-        sums, absorbed = self._sums[query.name], self._absorbed[query.name]
-        for answer in answers:
+        sums, consumed = self._sums[query.name], self._consumed[query.name]
+        for response in responses:
             if tasks is not None:
-                absorbed.setdefault(answer.client, []).append(tasks[answer.client])
-            for name, tensor in answer.tensors.items():
+                consumed.setdefault(response.client, []).append(tasks[response.client])
+            for name, tensor in response.tensors.items():
                 sums[name] = sums[name] + tensor.double() if name in sums else tensor.double()
 
     def solve(self, models: Mapping[Target, Tensor]) -> dict[Target, Tensor]:
@@ -79,17 +79,17 @@ class Statistics:
         """Return the sums of query ``name`` by tensor name, float64; empty before the first task has ended."""
         return dict(self._sums[name])
 
-    def absorbed(self, name: str) -> dict[str, tuple[Task, ...]]:
+    def consumed(self, name: str) -> dict[str, tuple[Task, ...]]:
         """Return, by client, the tasks whose samples are in the sums of query ``name``, one for each time they were."""
-        return {client: tuple(tasks) for client, tasks in self._absorbed[name].items()}
+        return {client: tuple(tasks) for client, tasks in self._consumed[name].items()}
 
     def replace(self, name: str, sums: Sums, holders: Collection[str], requests: Sequence[ForgetRequest]) -> None:
         """Put sums in place that hold only what ``holders`` may keep after ``requests``, so that none is forgotten."""
         after = Forgotten(list(requests))
         self._sums[name] = {tensor: value.double() for tensor, value in sums.items()}
-        self._absorbed[name] = {
+        self._consumed[name] = {
             client: [after.task(client, task) for task in tasks]
-            for client, tasks in self._absorbed[name].items()
+            for client, tasks in self._consumed[name].items()
             if client in holders and client not in after.clients
         }
         self._settled |= {(name, request.id) for request in requests}
@@ -104,28 +104,30 @@ class Statistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, and whose samples are in them."""
-        absorbed = {
+        consumed = {
             name: {client: [task.to_json() for task in tasks] for client, tasks in held.items()}
-            for name, held in self._absorbed.items()
+            for name, held in self._consumed.items()
         }
-        return {"sums": {name: dict(sums) for name, sums in self._sums.items()}, "absorbed": absorbed}
+        return {"sums": {name: dict(sums) for name, sums in self._sums.items()}, "absorbed": consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._sums = {name: dict(state["sums"].get(name, {})) for name in self._owners}
-        self._absorbed = {
+        self._consumed = {
             name: {client: [Task.from_json(text) for text in tasks] for client, tasks in held.items()}
             for name in self._owners
             for held in (state["absorbed"].get(name, {}),)
         }
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the sums that still hold the forget set: nobody's share can be told apart."""
         if not any(self._sums.values()):
-            return Residual("Statistics", "none", "keeps no sums")
+            return ErasureOutcome("Statistics", "none", "keeps no sums")
         mixed = [name for name in self._owners if (name, request.id) not in self._settled]
         for name in mixed:
-            self._sums[name], self._absorbed[name] = {}, {}
+            self._sums[name], self._consumed[name] = {}, {}
         if not mixed:
-            return Residual("Statistics", "recomputed", f"sums of {', '.join(self._owners)}, without the forget set")
-        return Residual("Statistics", "reset", f"sums of {', '.join(mixed)}, which hold all clients' shares")
+            return ErasureOutcome(
+                "Statistics", "recomputed", f"sums of {', '.join(self._owners)}, without the forget set"
+            )
+        return ErasureOutcome("Statistics", "reset", f"sums of {', '.join(mixed)}, which hold all clients' shares")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.learner import Payload, Plugin
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import (
     GLOBAL,
-    Answer,
     Collaboration,
     Event,
     LocalWork,
@@ -21,6 +20,7 @@ from fedcl.contracts.strategy import (
     PastView,
     Projection,
     Query,
+    Response,
     ServerOptimizer,
     ServerView,
     Staleness,
@@ -45,7 +45,10 @@ class Outgoing:
 
 
 class Strategy(Protocol):
-    """What the round loop needs of a strategy; :class:`Pipeline` and :class:`~fedcl.server.stock.Stock` are the two."""
+    """What the round loop needs of a strategy.
+
+    :class:`Pipeline` and :class:`~fedcl.server.flower_strategy.FlowerAdapter` are the two.
+    """
 
     payloads: tuple[Payload, ...]
     personal: bool
@@ -83,11 +86,11 @@ class Strategy(Protocol):
         """Return what to ask clients at ``event``."""
         ...
 
-    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
         """Take the answers to a query."""
         ...
 
-    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
         """Return models that replace their targets' at ``event``, after the answers have been taken."""
         ...
 
@@ -111,7 +114,7 @@ class Strategy(Protocol):
         """Restore it."""
         ...
 
-    def forget(self, request: ForgetRequest) -> list[Residual]:
+    def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Let every part forget."""
         ...
 
@@ -264,13 +267,13 @@ class Pipeline:
         """Return the projection's questions."""
         return self.projection.queries(event, view)
 
-    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
         """Hand the answers to the projection."""
-        self.projection.absorb(query, answers, view)
+        self.projection.consume(query, responses, view)
 
-    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
         """Return the projection's replacements."""
-        return self.projection.conclude(event, view)
+        return self.projection.finalize(event, view)
 
     def metrics(self) -> dict[str, float]:
         """Return the parts' metrics, each name prefixed by its role."""
@@ -293,7 +296,7 @@ class Pipeline:
         for role, part in self.parts.items():
             part.load_state_dict(state[role])
 
-    def forget(self, request: ForgetRequest) -> list[Residual]:
+    def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Let every part forget."""
         return [part.forget(request) for part in self.parts.values()]
 

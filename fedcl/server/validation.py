@@ -28,7 +28,7 @@ from fedcl.contracts.fields import (
     shown,
 )
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import residuals_from
+from fedcl.contracts.requests import outcomes_from
 from fedcl.messages import Kind, Reply
 from fedcl.models.flat import Spec
 
@@ -190,7 +190,7 @@ def _note(note: Any, wanted: bool) -> str | None:
     if not isinstance(note, str) or len(note) > MAX_NOTE:
         return f"note is {shown(note)}: must be a text of at most {MAX_NOTE} characters"
     try:
-        residuals_from(note)
+        outcomes_from(note)
     except ValueError as error:
         return clean(str(error))
     return None

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.fields import clean, shown
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, residuals_from
+from fedcl.contracts.requests import ForgetNote, ForgetRequest, outcomes_from
 from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
@@ -113,11 +113,11 @@ class FleetGrid(Grid):
             If too few come in time, two call themselves the same, one has another version of fedcl or refuses the run.
         """
         deadline = time.monotonic() + seconds
-        wanted = {client: seat for client, seat in self.nodes.items() if client not in left}
+        wanted = {client: slot for client, slot in self.nodes.items() if client not in left}
         while True:
             self._greet(strict=True)
             self._watch(())
-            missing = sorted((c for c, seat in wanted.items() if seat not in self._node_at), key=client_order)
+            missing = sorted((c for c, slot in wanted.items() if slot not in self._node_at), key=client_order)
             if not missing:
                 return
             if time.monotonic() > deadline:
@@ -141,10 +141,10 @@ class FleetGrid(Grid):
         if self._hellos:
             for reply in self._grid.pull_messages(list(self._hellos)):
                 node = self._hellos.pop(reply.metadata.reply_to_message_id)
-                self._seat(node, reply, alive, strict=strict)
+                self._slot(node, reply, alive, strict=strict)
         return alive
 
-    def _seat(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
+    def _slot(self, node: int, reply: Message, alive: set[int], *, strict: bool) -> None:
         why, client = None, ""
         if reply.has_error():
             why = f"node {node} does not answer: {clean(reply.error.reason or '')}"
@@ -159,15 +159,15 @@ class FleetGrid(Grid):
                 key = "a key that is nobody's" if whose is None else f"the key of client {whose}"
                 self._event("hello_rejected", node=str(node), reason=f"calls itself client {client}, and has {key}")
                 return
-            seat = self.nodes.get(client)
-            if seat is None:
+            slot = self.nodes.get(client)
+            if slot is None:
                 self._others.add(client)
             elif code != self._code:
                 why = f"client {client} has fedcl {code}, the server {self._code}"
-            elif (taken := self._node_at.get(seat, node)) != node and taken in alive and self._is_of(taken, client):
+            elif (taken := self._node_at.get(slot, node)) != node and taken in alive and self._is_of(taken, client):
                 why = f"two nodes call themselves client {client!r}"
             else:
-                self._node_at[seat] = node
+                self._node_at[slot] = node
                 self.samples[client] = samples
                 self._say(f"{len(self._node_at)}/{len(self.nodes)} devices joined")
         if why is not None and strict and node in alive:
@@ -204,8 +204,8 @@ class FleetGrid(Grid):
         alive = self._greet(strict=False)
         ids: list[str] = []
         for message in messages:  # one by one: Flower refuses a request whose messages together are too large
-            seat = message.metadata.dst_node_id
-            node = self._node_at.get(seat)
+            slot = message.metadata.dst_node_id
+            node = self._node_at.get(slot)
             node = node if node in alive else None
             sent = metadata_of(message)
             pushed: list[Any] = []
@@ -216,14 +216,14 @@ class FleetGrid(Grid):
                 pushed = list(self._grid.push_messages([message]))
             if pushed and pushed[0] is not None:
                 message_id = str(pushed[0])
-                self._sent[message_id] = seat
+                self._sent[message_id] = slot
                 self._probe_at[message_id] = (time.monotonic() + PROBE_SECONDS, PROBE_SECONDS)
                 self._say_once("first message sent")
                 self._stalls_at = time.monotonic() + STALL_SECONDS
             else:
-                message_id = f"unsent-{seat}-{time.monotonic_ns()}"
+                message_id = f"unsent-{slot}-{time.monotonic_ns()}"
                 why = "the device is not connected" if node is None else "Flower could not take the message"
-                self._failed[message_id] = (seat, Error(NODE_UNAVAILABLE, why))
+                self._failed[message_id] = (slot, Error(NODE_UNAVAILABLE, why))
             self._metadata[message_id] = sent
             ids.append(message_id)
         return ids
@@ -265,7 +265,7 @@ class FleetGrid(Grid):
         self._refused = refused
         if waiting and now > self._stalls_at:
             self._stalls_at = now + STALL_SECONDS
-            clients = {seat: client for client, seat in self.nodes.items()}
+            clients = {slot: client for client, slot in self.nodes.items()}
             silent = sorted({clients[self._sent[id_]] for id_ in waiting}, key=client_order)
             self._say(f"no reply for {STALL_SECONDS:.0f} s; waiting for clients {', '.join(silent)}; see their logs")
 
@@ -304,26 +304,26 @@ class FleetGrid(Grid):
     def _checked(self, reply: Message) -> Message:
         """Return a reply as from its client's seat, or why it is refused."""
         message_id = reply.metadata.reply_to_message_id
-        seat = self._sent.pop(message_id, None)
-        if seat is None:
+        slot = self._sent.pop(message_id, None)
+        if slot is None:
             return reply  # of nobody we asked: the exchange refuses it by its node
         size = 0 if reply.has_error() else content_bytes(reply.content)
         if size > self._max_bytes:
             allowed = self._max_bytes >> 20
             why = f"a reply of {size} bytes: larger than backend.max_message_mb={allowed}"
-            return self._failure(message_id, seat, Error(REPLY_TOO_LARGE, why))
+            return self._failure(message_id, slot, Error(REPLY_TOO_LARGE, why))
         self._metadata.pop(message_id, None)
         self._probe_at.pop(message_id, None)
-        set_source(reply, seat)
+        set_source(reply, slot)
         return reply
 
-    def _failure(self, message_id: str, seat: int, error: Error) -> Message:
+    def _failure(self, message_id: str, slot: int, error: Error) -> Message:
         sent = self._metadata.pop(message_id)
         self._probe_at.pop(message_id, None)
         metadata = Metadata(
             run_id=sent.run_id,
             message_id=f"{message_id}/failed",
-            src_node_id=seat,
+            src_node_id=slot,
             dst_node_id=sent.src_node_id,
             reply_to_message_id=message_id,
             group_id=sent.group_id,
@@ -350,12 +350,12 @@ class FleetGrid(Grid):
     def _erased(self, reply: Message) -> bool:
         """Whether a device says that it has erased its client's state."""
         try:
-            found = [residual.outcome for residual in residuals_from(read_reply(reply.content).note)]
+            found = [residual.outcome for residual in outcomes_from(read_reply(reply.content).note)]
             why = "" if found == ["erased"] else f"note: outcomes {shown(found)} must be ['erased']"
         except ValueError as error:
             why = str(error)
         if why:
-            client = next((c for c, seat in self.nodes.items() if seat == reply.metadata.src_node_id), "")
+            client = next((c for c, slot in self.nodes.items() if slot == reply.metadata.src_node_id), "")
             self._event("reply_rejected", client=client, message="forget", reason=clean(why))
         return not why
 

@@ -68,7 +68,7 @@ def sweep(
     with hold(folder, "a sweep, or a job of one,") as held:
         index.write()
         tell = _Progress(index, len(asked), len(asked) - len(todo), quiet)
-        Jobs(index, jobs, held, tell, ("--trust",) if trust else ()).play(todo)
+        Jobs(index, jobs, held, tell, ("--trust",) if trust else ()).run(todo)
     return folder, [entry for entry in asked if entry.status != "done"]
 
 
@@ -181,10 +181,10 @@ def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path
             continue
         known.add(alike)
         try:
-            prepared, _ = check(cfg, entry.overrides, dirs, dataset if cfg["data"]["source"] == source else None)
+            setup, _ = check(cfg, entry.overrides, dirs, dataset if cfg["data"]["source"] == source else None)
         except ConfigError as error:
             raise ConfigError(f"job {entry.name}: {error}") from error
-        source, dataset = cfg["data"]["source"], prepared.dataset
+        source, dataset = cfg["data"]["source"], setup.dataset
 
 
 class _Progress:

@@ -35,7 +35,7 @@ class Jobs:
     more: tuple[str, ...] = ()
     _running: dict[subprocess.Popen[bytes], tuple[Entry, float, IO[bytes], int]] = field(default_factory=dict)
 
-    def play(self, entries: Iterable[Entry]) -> None:
+    def run(self, entries: Iterable[Entry]) -> None:
         """Play them all. Where a signal comes, each job finishes its round and is left to be gone on with.
 
         Raises

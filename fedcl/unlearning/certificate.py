@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcl.base.files import sync_folder, write_atomic
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 
 if TYPE_CHECKING:
     from fedcl.unlearning.receipt import Receipt
@@ -63,11 +63,11 @@ class About:
     versions: Mapping[str, str]
 
 
-def write(run_dir: Path, receipt: Receipt, about: About, residuals: Iterable[Residual] = ()) -> list[Path]:
+def write(run_dir: Path, receipt: Receipt, about: About, outcomes: Iterable[ErasureOutcome] = ()) -> list[Path]:
     """Write a certificate for each request of ``receipt`` and return their files.
 
     A run that was killed in serving them serves them again: the same files are replaced, and what a run that went
-    another way has left in their place is removed. ``residuals`` come behind the receipt's own.
+    another way has left in their place is removed. ``outcomes`` come behind the receipt's own.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def write(run_dir: Path, receipt: Receipt, about: About, residuals: Iterable[Res
             "server_round": receipt.server_round,
             "model": {"before": receipt.before, "after": receipt.after, "epoch": receipt.model_epoch},
             "guarantee": receipt.promise,
-            "residuals": [asdict(residual) for residual in (*receipt.residuals, *residuals)],
+            "residuals": [asdict(residual) for residual in (*receipt.outcomes, *outcomes)],
             "measurements": dict(receipt.measurements),
             "cost": dict(receipt.cost),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
 from fedcl.contracts.strategy import Target
 
 
@@ -22,14 +22,14 @@ class Panel(Protocol):
         before: Mapping[Target, Tensor],
         after: Mapping[Target, Tensor],
         reference: Mapping[Target, Tensor] | None,
-        met: Sequence[int],
+        seen: Sequence[int],
         earlier: Forgotten,
         server_round: int,
     ) -> dict[str, float]:
         """Return measurements by name; what was forgotten ``earlier`` belongs to none of the sets."""
         ...
 
-    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, met: Sequence[int]) -> dict[str, float]:
+    def revival(self, requests: Sequence[ForgetRequest], model: Tensor, seen: Sequence[int]) -> dict[str, float]:
         """Return the accuracy of ``model`` (P,) on what each of ``requests`` wanted forgotten, by request id."""
         ...
 
@@ -48,7 +48,7 @@ class Receipt:
     before: str
     after: str
     model_epoch: int
-    residuals: list[Residual]
+    outcomes: list[ErasureOutcome]
     measurements: dict[str, float]
     cost: dict[str, float]
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedcl.base.tree import num_bytes
-from fedcl.contracts.requests import ForgetRequest, Forgotten, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
 from fedcl.contracts.strategy import Target, Update
 from fedcl.contracts.unlearner import Unlearner
 from fedcl.server.state import ServerData
 from fedcl.unlearning.queue import RequestQueue
 from fedcl.unlearning.receipt import Panel, Receipt, model_digest
-from fedcl.unlearning.view import Replay, Saved, ServingView
+from fedcl.unlearning.view import RetrainedReference, Saved, UnlearningView
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Unlearning:
         options: UnlearningOptions | None = None,
         *,
         forgotten: Forgotten | None = None,
-        replay: Replay | None = None,
+        replay: RetrainedReference | None = None,
         panel: Panel | None = None,
         certify: Callable[[Receipt], None] | None = None,
     ) -> None:
@@ -83,14 +83,14 @@ class Unlearning:
 
     def _remind(self, server: ServerData, server_round: int) -> None:
         """Tell clients that were out of reach when they were to forget, and now are back."""
-        for client in sorted(server.state.untold):
+        for client in sorted(server.state.pending_notice):
             mine = [one for one in self.forgotten.requests if one.concerns(client)]
             if client not in self.forgotten.clients:
-                told = client in ServingView(server, mine, server_round, self.forgotten, None).tell([client])[0]
+                told = client in UnlearningView(server, mine, server_round, self.forgotten, None).tell([client])[0]
             else:
                 told = server.exchange.erase is not None and not server.exchange.erase([client])
             if told:
-                server.state.untold.discard(client)
+                server.state.pending_notice.discard(client)
                 self._note(server, "client_told", server_round, client=client, requests=[one.id for one in mine])
 
     def _serve(
@@ -102,8 +102,8 @@ class Unlearning:
     ) -> None:
         started, cpu, traffic = time.perf_counter(), time.process_time(), server.exchange.traffic
         before, stored = dict(server.state.models), float(num_bytes(self.unlearner.state_dict()))
-        view = ServingView(server, requests, server_round, self.forgotten, self.replay)
-        measurements, residuals = self._edit(server, requests, before, view)
+        view = UnlearningView(server, requests, server_round, self.forgotten, self.replay)
+        measurements, outcomes = self._edit(server, requests, before, view)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         recovered = recover(self.options.recovery_rounds)
         self.queue.served(requests)
@@ -130,15 +130,15 @@ class Unlearning:
                 model_digest(before),
                 model_digest(server.state.models),
                 server.state.model_epoch,
-                residuals,
+                outcomes,
                 measurements,
                 cost,
             )
             self.certify(receipt)
 
     def _edit(
-        self, server: ServerData, requests: list[ForgetRequest], before: Mapping[Target, Tensor], view: ServingView
-    ) -> tuple[dict[str, float], list[Residual]]:
+        self, server: ServerData, requests: list[ForgetRequest], before: Mapping[Target, Tensor], view: UnlearningView
+    ) -> tuple[dict[str, float], list[ErasureOutcome]]:
         """Let the unlearner make new models, put them in place, and let everything else forget."""
         found = self.unlearner.unlearn(requests, dict(before), view)
         gone = Forgotten(requests).clients
@@ -146,12 +146,12 @@ class Unlearning:
         measurements = {f"unlearner/{name}": value for name, value in self.unlearner.metrics().items()}
         if view.replayed is not None:
             self._adopt(server, view.replayed)
-        residuals = self._forget(server, requests, view)
+        outcomes = self._forget(server, requests, view)
         self._rebase(server, requests, before, edited)
         server.edit(edited)
         if view.replayed is None:
             server.strategy.relearn(view)
-        return measurements, residuals
+        return measurements, outcomes
 
     def _record(
         self,
@@ -172,16 +172,23 @@ class Unlearning:
         assert self.replay is not None  # it is where `saved` comes from
         self.replay.adopt(server, saved)
 
-    def _forget(self, server: ServerData, requests: Sequence[ForgetRequest], view: ServingView) -> list[Residual]:
+    def _forget(
+        self, server: ServerData, requests: Sequence[ForgetRequest], view: UnlearningView
+    ) -> list[ErasureOutcome]:
         """Let every part, store and client drop the forget set."""
-        leavers = tuple(client for request in requests if request.scope == "client" for client in request.clients)
-        residuals = server.expel(leavers)
+        departing_clients = tuple(
+            client for request in requests if request.scope == "client" for client in request.clients
+        )
+        outcomes = server.remove_clients(departing_clients)
         if view.replayed is not None:
-            return [*residuals, Residual("run", "recomputed", "everything is that of a run without the forget set")]
+            return [
+                *outcomes,
+                ErasureOutcome("run", "recomputed", "everything is that of a run without the forget set"),
+            ]
         for request in requests:
-            residuals += server.strategy.forget(request)
-            residuals += [server.statistics.forget(request), self.unlearner.forget(request)]
-        return residuals + view.forget(leavers)
+            outcomes += server.strategy.forget(request)
+            outcomes += [server.statistics.forget(request), self.unlearner.forget(request)]
+        return outcomes + view.forget(departing_clients)
 
     def _rebase(
         self,
@@ -211,9 +218,9 @@ class Unlearning:
             reference = self.replay.run(self.forgotten, server_round)[0]["models"]
         elif self.unlearner.replays:
             reference = server.state.models
-        met = server.met(server_round)
+        seen = server.seen(server_round)
         earlier = Forgotten([one for one in self.forgotten.requests if one not in requests])
-        return self._panel.measure(requests, before, server.state.models, reference, met, earlier, server_round)
+        return self._panel.measure(requests, before, server.state.models, reference, seen, earlier, server_round)
 
     # -- while rounds are played --------------------------------------------------------------------------------------
 
@@ -222,11 +229,11 @@ class Unlearning:
         if self.unlearner.observes and updates:
             self.unlearner.observe(updates, before, server)
 
-    def follow(self, server: ServerData, server_round: int, met: Sequence[int]) -> None:
+    def follow(self, server: ServerData, server_round: int, seen: Sequence[int]) -> None:
         """Record what the global model knows by now of what has been forgotten."""
         if self._panel is None or not self._served:
             return
-        for name, value in self._panel.revival(self._served, server.global_model, met).items():
+        for name, value in self._panel.revival(self._served, server.global_model, seen).items():
             server.record.row(
                 round=server_round, phase="unlearning", name=f"revival/{name}", value=value, virtual_time=server.now
             )

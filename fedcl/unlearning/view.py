@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.fields import Form
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, Forgotten, Residual, residuals_from
-from fedcl.contracts.strategy import Answer, Query, Target
+from fedcl.contracts.requests import ErasureOutcome, ForgetNote, ForgetRequest, Forgotten, outcomes_from
+from fedcl.contracts.strategy import Query, Response, Target
 from fedcl.contracts.unlearner import Value
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
@@ -23,7 +23,7 @@ from fedcl.server.strategy import Outgoing
 Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, and clients' states by visit
 
 
-class Replay(Protocol):
+class RetrainedReference(Protocol):
     """Trains all over without a forget set, and can put the result in the run's place.
 
     ``spent`` is what the last such training took when it was played: seconds, rounds, bytes, clients.
@@ -41,14 +41,14 @@ class Replay(Protocol):
 
 
 @dataclass
-class ServingView:
+class UnlearningView:
     """The :class:`~fedcl.contracts.unlearner.UnlearnView` of ``requests`` that are being processed."""
 
     server: ServerData
     requests: Sequence[ForgetRequest]
     server_round: int
     forgotten: Forgotten
-    trainer: Replay | None
+    trainer: RetrainedReference | None
     replayed: Saved | None = None
     asked: set[str] = field(default_factory=set)
     steps: int = 0
@@ -105,15 +105,15 @@ class ServingView:
         self,
         step: str,
         models: Mapping[str, Tensor],
-        answer: Form,
+        response: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
-    ) -> list[Answer]:
+    ) -> list[Response]:
         """Let clients do a step of the unlearner."""
         self.asked |= models.keys()
         self.steps += 1
-        query = Query(step, dict(models), answer, dict(tensors or {}))
+        query = Query(step, dict(models), response, dict(tensors or {}))
         return self.server.exchange.ask(
             query,
             lambda _: None,
@@ -123,7 +123,7 @@ class ServingView:
             note_of=lambda client: self._note(client, dict(args), None if tasks is None else tasks[client]),
         )
 
-    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
+    def ask_past(self, query: Query, server_round: int) -> list[Response]:
         """Put ``query`` to clients with what they may still use of the tasks they had in ``server_round``."""
         tasks = {c: self.server.curriculum.whole_task(c, server_round) for c in query.models if c in self.clients}
         present = {client: model for client, model in query.models.items() if tasks.get(client) is not None}
@@ -140,19 +140,19 @@ class ServingView:
         self.replayed = self.trainer.run(self.forgotten, self.server_round)
         return dict(self.replayed[0]["models"])
 
-    def forget(self, leavers: Sequence[str]) -> list[Residual]:
+    def forget(self, departing_clients: Sequence[str]) -> list[ErasureOutcome]:
         """Tell the clients that stay and may hold some of the forget set to drop it."""
-        replies, silent = self.tell([client for client in self.owners if client not in leavers])
-        found: dict[Residual, int] = {}
+        replies, silent = self.tell([client for client in self.owners if client not in departing_clients])
+        found: dict[ErasureOutcome, int] = {}
         for reply in replies.values():
-            for residual in residuals_from(reply.note):
+            for residual in outcomes_from(reply.note):
                 found[residual] = found.get(residual, 0) + 1
-        residuals = [
-            Residual(f"{residual.part} at {count} client(s)", residual.outcome, residual.why)
+        outcomes = [
+            ErasureOutcome(f"{residual.part} at {count} client(s)", residual.outcome, residual.why)
             for residual, count in found.items()
             if residual.outcome != "none"
         ]
-        return [*residuals, *self._begin_anew(silent)]
+        return [*outcomes, *self._begin_anew(silent)]
 
     def tell(self, clients: Sequence[str]) -> tuple[dict[str, Reply], list[str]]:
         """Tell ``clients`` to drop the forget set; return the replies by client, and the clients that gave none."""
@@ -167,7 +167,7 @@ class ServingView:
         self.server.cancel(clients)  # a worker may still have the state as it was before
         return replies, [client for client in present if client not in replies]
 
-    def _begin_anew(self, silent: Sequence[str]) -> list[Residual]:
+    def _begin_anew(self, silent: Sequence[str]) -> list[ErasureOutcome]:
         """Never use again the state of clients that could not be told: it may hold some of the forget set."""
         if not silent:
             return []
@@ -176,22 +176,22 @@ class ServingView:
             exchange.committed.pop(client, None)
         if exchange.commit_state is not None and exchange.erase is not None:  # their states lie on this side
             exchange.erase(silent)
-            return [Residual("client states", "reset", f"client(s) {names} gave no answer, and begin again")]
-        self.server.state.untold.update(silent)
-        return [Residual("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin again")]
+            return [ErasureOutcome("client states", "reset", f"client(s) {names} gave no answer, and begin again")]
+        self.server.state.pending_notice.update(silent)
+        return [ErasureOutcome("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin again")]
 
     def _last_task(self, client: str, server_round: int) -> Task | None:
         """Return the task a client is in or, if it takes no part just now, the last that it met."""
         curriculum = self.server.curriculum
-        task, met = curriculum.whole_task(client, server_round), curriculum.schedule.met(client, server_round)
-        return curriculum.met_task(client, met[-1], server_round) if task is None and met else task
+        task, seen = curriculum.whole_task(client, server_round), curriculum.schedule.seen(client, server_round)
+        return curriculum.seen_task(client, seen[-1], server_round) if task is None and seen else task
 
     def _note(self, client: str, args: dict[str, Any], tasks: Sequence[Task] | None = None) -> str:
         if tasks is None:
-            tasks = self._met(client)
+            tasks = self._seen(client)
         return ForgetNote(tuple(self.requests), tuple(tasks), args).to_json()
 
-    def _met(self, client: str) -> list[Task]:
+    def _seen(self, client: str) -> list[Task]:
         curriculum, last = self.server.curriculum, self.server_round - 1
-        met = curriculum.schedule.met(client, last) if last >= 0 else ()
-        return [self._before.task(client, curriculum.plain_task(client, task_id, last)) for task_id in met]
+        seen = curriculum.schedule.seen(client, last) if last >= 0 else ()
+        return [self._before.task(client, curriculum.plain_task(client, task_id, last)) for task_id in seen]

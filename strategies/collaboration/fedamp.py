@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
 
 
@@ -83,7 +83,7 @@ class FedAMP(Collaboration):
         """Restore what :meth:`state_dict` returned."""
         self._models, self._own_share = dict(state["models"]), state["own_share"]
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the models of the clients that hold the forget set; all of them when the request names none.
 
         Those of other clients stay until they train again: they began at mixtures with the dropped ones.
@@ -92,11 +92,13 @@ class FedAMP(Collaboration):
         dropped = [client for client in named if self._models.pop(client, None) is not None]
         name = type(self).__name__
         if not dropped:
-            return Residual(name, "none", "keeps no model of the clients concerned")
+            return ErasureOutcome(name, "none", "keeps no model of the clients concerned")
         why = f"the last model of {', '.join(dropped)} is dropped; mixtures follow at the next aggregation"
         if self._models:
-            return Residual(name, "remains", f"{why}; those of other clients, trained from mixtures with it, stay")
-        return Residual(name, "reset", why)
+            return ErasureOutcome(
+                name, "remains", f"{why}; those of other clients, trained from mixtures with it, stay"
+            )
+        return ErasureOutcome(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:
         """Return the mean weight of a client's own model in its mixture."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, ServerView, Target, Update
 from fedcl.server.fold import fold
 from strategies.collaboration.fedavg import FedAvg
@@ -127,13 +127,13 @@ class FedAT(FedAvg):
         self._ages = {client: list(age) for client, age in state["ages"].items()}
         self._tier, self._counts, self._models = dict(state["tier"]), list(state["counts"]), dict(state["models"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Start over with no tier's model: each holds every member's contribution."""
         for client in request.clients:
             self._ages.pop(client, None)
             self._tier.pop(client, None)
         self._counts, self._models = [0] * self.tiers, {}
-        return Residual(type(self).__name__, "reset", "tiers' models are means over clients: they start over")
+        return ErasureOutcome(type(self).__name__, "reset", "tiers' models are means over clients: they start over")
 
     def metrics(self) -> dict[str, float]:
         """Return how many clients each tier has, how many updates, and its weight."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
@@ -227,7 +227,7 @@ class FedCAC(Collaboration):
         self._models, self._packed = dict(state["models"]), dict(state["masks"])
         self._seen, self._metrics = dict(state["seen"]), dict(state["metrics"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop model and mask of the clients that hold the forget set; all of them when the request names none.
 
         Those of other clients stay until they train again: they began at mixtures with the dropped ones.
@@ -238,11 +238,11 @@ class FedCAC(Collaboration):
             del self._packed[client], self._seen[client]
         name = type(self).__name__
         if not dropped:
-            return Residual(name, "none", "keeps no model of the clients concerned")
+            return ErasureOutcome(name, "none", "keeps no model of the clients concerned")
         why = f"model and mask of {', '.join(dropped)} are dropped; customised models follow at the next aggregation"
         if self._models:
-            return Residual(name, "remains", f"{why}; other clients' stay, trained from mixtures with them")
-        return Residual(name, "reset", why)
+            return ErasureOutcome(name, "remains", f"{why}; other clients' stay, trained from mixtures with them")
+        return ErasureOutcome(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:
         """Return eps_t, mean number of collaborators, critical share, age of the oldest model, ``overlap/<i>/<j>``."""

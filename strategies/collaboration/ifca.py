@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, LocalWork, ServerView, Target, Update
 from fedcl.models.flat import Spec
 from fedcl.server.fold import fold
@@ -154,15 +154,15 @@ class IFCA(FedAvg):
         """Restore what :meth:`state_dict` returned."""
         self._choices, self._switched = dict(state["choices"]), state["switched"]
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the choices of the clients that hold the forget set; all of them when the request names none."""
         named = request.clients or tuple(self._choices)
         dropped = [client for client in named if self._choices.pop(client, None) is not None]
         name = type(self).__name__
         if not dropped:
-            return Residual(name, "none", "keeps no choice of the clients concerned")
+            return ErasureOutcome(name, "none", "keeps no choice of the clients concerned")
         why = f"latest cluster of {', '.join(dropped)}; the clusters' models are targets"
-        return Residual(name, "erased" if request.clients else "reset", why)
+        return ErasureOutcome(name, "erased" if request.clients else "reset", why)
 
     def metrics(self) -> dict[str, float]:
         """Return how many clients chose each cluster last, and the share of the round's that changed theirs."""

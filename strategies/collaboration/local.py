@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
 
 
@@ -47,8 +47,8 @@ class Local(Collaboration):
         """Restore what :meth:`state_dict` returned."""
         self._clients = list(state["clients"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the names of clients that leave: a client's model is its target, which an unlearner edits."""
         if request.scope == "client":
             self._clients = [client for client in self._clients if client not in request.clients]
-        return Residual(type(self).__name__, "none", "keeps no model besides the targets")
+        return ErasureOutcome(type(self).__name__, "none", "keeps no model besides the targets")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedcl.contracts.fields import MODEL
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Collaboration, Fold, ServerView, Target, Update
 from fedcl.models.flat import Spec
 
@@ -76,11 +76,13 @@ class Scaffold(Collaboration):
         self._epoch = state["epoch"]
         self._set_control(state["control"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Start over from c = 0, at the clients too."""
         self._epoch += 1
         self._set_control(torch.zeros_like(self._control))
-        return Residual(type(self).__name__, "reset", "the control variate is a mean over clients: it starts over")
+        return ErasureOutcome(
+            type(self).__name__, "reset", "the control variate is a mean over clients: it starts over"
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return the norm of c."""

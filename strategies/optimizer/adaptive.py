@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import ServerOptimizer, Target
 from fedcl.models.flat import Spec
 
@@ -93,14 +93,14 @@ class Adaptive(ServerOptimizer):
         """Restore what :meth:`state_dict` returned."""
         self._m, self._v = dict(state["m"]), dict(state["v"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Start the moments over: they are sums over clients."""
         name = type(self).__name__
         if not self._m:
-            return Residual(name, "none", "keeps nothing about clients")
+            return ErasureOutcome(name, "none", "keeps nothing about clients")
         self._m.clear()
         self._v.clear()
-        return Residual(name, "reset", "the moments are sums over clients: they start over")
+        return ErasureOutcome(name, "reset", "the moments are sums over clients: they start over")
 
 
 class Adagrad(Adaptive):

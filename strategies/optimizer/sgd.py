@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import ServerOptimizer, Target
 from fedcl.models.flat import Spec
 
@@ -63,10 +63,10 @@ class SGD(ServerOptimizer):
         """Restore what :meth:`state_dict` returned."""
         self._velocity = dict(state.get("velocity", {}))
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Start the velocities over: they are sums over clients."""
         name = type(self).__name__
         if not self._velocity:
-            return Residual(name, "none", "keeps nothing about clients")
+            return ErasureOutcome(name, "none", "keeps nothing about clients")
         self._velocity.clear()
-        return Residual(name, "reset", "the velocity is a sum over clients: it starts over")
+        return ErasureOutcome(name, "reset", "the velocity is a sum over clients: it starts over")

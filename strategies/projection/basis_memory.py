@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedcl.contracts.strategy import Answer
+from fedcl.contracts.strategy import Response
 
 UnlearnBasis = Literal["keep", "drop_task", "keep_grams", "recompute"]
 WHY = {
@@ -23,40 +23,40 @@ WHY = {
 class Extension:
     """One extension of the bases: when it was, whose answers made it, and how many directions N a layer gained.
 
-    ``answers`` are kept where bases are to be rebuilt from them, else there are none.
+    ``responses`` are kept where bases are to be rebuilt from them, else there are none.
     """
 
     server_round: int
     clients: tuple[str, ...]
     added: dict[str, int]
-    answers: tuple[Answer, ...] = ()
+    responses: tuple[Response, ...] = ()
 
     def without(self, client: str) -> Extension:
         """Return the extension as if ``client`` had not answered."""
         clients = tuple(one for one in self.clients if one != client)
         return Extension(
-            self.server_round, clients, self.added, tuple(one for one in self.answers if one.client != client)
+            self.server_round, clients, self.added, tuple(one for one in self.responses if one.client != client)
         )
 
     def num_bytes(self) -> int:
         """Return the size of the answers kept."""
-        return sum(tensor.nbytes for answer in self.answers for tensor in answer.tensors.values())
+        return sum(tensor.nbytes for response in self.responses for tensor in response.tensors.values())
 
     def state(self) -> dict[str, Any]:
         """Return the extension for a checkpoint."""
-        answers = {a.client: {"num_examples": a.num_examples, "tensors": a.tensors} for a in self.answers}
+        responses = {a.client: {"num_examples": a.num_examples, "tensors": a.tensors} for a in self.responses}
         return {
             "server_round": self.server_round,
             "clients": list(self.clients),
             "added": dict(self.added),
-            "answers": answers,
+            "responses": responses,
         }
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Extension:
         """Read what :meth:`state` returned."""
-        answers = (Answer(c, int(a["num_examples"]), dict(a["tensors"])) for c, a in state["answers"].items())
-        return cls(int(state["server_round"]), tuple(state["clients"]), dict(state["added"]), tuple(answers))
+        responses = (Response(c, int(a["num_examples"]), dict(a["tensors"])) for c, a in state["responses"].items())
+        return cls(int(state["server_round"]), tuple(state["clients"]), dict(state["added"]), tuple(responses))
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Bakman, Yaldiz, Ezzeldin, Avestimehr, "Federated Orthogonal Training: Mitigating Global Catastrophic Forgetting in
 Continual Federated Learning", ICLR 2024: FedProject (:meth:`FOT.apply`) and global principal subspace extraction
-(:meth:`FOT.queries`, :meth:`FOT.absorb`). ``docs/methods/fot.md`` tells the two variants apart.
+(:meth:`FOT.queries`, :meth:`FOT.consume`). ``docs/methods/fot.md`` tells the two variants apart.
 """
 
 # P = parameters, D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, N = new directions
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedcl.base.linalg import project_out
-from fedcl.contracts.strategy import Answer, Event, LocalWork, Query, ServerView, Target
+from fedcl.contracts.strategy import Event, LocalWork, Query, Response, ServerView, Target
 from fedcl.models.flat import Spec, TensorSpec
 from strategies.projection.basis_memory import UnlearnBasis
 from strategies.projection.growth import GrowingBases, Method, Variant
@@ -156,11 +156,11 @@ class FOT(GrowingBases):
         self._asked_in = event.server_round
         return [self._query(models, view)] if models else []
 
-    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
         """Extend each layer's basis by the principal directions of what it does not hold yet (GPSE)."""
-        if answers:
-            added = self._extend(answers, query, view.device)
-            self._remember(self._asked_in, answers, added)
+        if responses:
+            added = self._extend(responses, query, view.device)
+            self._remember(self._asked_in, responses, added)
 
     def notes(self) -> list[dict[str, Any]]:
         """Return since the last call: layers that are more than 90 % frozen now, sketches too narrow for epsilon."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedcl.base.linalg import extend_basis
 from fedcl.contracts.fields import NOTHING, Form, TensorField
-from fedcl.contracts.requests import ForgetRequest, Residual
-from fedcl.contracts.strategy import Answer, PastView, Projection, Query, ServerView
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.contracts.strategy import PastView, Projection, Query, Response, ServerView
 from fedcl.models.flat import TensorSpec
 from strategies.projection.basis_memory import WHY, BasisMemory, Extension, UnlearnBasis
 from strategies.projection.subspace import Found, from_grams, from_official, from_ranges, from_sketches, inputs
@@ -78,27 +78,27 @@ class GrowingBases(Projection):
             return self.sketch_width or count
         return min(count, self.sketch_width or -(-count // 4))
 
-    def _answer(self) -> Form:
+    def _response(self) -> Form:
         """Return what an answer must be: the tensors that the client half's summaries give."""
-        answer: dict[str, TensorField] = {}
+        response: dict[str, TensorField] = {}
         energy = TensorField((1,), "float64", low=0.0)
         for layer, weight in self._weights.items():
             count = inputs(weight)
             if self.sketches or self.method == "range_finder":
-                answer[f"{layer}/{'sketch' if self.sketches else 'range'}"] = TensorField((count, self._width(layer)))
-                answer |= {f"{layer}/energy": energy, f"{layer}/residual": energy}
+                response[f"{layer}/{'sketch' if self.sketches else 'range'}"] = TensorField((count, self._width(layer)))
+                response |= {f"{layer}/energy": energy, f"{layer}/residual": energy}
             else:
-                answer[f"{layer}/gram"] = TensorField((count, count))
-        return answer
+                response[f"{layer}/gram"] = TensorField((count, count))
+        return response
 
     def _query(self, models: dict[str, Tensor], view: ServerView | PastView) -> Query:
-        return Query(SUBSPACE, models, self._answer(), self._request(view))
+        return Query(SUBSPACE, models, self._response(), self._request(view))
 
-    def _extend(self, answers: Sequence[Answer], query: Query, device: torch.device) -> dict[str, int]:
+    def _extend(self, responses: Sequence[Response], query: Query, device: torch.device) -> dict[str, int]:
         """Extend the bases and return how many directions each layer has gained."""
         added = {}
         for layer, weight in self._weights.items():
-            found = self._estimate(layer, answers, query, device)
+            found = self._estimate(layer, responses, query, device)
             if found.short:
                 self._notes.append({"kind": "sketch_too_narrow", "layer": layer, "width": self._width(layer)})
             before, extended = self.basis(layer), extend_basis(self.basis(layer), found.directions_DN.cpu())
@@ -112,19 +112,19 @@ class GrowingBases(Projection):
         self.epsilon = min(1.0, self.epsilon + self.epsilon_increment)
         return added
 
-    def _estimate(self, layer: str, answers: Sequence[Answer], query: Query, device: torch.device) -> Found:
+    def _estimate(self, layer: str, responses: Sequence[Response], query: Query, device: torch.device) -> Found:
         if self.variant == "official":
-            return from_official(answers, layer, self.epsilon, device)
+            return from_official(responses, layer, self.epsilon, device)
         if self.method == "sketch":
-            return from_sketches(answers, layer, self.epsilon, device)
+            return from_sketches(responses, layer, self.epsilon, device)
         if self.method == "range_finder":
-            return from_ranges(answers, layer, self.epsilon, device, query.request[f"{layer}/draw"])
-        return from_grams(answers, layer, self.epsilon, device, self.basis(layer))
+            return from_ranges(responses, layer, self.epsilon, device, query.request[f"{layer}/draw"])
+        return from_grams(responses, layer, self.epsilon, device, self.basis(layer))
 
-    def _remember(self, server_round: int, answers: Sequence[Answer], added: dict[str, int]) -> None:
+    def _remember(self, server_round: int, responses: Sequence[Response], added: dict[str, int]) -> None:
         if self.unlearn_basis != "keep":
-            kept = tuple(answers) if self.unlearn_basis == "keep_grams" else ()
-            clients = tuple(answer.client for answer in answers)
+            kept = tuple(responses) if self.unlearn_basis == "keep_grams" else ()
+            clients = tuple(response.client for response in responses)
             self._memory.extensions.append(Extension(server_round, clients, added, kept))
 
     def _start_over(self) -> list[Extension]:
@@ -133,7 +133,7 @@ class GrowingBases(Projection):
         self._bases, self._extensions, self.epsilon, self._memory = {}, 0, self._first_epsilon, BasisMemory()
         return past
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Do with the bases what ``unlearn_basis`` says. They hold nobody's samples, but directions of their inputs.
 
         A request that names clients takes out all their answers, also where it asks for some of their samples only.
@@ -144,35 +144,35 @@ class GrowingBases(Projection):
             return super().forget(request)
         if mode == "recompute":
             self._stale = True
-            return Residual(name, "recomputed", WHY[mode])
+            return ErasureOutcome(name, "recomputed", WHY[mode])
         if mode == "keep":
-            return Residual(name, "remains", WHY[mode])
+            return ErasureOutcome(name, "remains", WHY[mode])
         concerned = set(request.clients)
         if not concerned:
-            return Residual(name, "remains", f"{WHY['keep']}; unlearn_basis=recompute asks for them again")
+            return ErasureOutcome(name, "remains", f"{WHY['keep']}; unlearn_basis=recompute asks for them again")
         if not concerned & self._memory.contributors():
-            return Residual(name, "none", "the clients concerned have no share in the bases")
+            return ErasureOutcome(name, "none", "the clients concerned have no share in the bases")
         return self._rebuild(concerned) if mode == "keep_grams" else self._drop(concerned)
 
-    def _rebuild(self, concerned: set[str]) -> Residual:
+    def _rebuild(self, concerned: set[str]) -> ErasureOutcome:
         for extension in self._start_over():
             for client in concerned:
                 extension = extension.without(client)
-            if extension.answers:
+            if extension.responses:
                 query = Query(SUBSPACE, {}, NOTHING)
-                added = self._extend(extension.answers, query, torch.device("cpu"))
-                self._remember(extension.server_round, extension.answers, added)
-        return Residual(type(self).__name__, "recomputed", WHY["keep_grams"])
+                added = self._extend(extension.responses, query, torch.device("cpu"))
+                self._remember(extension.server_round, extension.responses, added)
+        return ErasureOutcome(type(self).__name__, "recomputed", WHY["keep_grams"])
 
-    def _drop(self, concerned: set[str]) -> Residual:
+    def _drop(self, concerned: set[str]) -> ErasureOutcome:
         gone, later = self._memory.drop_task(concerned, self._bases)
         self._extensions = len(self._memory.extensions)
         self.epsilon = min(1.0, self._first_epsilon + self._extensions * self.epsilon_increment)
         why = f"directions of {gone} extensions are dropped, and with them what they protected"
         if later:
             why = f"{why}; later extensions stay, whose directions were looked for outside of the dropped ones"
-            return Residual(type(self).__name__, "remains", why)
-        return Residual(type(self).__name__, "reset", why)
+            return ErasureOutcome(type(self).__name__, "remains", why)
+        return ErasureOutcome(type(self).__name__, "reset", why)
 
     def relearn(self, view: PastView) -> None:
         """Ask the clients that stay for every past extension again: each with the samples that it had then."""
@@ -182,10 +182,10 @@ class GrowingBases(Projection):
         for extension in self._start_over():
             models = {client: view.model_of(client) for client in extension.clients if client in view.clients}
             query = self._query(models, view)
-            answers = view.ask_past(query, extension.server_round) if models else []
-            if answers:
-                added = self._extend(answers, query, view.device)
-                self._remember(extension.server_round, answers, added)
+            responses = view.ask_past(query, extension.server_round) if models else []
+            if responses:
+                added = self._extend(responses, query, view.device)
+                self._remember(extension.server_round, responses, added)
 
     def state_dict(self) -> dict[str, Any]:
         """Return bases by layer, epsilon, and the count of extensions."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import Event, Projection, ServerView, Target
 from fedcl.models.flat import Spec
 from fedcl.models.merge import layer_factors, scaled_change
@@ -50,7 +50,7 @@ class LiNeS(Projection):
             self._base[target] = view.model_at(target).clone()
         return change
 
-    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
         """Scale what the task has changed, and begin the next from there."""
         if event.kind != "task_end":
             return {}
@@ -63,12 +63,14 @@ class LiNeS(Projection):
     def _scaled(self, base_P: Tensor, model_P: Tensor) -> Tensor:
         return scaled_change(base_P.double(), model_P.double(), self._factors_P).float()
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the models the task began with: they hold what is to be forgotten, and the next change begins again."""
         if not self._base:
             return super().forget(request)
         self._base = {}
-        return Residual(type(self).__name__, "reset", "models that the present task began with; it begins again now")
+        return ErasureOutcome(
+            type(self).__name__, "reset", "models that the present task began with; it begins again now"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the present task found each target, and how many tasks have ended."""

@@ -17,7 +17,7 @@ from fedcl.base.linalg import (
     random_signs,
     sketch_spectrum,
 )
-from fedcl.contracts.strategy import Answer
+from fedcl.contracts.strategy import Response
 from fedcl.models.flat import Spec, TensorSpec
 
 KEY = "strategy.projection.server"
@@ -114,25 +114,27 @@ def directions_corrected(
     return directions_DM[:, : leading(energies, 1 - (1 - epsilon) / outside, total=total)]
 
 
-def from_official(answers: Sequence[Answer], layer: str, epsilon: float, device: torch.device) -> Found:
+def from_official(responses: Sequence[Response], layer: str, epsilon: float, device: torch.device) -> Found:
     """Return what the published code makes of sketches: ratios of norms, averaged over clients by samples."""
-    total = sum(answer.num_examples for answer in answers)
+    total = sum(response.num_examples for response in responses)
     ratio = sum(
-        answer.num_examples / total * _ratio(_scalar(answer, layer, "residual"), _scalar(answer, layer, "energy"))
-        for answer in answers
+        response.num_examples / total * _ratio(_scalar(response, layer, "residual"), _scalar(response, layer, "energy"))
+        for response in responses
     )
-    return Found(directions_official(_summed(answers, f"{layer}/sketch").to(device), ratio, epsilon))
+    return Found(directions_official(_summed(responses, f"{layer}/sketch").to(device), ratio, epsilon))
 
 
-def from_sketches(answers: Sequence[Answer], layer: str, epsilon: float, device: torch.device) -> Found:
+def from_sketches(responses: Sequence[Response], layer: str, epsilon: float, device: torch.device) -> Found:
     """Return the principal directions of sketches with private random matrices."""
-    energies, directions = sketch_spectrum(_summed(answers, f"{layer}/sketch").to(device))
-    return Found(directions_corrected(energies, directions, _outside(answers, layer), epsilon))
+    energies, directions = sketch_spectrum(_summed(responses, f"{layer}/sketch").to(device))
+    return Found(directions_corrected(energies, directions, _outside(responses, layer), epsilon))
 
 
-def from_grams(answers: Sequence[Answer], layer: str, epsilon: float, device: torch.device, basis_DK: Tensor) -> Found:
+def from_grams(
+    responses: Sequence[Response], layer: str, epsilon: float, device: torch.device, basis_DK: Tensor
+) -> Found:
     """Return the principal directions of what the Gram matrices hold outside the basis: exact."""
-    gram_DD = _summed(answers, f"{layer}/gram").to(device)
+    gram_DD = _summed(responses, f"{layer}/gram").to(device)
     residual_DD = project_out_gram(gram_DD, basis_DK.to(device))
     energy = float(gram_DD.trace())
     energies, directions = gram_spectrum(residual_DD)
@@ -140,13 +142,13 @@ def from_grams(answers: Sequence[Answer], layer: str, epsilon: float, device: to
     return Found(directions_corrected(energies, directions, outside, epsilon))
 
 
-def from_ranges(answers: Sequence[Answer], layer: str, epsilon: float, device: torch.device, draw: Tensor) -> Found:
+def from_ranges(responses: Sequence[Response], layer: str, epsilon: float, device: torch.device, draw: Tensor) -> Found:
     """Return the principal directions of C Omega, the residual's Gram matrix times the signs that ``draw`` names."""
-    sketch_DQ, outside = _summed(answers, f"{layer}/range").to(device), _outside(answers, layer)
+    sketch_DQ, outside = _summed(responses, f"{layer}/range").to(device), _outside(responses, layer)
     if outside <= 1 - epsilon or not bool(sketch_DQ.any()):
         return Found(sketch_DQ[:, :0])
     seed, width = draw.tolist()
-    residual = sum(_scalar(answer, layer, "residual") for answer in answers)
+    residual = sum(_scalar(response, layer, "residual") for response in responses)
     energies, directions = nystrom_spectrum(sketch_DQ, random_signs(len(sketch_DQ), width, seed).to(sketch_DQ))
     short = float(energies.sum()) < (1 - (1 - epsilon) / outside) * residual and width < len(sketch_DQ)
     return Found(directions_corrected(energies, directions, outside, epsilon, total=residual), short)
@@ -160,21 +162,21 @@ def _shared_head(tensor: TensorSpec) -> bool:
     return tensor.name.startswith("head.")
 
 
-def _summed(answers: Sequence[Answer], name: str) -> Tensor:
-    total = torch.zeros(answers[0].tensors[name].shape, dtype=torch.float64)
-    for answer in answers:
-        total += answer.tensors[name].double()
+def _summed(responses: Sequence[Response], name: str) -> Tensor:
+    total = torch.zeros(responses[0].tensors[name].shape, dtype=torch.float64)
+    for response in responses:
+        total += response.tensors[name].double()
     return total
 
 
-def _scalar(answer: Answer, layer: str, name: str) -> float:
-    return float(answer.tensors[f"{layer}/{name}"][0])
+def _scalar(response: Response, layer: str, name: str) -> float:
+    return float(response.tensors[f"{layer}/{name}"][0])
 
 
-def _outside(answers: Sequence[Answer], layer: str) -> float:
+def _outside(responses: Sequence[Response], layer: str) -> float:
     """Return the residual's share of the inputs' energy, pooled over clients."""
-    energy = sum(_scalar(answer, layer, "energy") for answer in answers)
-    return sum(_scalar(answer, layer, "residual") for answer in answers) / energy if energy else 0.0
+    energy = sum(_scalar(response, layer, "energy") for response in responses)
+    return sum(_scalar(response, layer, "residual") for response in responses) / energy if energy else 0.0
 
 
 def _ratio(residual: float, energy: float) -> float:

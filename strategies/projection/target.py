@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection, ServerView
 from fedcl.contracts.strategy import Target as TargetName
 from fedcl.models.flat import FlatModel
@@ -82,7 +82,7 @@ def synthesise(
     ``model`` gives the architecture, and ``seed`` every draw.
     """
     draw = torch.Generator().manual_seed(seed)
-    teacher, student = model.twin(), model.twin()
+    teacher, student = model.copy(), model.copy()
     teacher.load(teacher_P)
     student.load(student_P)
     teacher.eval()
@@ -164,7 +164,7 @@ class TARGET(Projection):
         """Return the samples; none before a task has ended."""
         return self._made
 
-    def conclude(self, event: Event, view: ServerView) -> dict[TargetName, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[TargetName, Tensor]:
         """Make new samples of all columns met so far, where a task has ended and others are to come."""
         if event.kind != "task_end" or event.is_last_task or self._work is None or self._student is None:
             return {}
@@ -193,10 +193,10 @@ class TARGET(Projection):
         """Restore them."""
         self._made = dict(state["made"])
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the samples: each is made from a model that has seen everybody."""
         self._made = {}
-        return Residual(type(self).__name__, "reset", "synthetic samples are dropped until the next task ends")
+        return ErasureOutcome(type(self).__name__, "reset", "synthetic samples are dropped until the next task ends")
 
     def metrics(self) -> dict[str, float]:
         """Return how sure the model is of the samples it was asked for: mean probability of the most likely column."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import ServerView, Staleness, Update
 from fedcl.models.flat import Spec
 from strategies.staleness.rebase import rebased
@@ -91,9 +91,9 @@ class DCASGD(Staleness):
         if self.adaptive:
             self._mean_square = state["mean_square"]
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Start the moving mean again: it mixes all clients."""
         if not self.adaptive:
             return super().forget(request)
         self._mean_square = torch.zeros_like(self._mean_square)
-        return Residual(type(self).__name__, "reset", "the mean of squared changes mixed all clients")
+        return ErasureOutcome(type(self).__name__, "reset", "the mean of squared changes mixed all clients")

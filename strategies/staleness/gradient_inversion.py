@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import LocalWork, ServerView, Staleness, Update
 from strategies.staleness.hindsight import Hindsight
 from strategies.staleness.inversion import Variant
@@ -282,15 +282,17 @@ class GradientInversion(Staleness):
         self._counts = dict(state.get("counts", {}))
         self.hindsight.load_state_dict(state.get("errors", {}))
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the samples made up for the clients named, or for all if it names none."""
         for client in request.clients or tuple(self._clients):
             self._clients.pop(client, None)
         self.hindsight.load_state_dict({})
         name, why = type(self).__name__, "samples made up for late clients are dropped, and errors seen in hindsight"
         if self._clients:
-            return Residual(name, "remains", f"{why}; those of other clients stay, made with models that had seen it")
-        return Residual(name, "reset", why)
+            return ErasureOutcome(
+                name, "remains", f"{why}; those of other clients stay, made with models that had seen it"
+            )
+        return ErasureOutcome(name, "reset", why)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

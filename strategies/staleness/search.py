@@ -151,7 +151,7 @@ def solve(simulation: Simulation, search: Search, riddles: Sequence[Riddle]) -> 
     plan = [torch.stack(rows) for rows in zip(*(riddle.plan for riddle in riddles), strict=True)]
     x, y, steps = invert(simulation, base, change, (x, y), plan, search)
     left = torch.linalg.vector_norm(simulation.changes(base, x, y, plan) - change, dim=1)
-    residuals = (left / torch.linalg.vector_norm(change, dim=1)).tolist()
+    outcomes = (left / torch.linalg.vector_norm(change, dim=1)).tolist()
     told = simulation.changes(now, x, y, plan)
-    answers = [Answer(x[k], y[k], told[k], residuals[k], steps[k]) for k in range(len(riddles))]
+    answers = [Answer(x[k], y[k], told[k], outcomes[k], steps[k]) for k in range(len(riddles))]
     return answers, time.perf_counter() - started

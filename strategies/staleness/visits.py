@@ -18,7 +18,7 @@ class Visits:
     """
 
     def __init__(self, work: LocalWork, samples: int, variant: Variant) -> None:
-        self.model = work.model.twin()
+        self.model = work.model.copy()
         self.model.eval()
         self.model.set_generator(None)
         self.trained = trainable(self.model)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import ServerView, Staleness, Update
 from fedcl.models.flat import Spec
 from fedcl.server.strategy import exact_sum
@@ -102,10 +102,10 @@ class WeightPrediction(Staleness):
         self._step, self._ages = state.get("step"), dict(state.get("ages", {}))
         self._sent.clear()
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the trajectory: it ends in a model that is about to be edited."""
         self._last, self._step, self._version = None, None, 0
         self._sent.clear()
         for client in request.clients:
             self._ages.pop(client, None)
-        return Residual(type(self).__name__, "reset", "the model's trajectory holds every client's changes")
+        return ErasureOutcome(type(self).__name__, "reset", "the model's trajectory holds every client's changes")

@@ -100,20 +100,20 @@ def test_every_client_has_its_samples() -> None:
 
 def test_the_bare_loop_and_the_engines_train_the_same_model() -> None:
     bare = Loop(SMALL)
-    bare.play(2)
+    bare.run(2)
     before = flat(SMALL.network())
     with federation(SMALL, "backend=inline") as run:
-        run.play(2)
+        run.run(2)
         moved = float((run.weights() - before).norm())
         assert float((run.weights() - bare.flat()).norm()) <= 1e-5 * moved
     copies = engine.Copies(SMALL)
-    copies.play(2)
+    copies.run(2)
     assert float((copies.flat() - bare.flat()).norm()) <= 1e-5 * moved
 
 
 def test_a_limit_ends_where_it_began() -> None:
     limit = engine.Limit(SMALL, 20, channels_last=False)
-    limit.play(3)
+    limit.run(3)
     assert torch.equal(flat(limit.net), flat(SMALL.network()))
 
 
@@ -135,19 +135,19 @@ def test_a_rival_plays_what_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "echo_rival.py").write_text(ECHO)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Rival("echo_rival", SMALL) as rival:
-        rival.play(2)
-        rival.play(3)
+        rival.run(2)
+        rival.run(3)
         assert rival.weights().tolist() == [5.0, 5.0, 5.0]
         pid = rival.pid
     assert pid not in descendants(os.getpid())
     with Rival("echo_rival", SMALL) as rival, pytest.raises(RuntimeError, match="thirteen is too many"):
-        rival.play(13)
+        rival.run(13)
 
 
 def test_orders_carry_the_workload() -> None:
-    (ask, to), (back, answer) = os.pipe(), os.pipe()
+    (ask, to), (back, response) = os.pipe(), os.pipe()
     os.close(to)
-    orders = Orders([str(ask), str(answer), json.dumps(vars(SMALL))])
+    orders = Orders([str(ask), str(response), json.dumps(vars(SMALL))])
     assert orders.workload == SMALL
     assert orders.rounds(lambda: np.zeros(1, np.float32)) == 0
     assert os.read(back, 100) == b'{"done": true}\n'
@@ -162,7 +162,7 @@ def test_sizes_are_log_normal_and_the_same_each_time() -> None:
 
 
 def test_balance_is_the_mean_over_the_longest_worker() -> None:
-    played = hetero.Played(1.0, 2, SMALL.steps, lambda rounds: None, ())
+    played = hetero.RunSide(1.0, 2, SMALL.steps, lambda rounds: None, ())
     played.busy, played.walls = [(3.0, 1.0), (2.0, 2.0), (4.0, 2.0)], [1.0, 2.0, 4.0]
     assert played.balance == pytest.approx(0.75)
     assert played.rate == SMALL.steps / 2.0

@@ -189,7 +189,7 @@ def test_what_is_replayed_is_what_came_bit_for_bit(images: PartitionedData, devi
         originals[task.id] = rows(data.x)
         ctx = visit(data, task, visit=task.id)
         offer_all(buffer, ctx)
-        buffer.conclude(ctx)
+        buffer.finalize(ctx)
         carried = ReplayBuffer(40, policy)  # another visit: only what is stored goes with it
         carried.load(clone(unpack(*pack(buffer.state())), device))
         assert equal(carried.state(), buffer.state())
@@ -264,7 +264,7 @@ def test_herding_chooses_at_the_end_of_a_task_and_keeps_the_dearest(
     first = visit(images.train("0", TASKS[0], device), TASKS[0])
     offer_all(buffer, first)
     assert len(buffer) == 0
-    buffer.conclude(first, logits=True)
+    buffer.finalize(first, logits=True)
     features = first.model(first.data.x).features.detach()
     for column in range(3):
         members = torch.nonzero(first.data.y == column).squeeze(1)
@@ -274,7 +274,7 @@ def test_herding_chooses_at_the_end_of_a_task_and_keeps_the_dearest(
         assert torch.equal(buffer.held["x"][mine], first.data.raw[expected])
         torch.testing.assert_close(buffer.held["logits"][mine], first.model(first.data.x[expected]).logits)
     before = buffer.held
-    buffer.conclude(visit(images.train("0", TASKS[1], device), TASKS[1]), logits=True)
+    buffer.finalize(visit(images.train("0", TASKS[1], device), TASKS[1]), logits=True)
     after = buffer.held
     for column in range(3):
         old = (after["y"] == column) & (after["task"] == 0)

@@ -20,7 +20,7 @@ Make = Callable[..., Context]
 
 def by_hand(ctx: Context, training: LocalTraining) -> tuple[Tensor, list[float]]:
     """The same visit as anybody would write it with torch.optim.SGD."""
-    net, data = ctx.model.twin().module, ctx.data
+    net, data = ctx.model.copy().module, ctx.data
     net.train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay, foreach=False

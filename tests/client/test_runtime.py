@@ -53,7 +53,7 @@ class Counter(Plugin):
             raise ArithmeticError("the client broke")
         return batch
 
-    def answer(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
+    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"count": torch.tensor([float(self.visits)]) + request["plus"]}
 
     def state(self) -> State:
@@ -93,9 +93,9 @@ def test_the_life_of_a_client(make_runtime: Make) -> None:
         "after_task 0 True", "before_task 1", "before_round 3", "after_round [0, 1]",
     ]  # fmt: skip
     assert state["tasks"] == {"0": [0, 1], "1": [2, 3]}
-    answer = ask(runtime, store, "query", committed=3, name="count", payload={"plus": torch.tensor([0.5])})
-    assert answer.payload["count"].tolist() == [3.5]
-    assert answer.num_examples == 15
+    response = ask(runtime, store, "query", committed=3, name="count", payload={"plus": torch.tensor([0.5])})
+    assert response.payload["count"].tolist() == [3.5]
+    assert response.num_examples == 15
 
 
 def test_a_retried_visit_starts_again_and_ends_the_same(make_runtime: Make) -> None:

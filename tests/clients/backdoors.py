@@ -20,7 +20,7 @@ from fedcl.base.randomness import numpy_generator
 from fedcl.config.compose import compose
 from fedcl.data.dataset import Dataset
 from fedcl.runs.retrained import make_unlearning
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.simulation.backend import open_backend
 from tests.toy import Diary
 
@@ -61,19 +61,19 @@ def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) ->
     overrides += ["client.optimizer.lr=0.05", "client.batch_size=32", "strategy/projection=none", "backend=inline"]
     overrides += ["evaluation.every=0", "compare_with=null", "device=cpu", f"unlearner={unlearner}", f"seed={seed}"]
     overrides += [f"unlearning.cache={folder}", *extra]
-    prepared = Prepared.of(cfg := compose(overrides))
-    sizes = [len(part) for part in prepared.partition.train]
-    leaver = int(np.argmax(sizes))
-    cfg = compose([*overrides, f"unlearning.requests=[{{scope: client, clients: ['{leaver}'], at: end}}]"])
-    part = prepared.partition.train[leaver]
+    setup = Setup.of(cfg := compose(overrides))
+    sizes = [len(part) for part in setup.partition.train]
+    departing_client = int(np.argmax(sizes))
+    cfg = compose([*overrides, f"unlearning.requests=[{{scope: client, clients: ['{departing_client}'], at: end}}]"])
+    part = setup.partition.train[departing_client]
     chosen = numpy_generator(seed, "backdoor").permutation(part)[: round(POISONED * len(part))]
-    prepared = replace(prepared, dataset=poisoned(load_dataset(cfg), chosen))
+    setup = replace(setup, dataset=poisoned(load_dataset(cfg), chosen))
     diary: Any = Diary()
     models = {}
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
-        unlearning = make_unlearning(cfg, prepared, backend, folder)
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
+        unlearning = make_unlearning(cfg, setup, backend, folder)
         unlearning.options = replace(unlearning.options, reference=False)
-        server = make_server(cfg, prepared, backend, diary, unlearning=unlearning)
+        server = make_server(cfg, setup, backend, diary, unlearning=unlearning)
         begin = unlearning.begin
 
         def note(*args: Any, **kwargs: Any) -> bool:
@@ -86,21 +86,21 @@ def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) ->
     assert diary.faults == []
     assert [event["kind"] for event in diary.events if event["kind"].startswith("request")][-1] == "request_served"
     measured = {row["name"]: row["value"] for row in diary.rows if row["phase"] == "unlearning"}
-    before, after = (_judged(cfg, prepared, models[when]) for when in ("before", "after"))
+    before, after = (_judged(cfg, setup, models[when]) for when in ("before", "after"))
     return Served(*before, *after, measured)
 
 
-def _judged(cfg: dict[str, Any], prepared: Prepared, model: torch.Tensor) -> tuple[float, float]:
+def _judged(cfg: dict[str, Any], setup: Setup, model: torch.Tensor) -> tuple[float, float]:
     """Return the clean accuracy, and the backdoor's success on images of other classes."""
-    network = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu"))
+    network = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     network.load(model)
     network.eval()
-    test = prepared.dataset.test
+    test = setup.dataset.test
 
-    def answers(x: NDArray[Any]) -> NDArray[Any]:
+    def responses(x: NDArray[Any]) -> NDArray[Any]:
         with torch.no_grad():
-            found = network(torch.from_numpy(prepared.dataset.normalise(x))).logits.argmax(1)
+            found = network(torch.from_numpy(setup.dataset.normalise(x))).logits.argmax(1)
         return np.asarray(found)
 
     others = test.y != TARGET
-    return float((answers(test.x) == test.y).mean()), float((answers(triggered(test.x[others])) == TARGET).mean())
+    return float((responses(test.x) == test.y).mean()), float((responses(triggered(test.x[others])) == TARGET).mean())

@@ -33,7 +33,7 @@ class Client:
     visit: int = 0
     committed: int = NEVER
 
-    def play(self, script: Sequence[tuple[str, int]], *, rebuild: bool = False) -> Iterator[Tensor]:
+    def run(self, script: Sequence[tuple[str, int]], *, rebuild: bool = False) -> Iterator[Tensor]:
         """Do each (kind, task) of the script, and yield the model after it."""
         model = self.runtime.model.vector()
         for kind, task_id in script:
@@ -100,20 +100,20 @@ def make_client(device: torch.device) -> Callable[..., Client]:
 
 
 SCRIPT = [(kind, task) for task in range(3) for kind in ("train", "train", "task_end")]
-Play = Callable[..., tuple[list[Tensor], dict[str, dict[str, Tensor]]]]
+RunExperiment = Callable[..., tuple[list[Tensor], dict[str, dict[str, Tensor]]]]
 
 
 @pytest.fixture(scope="module")
-def played(blobs: Dataset, make_client: Callable[..., Client]) -> Play:
+def played(blobs: Dataset, make_client: Callable[..., Client]) -> RunExperiment:
     """Return a function that plays three tasks with a learner, once a module, and gives the models and its state."""
     known: dict[tuple[str, type[Stream]], tuple[list[Tensor], dict[str, dict[str, Tensor]]]] = {}
 
-    def play(name: str, plugins: Factories, kind: Any) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+    def run_one(name: str, plugins: Factories, kind: Any) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         if (name, kind) not in known:
             stream = kind(num_classes=blobs.num_classes, input_shape=blobs.input_shape, seed=0, num_tasks=3)
             client = make_client(blobs, stream, plugins)
-            models = [model.clone() for model in client.play(SCRIPT)]
+            models = [model.clone() for model in client.run(SCRIPT)]
             known[name, kind] = models, client.state if client.store.has("0", client.committed) else {}
         return known[name, kind]
 
-    return play
+    return run_one

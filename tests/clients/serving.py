@@ -12,7 +12,7 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer, LocalWork, Target
+from fedcl.contracts.strategy import LocalWork, Response, Target
 from fedcl.contracts.unlearner import Samples, UnlearnContext, Unlearner, Value
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
@@ -69,19 +69,19 @@ class Serving:
         self,
         step: str,
         models: Mapping[str, Tensor],
-        answer: Form,
+        response: Form,
         tensors: Mapping[str, Tensor] | None = None,
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
-    ) -> list[Answer]:
-        answers, expected = [], Expected.of("unlearn", self.spec, answer)
+    ) -> list[Response]:
+        responses, expected = [], Expected.of("unlearn", self.spec, response)
         for client, vector in models.items():
             self.asked.append((step, client))
             done = self.unlearner.local(self.context(client, vector, dict(tensors or {}), dict(args)), step)
             assert rejection(Reply(done.num_examples, payload=done.tensors), expected) is None
             if done.num_examples:
-                answers.append(Answer(client, done.num_examples, done.tensors))
-        return answers
+                responses.append(Response(client, done.num_examples, done.tensors))
+        return responses
 
     def context(
         self,

@@ -15,7 +15,7 @@ from clients.learners.quadratic import summands, summed
 from clients.learners.si import SI
 from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer, Query
+from fedcl.contracts.strategy import Query, Response
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
@@ -48,14 +48,14 @@ def message(learner: type[Plugin], tasks: Sequence[Sequence[Context]]) -> dict[s
     statistics = Statistics([build(learner)])
     for clients in tasks:
         (query,) = statistics.queries({str(i): ctx.received for i, ctx in enumerate(clients)})
-        answers = []
+        responses = []
         for i, ctx in enumerate(clients):
             plugin = build(learner)
             plugin.setup(ctx)
-            answers.append(Answer(str(i), len(ctx.data), plugin.answer(ctx, query.name, {})))
-            came = Reply(len(ctx.data), payload=answers[-1].tensors)
-            assert rejection(came, Expected.of("query", ctx.model.spec, query.answer)) is None
-        statistics.absorb(query, answers)
+            responses.append(Response(str(i), len(ctx.data), plugin.respond(ctx, query.name, {})))
+            came = Reply(len(ctx.data), payload=responses[-1].tensors)
+            assert rejection(came, Expected.of("query", ctx.model.spec, query.response)) is None
+        statistics.consume(query, responses)
     return statistics.message()
 
 
@@ -148,7 +148,7 @@ def test_a_client_keeps_nothing_of_its_own(device: torch.device) -> None:
 # One step: g = 2, dtheta = -1 for the first weight: path 2, way 1, Omega = 2 / (1 + 1) = 1.
 def test_the_paths_of_clients_are_weighed_by_their_samples(device: torch.device) -> None:
     statistics = Statistics([SI(aggregate=True)])
-    answers = []
+    responses = []
     for i, (rows, gradient) in enumerate([(slice(8), 2.0), (slice(8, 12), 6.0)]):
         ctx, si = context(device, rows), SI(aggregate=True, damping=1.0)
         si.setup(ctx)
@@ -164,9 +164,9 @@ def test_the_paths_of_clients_are_weighed_by_their_samples(device: torch.device)
         asked.after_task(ctx)
         later = SI(aggregate=True, damping=1.0)
         later.load(asked.state())
-        answers.append(Answer(str(i), len(ctx.data), later.answer(context(device, rows), "path_importance", {})))
-        assert later.answer(context(device, rows, task=1), "path_importance", {}) == {}  # no part in that task
-    statistics.absorb(Query("path_importance", {}, {}), answers)
+        responses.append(Response(str(i), len(ctx.data), later.respond(context(device, rows), "path_importance", {})))
+        assert later.respond(context(device, rows, task=1), "path_importance", {}) == {}  # no part in that task
+    statistics.consume(Query("path_importance", {}, {}), responses)
     moved = context(device)
     with torch.no_grad():
         moved.model.flat[0] += 2.0

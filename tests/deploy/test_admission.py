@@ -34,7 +34,7 @@ from fedcl.deploy.layout import Fleet
 from fedcl.deploy.processes import Processes, environment, unreachable
 from fedcl.deploy.submit import CONNECTION, flwr, submit
 from fedcl.results import load
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from tests.deploy.fleets import ended, new_fleet
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(600)]
@@ -312,8 +312,8 @@ def test_who_is_on_the_servers_machine_runs_nothing_on_a_device(
     few = ["num_clients=1", "scenario.num_tasks=1", "rounds_per_task=1", "learner=er", "strategy/projection=none"]
     weights = tmp_path / "weights.safetensors"  # a file of the server's, which no device hears of
     cfg = compose([*few, "backend=flower"])
-    prepared = Prepared.of(cfg)
-    network = make_model(cfg, prepared.dataset, prepared.stream, torch.device("cpu")).module
+    setup = Setup.of(cfg)
+    network = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu")).module
     save_file({name: 0.5 * tensor for name, tensor in network.state_dict().items()}, weights)
     submit(fleet, [*few, f"model.pretrained={weights}", "figures=false", f"run_dir={folder}"], quiet=True)
     assert load(folder).status == "done"

@@ -32,13 +32,13 @@ def running(processes: Processes, overrides: list[str], folder: Path) -> Iterato
     """Play a run beside the test, and cut it short at the test's end by killing the server."""
     faults: list[BaseException] = []
 
-    def play() -> None:
+    def run_one() -> None:
         try:
             submit(processes.fleet, [*overrides, f"run_dir={folder}"], quiet=True)
         except BaseException as error:
             faults.append(error)
 
-    thread = threading.Thread(target=play, daemon=True)
+    thread = threading.Thread(target=run_one, daemon=True)
     thread.start()
     try:
         yield

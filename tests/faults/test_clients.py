@@ -20,7 +20,7 @@ from fedcl.results.launches import Trust
 from fedcl.runs.experiment import resume
 from fedcl.simulation.devices import DeviceProfile
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 SMALL = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none"]
 SMALL += ["checkpoint.min_seconds=0"]
@@ -131,7 +131,7 @@ def test_a_question_to_a_client_whose_reply_is_still_under_way_costs_it_no_state
         finished_task="keep",
         personal_evaluation=True,
         evaluate_every=1,
-    ).play()
+    ).run()
     # every task ends with client 1 on its way, and asks everybody how good its model is
     assert {row["client"] for row in system.notes.rows if row["phase"] == "personal"} == {"0", "1", "2", "3"}
     assert system.notes.events == []
@@ -219,7 +219,7 @@ def scant_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=lambda settings: settings[0].split("=")[-1],
 )
 def test_one_sample_one_class_or_an_empty_task_make_no_nan(
-    method: list[str], scenario: str, run_experiment: Play, scant_dir: Path
+    method: list[str], scenario: str, run_experiment: RunExperiment, scant_dir: Path
 ) -> None:
     settings = ["num_clients=4", "rounds_per_task=1", f"scenario={scenario}", "data/partition=scant"]
     settings += ["evaluation.personal=true", "strategy/projection=none", *method]
@@ -240,7 +240,7 @@ def test_one_sample_one_class_or_an_empty_task_make_no_nan(
 
 
 def test_batch_normalisation_of_a_single_sample_is_a_named_failure_or_finite(
-    run_experiment: Play, scant_dir: Path
+    run_experiment: RunExperiment, scant_dir: Path
 ) -> None:
     settings = ["num_clients=4", "rounds_per_task=2", "data/partition=scant", "model=normed"]
     folder = run_experiment("run", *settings, "strategy/projection=none", config_dirs=[scant_dir])
@@ -254,7 +254,7 @@ def test_batch_normalisation_of_a_single_sample_is_a_named_failure_or_finite(
 # -- random numbers ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_every_global_random_state_alone(run_experiment: Play) -> None:
+def test_a_run_leaves_every_global_random_state_alone(run_experiment: RunExperiment) -> None:
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     settings = ["scenario.num_tasks=2", "rounds_per_task=1", "learner=[ewc,er]", "model.hidden=[32]"]
     settings.append("model.dropout=[0.2]")

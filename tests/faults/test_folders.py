@@ -117,14 +117,14 @@ def told(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     def made_of(kind: str, command: str) -> Any:
         if (kind, command) not in known:
             folder = Path(shutil.copytree(folders[kind], tmp_path_factory.mktemp("told") / kind))
-            known[kind, command] = _play(command, folder)
+            known[kind, command] = _run(command, folder)
             assert known[kind, command][0] == 0, known[kind, command]
         return known[kind, command]
 
     return made_of
 
 
-def _play(command: str, folder: Path) -> tuple[int, list[str], list[str], Any]:
+def _run(command: str, folder: Path) -> tuple[int, list[str], list[str], Any]:
     """Return the exit status, the warnings, the error lines, and the numbers that came of a command."""
     import contextlib
     import io
@@ -193,7 +193,7 @@ def _answer(case: Case, folders: dict[str, Path], told: Callable[[str, str], Any
     shutil.rmtree(place, ignore_errors=True)
     folder = Path(shutil.copytree(folders[case.kind], place / case.kind))
     _damage(folder / case.file, case.damage)
-    code, warned, errors, numbers = _play(case.command, folder)
+    code, warned, errors, numbers = _run(case.command, folder)
     name = Path(case.file).name
     if any("Traceback" in line for line in errors):
         return "\n".join(errors)

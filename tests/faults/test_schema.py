@@ -13,7 +13,7 @@ from fedcl.base.tree import equal
 from fedcl.config.compose import list_choices
 from fedcl.simulation import backend
 from tests.faults.spoiling import BAD, Spoiling
-from tests.toy import PARTS, Choices, Diary, configure, label, missing, play, write_files
+from tests.toy import PARTS, Choices, Diary, configure, label, missing, run_toy, write_files
 
 GROUPS = (*PARTS, "strategy", "learner", "unlearner")
 EVERY: list[Choices] = [{group: choice} for group in GROUPS for choice, _ in list_choices(group)]
@@ -62,7 +62,7 @@ def played(cfg: dict[str, Any], seed: int | None, *, wire: bool = False) -> tupl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "ClientHost", host)
-        diary = play(cfg, watch=False, cohorts=not wire)
+        diary = run_toy(cfg, watch=False, cohorts=not wire)
     return diary, hosts[0].spoiled
 
 

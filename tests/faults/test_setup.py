@@ -18,13 +18,13 @@ from fedcl.assembly import device_of
 from fedcl.cli import main
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
-from fedcl.contracts.strategy import GLOBAL, Answer, Query
+from fedcl.contracts.strategy import GLOBAL, Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.results import load
 from strategies.projection.fot import FOT
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
 
 # -- configurations ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_what_cannot_fit_the_data_is_refused_before_anything_is_written(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 def test_without_cuda_auto_is_the_processor_and_cuda_is_refused(
-    run_experiment: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_experiment: RunExperiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["num_clients=2", "rounds_per_task=1", "scenario.num_tasks=2", "strategy/projection=none"]
     auto, cpu = run_experiment("auto", *small, "device=auto"), run_experiment("cpu", *small, "device=cpu")
@@ -138,15 +138,15 @@ def _fot(**options: Any) -> tuple[FOT, FlatModel]:
     return projection, model
 
 
-def _absorb(projection: FOT, gram_DD: torch.Tensor) -> None:
+def _consume(projection: FOT, gram_DD: torch.Tensor) -> None:
     view: Any = SimpleNamespace(device=torch.device("cpu"))  # all that absorbing needs of the server
-    projection.absorb(Query("subspace", {}, {}), [Answer("a", 5, {"head/gram": gram_DD.double()})], view)
+    projection.consume(Query("subspace", {}, {}), [Response("a", 5, {"head/gram": gram_DD.double()})], view)
 
 
 def test_a_full_subspace_freezes_its_layer_and_says_so() -> None:
     projection, model = _fot()
     view: Any = None
-    _absorb(projection, torch.eye(4))
+    _consume(projection, torch.eye(4))
     numbers = projection.metrics()
     assert (numbers["rank/head"], numbers["frozen_share/head"]) == (4.0, 1.0)
     change = torch.ones(model.spec.size, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_a_full_subspace_freezes_its_layer_and_says_so() -> None:
     assert bool((allowed[weight.stop :] == 1).all())  # its bias is free
     basis = projection.basis("head").clone()
     for gram in (torch.eye(4), torch.full((4, 4), 3.0)):  # there is no room left: more changes nothing
-        _absorb(projection, gram)
+        _consume(projection, gram)
         assert torch.equal(projection.basis("head"), basis)
 
 
@@ -164,17 +164,17 @@ def test_a_full_subspace_freezes_its_layer_and_says_so() -> None:
 def test_a_rank_deficient_subspace_gets_no_more_directions_than_it_has(scale: float) -> None:
     projection, _ = _fot()
     rows = torch.tensor([[1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]).double()
-    _absorb(projection, scale * rows.T @ rows)
+    _consume(projection, scale * rows.T @ rows)
     basis = projection.basis("head")
     assert 2 <= basis.shape[1] <= 4
     assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-12)
     assert float((rows - rows @ basis @ basis.T).abs().max()) < 1e-9
-    _absorb(projection, torch.zeros(4, 4))
+    _consume(projection, torch.zeros(4, 4))
     assert torch.equal(projection.basis("head"), basis)
 
 
 @pytest.mark.parametrize("variant", ["corrected", "official"])
-def test_a_run_goes_on_when_every_layer_is_frozen(variant: str, run_experiment: Play) -> None:
+def test_a_run_goes_on_when_every_layer_is_frozen(variant: str, run_experiment: RunExperiment) -> None:
     settings = ["num_clients=3", "rounds_per_task=2", "scenario.num_tasks=5", "model.hidden=[4]"]
     settings += ["strategy/projection=fot", "strategy.projection.server.epsilon=1.0"]
     run = load(run_experiment("run", *settings, f"strategy.projection.server.variant={variant}"))

@@ -23,7 +23,7 @@ from fedcl.results.environment import create_run_dir
 from fedcl.results.progress import Progress
 from fedcl.runs.experiment import resume
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["num_clients=3", "rounds_per_task=1", "scenario.num_tasks=5", "strategy/projection=none", "learner=er"]
@@ -54,7 +54,7 @@ sys.exit(main(json.loads(sys.argv[2])))
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
 @pytest.mark.parametrize("limit", [pytest.param(300, marks=pytest.mark.slow), 6000], ids=["tables", "checkpoint"])
 def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
-    limit: int, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
+    limit: int, tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash
 ) -> None:
     folder = tmp_path / "full"
     done = subprocess.run(
@@ -82,7 +82,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_whole(
 
 
 def test_a_checkpoint_holds_a_model_that_messages_in_flight_still_start_from(
-    run_experiment: Play, metrics_hash: Hash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_experiment: RunExperiment, metrics_hash: Hash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # nobody is back when the first rounds close, so what was sent is still the global model
     slow = [*SMALL, "rounds_per_task=4", "scenario.num_tasks=2", "devices=homogeneous", "devices.latency=1.0"]

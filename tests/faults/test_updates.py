@@ -22,7 +22,7 @@ from fedcl.simulation.compat import message_with
 from fedcl.simulation.host import ClientHost, Failure
 
 BAD = "1"  # the client at fault throughout
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 
 
 def scaling(factor: float) -> type[ClientRuntime]:
@@ -52,7 +52,7 @@ def test_the_norm_of_a_change_by_hand() -> None:
 
 
 def test_an_update_far_larger_than_the_others_is_logged_and_counts(build: Any) -> None:
-    system = build(runtime_class=scaling(100.0)).play()
+    system = build(runtime_class=scaling(100.0)).run()
     outlier = system.events("update_outlier")[0]
     assert (outlier["round"], outlier["client"]) == (0, BAD)
     assert outlier["norm"] > 10 * outlier["median"] > 0
@@ -62,7 +62,7 @@ def test_an_update_far_larger_than_the_others_is_logged_and_counts(build: Any) -
 
 def test_what_ruins_the_model_is_named_and_the_run_goes_on(build: Any) -> None:
     """The largest change that the bound on numbers lets through: accuracy is gone, and whose fault it is is told."""
-    system = build(runtime_class=scaling(1e17)).play()
+    system = build(runtime_class=scaling(1e17)).run()
     outliers = system.events("update_outlier")
     assert (outliers[0]["round"], outliers[0]["client"]) == (0, BAD)
     assert outliers[0]["norm"] > 1e15
@@ -71,8 +71,8 @@ def test_what_ruins_the_model_is_named_and_the_run_goes_on(build: Any) -> None:
 
 
 def test_updates_of_a_size_are_no_outliers(build: Any) -> None:
-    assert build().play().events("update_outlier") == []
-    assert build(runtime_class=scaling(5.0)).play().events("update_outlier") == []
+    assert build().run().events("update_outlier") == []
+    assert build(runtime_class=scaling(5.0)).run().events("update_outlier") == []
 
 
 @pytest.mark.parametrize("cohorts", [True, False])
@@ -82,7 +82,7 @@ def test_beyond_the_largest_norm_allowed_an_update_is_rejected_by_name(
 ) -> None:
     system = build(runtime_class=scaling(factor), cohorts=cohorts)
     system.exchange.max_update_norm = 1.0
-    system.play()
+    system.run()
     events = system.events("reply_rejected")
     assert [(e["client"], e["round"]) for e in events] == [(BAD, r) for r in range(4)]
     assert all("beyond max_update_norm=1" in e["reason"] for e in events)
@@ -95,10 +95,10 @@ def test_beyond_the_largest_norm_allowed_an_update_is_rejected_by_name(
 def test_an_ample_norm_changes_no_bit(build: Any) -> None:
     limited = build()
     limited.exchange.max_update_norm = 1e6
-    assert torch.equal(limited.play().server.global_model, build().play().server.global_model)
+    assert torch.equal(limited.run().server.global_model, build().run().server.global_model)
 
 
-def test_the_largest_norm_is_a_setting(run_experiment: Play) -> None:
+def test_the_largest_norm_is_a_setting(run_experiment: RunExperiment) -> None:
     small = ["num_clients=4", "rounds_per_task=1", "scenario.num_tasks=2", "strategy/projection=none"]
     free = load(run_experiment("free", *small))
     assert free.events["kind"].tolist() == ["partition"]
@@ -125,7 +125,7 @@ def test_a_round_of_updates_without_weight_changes_nothing(build: Any) -> None:
 
     system = build(runtime_class=Weightless)
     before = system.server.global_model.clone()
-    system.play()
+    system.run()
     assert [event["round"] for event in system.events("round_skipped")] == [0, 1, 2, 3]
     assert torch.equal(system.server.global_model, before)
     assert system.server.version == 0
@@ -165,7 +165,7 @@ def hostile_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_krum_survives_a_fifth_of_sign_flippers_where_averaging_does_not(
-    run_experiment: Play, hostile_dir: Path
+    run_experiment: RunExperiment, hostile_dir: Path
 ) -> None:
     # with equal shares of every class: Krum picks one client's model, which on unequal ones is a poor model of all
     common = ["scenario=joint", "data/partition=iid", "num_clients=10", "rounds_per_task=20", "evaluation.every=0"]
@@ -202,7 +202,7 @@ class Repeating(ClientHost):
 
 
 def test_an_old_reply_sent_again_with_the_new_one_is_applied_once(build: Any) -> None:
-    once, again = build().play(), build(host_class=Repeating).play()
+    once, again = build().run(), build(host_class=Repeating).run()
     assert torch.equal(once.server.global_model, again.server.global_model)
     assert [event["client"] for event in again.events("reply_rejected")] == [BAD] * 3
     assert {event["reason"] for event in again.events("reply_rejected")} == {"a second reply to one message"}
@@ -263,9 +263,9 @@ def test_a_reply_of_a_node_that_nobody_knows_is_refused(build: Any) -> None:
 
 
 def _assert_forged_replies_change_nothing(build: Any, change: Any, reason: str, *, rounds: list[int]) -> None:
-    system, honest = build(), build().play()
+    system, honest = build(), build().run()
     system.exchange.grid = Meddling(system.grid, change)
-    system.play()
+    system.run()
     assert torch.equal(system.server.global_model, honest.server.global_model)
     assert system.notes.rows == honest.notes.rows
     assert len(system.notes.events) == len(rounds)

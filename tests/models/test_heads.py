@@ -69,8 +69,8 @@ def test_simplex_head_is_fixed_and_outside_the_vector() -> None:
     assert [tuple(row.shape) for row in rows] == [(2, 4), (3, 4)]
     torch.testing.assert_close(torch.cat(rows), simplex(5))
     torch.testing.assert_close(out.logits, out.features @ simplex(5).T)
-    twin = model.twin()
-    torch.testing.assert_close(twin(inputs()).logits, out.logits)
+    copy_model = model.copy()
+    torch.testing.assert_close(copy_model(inputs()).logits, out.logits)
 
 
 def test_random_features_are_drawn_once_with_the_weights_and_are_no_state() -> None:
@@ -85,7 +85,7 @@ def test_random_features_are_drawn_once_with_the_weights_and_are_no_state() -> N
     expected = torch.stack([expand.matrix[0].clamp(min=0), (-2 * expand.matrix[1]).clamp(min=0)])
     torch.testing.assert_close(expand(features), expected)
     assert model(inputs()).features.shape == (6, 50)
-    torch.testing.assert_close(model.twin()(inputs()).logits, model(inputs()).logits)
+    torch.testing.assert_close(model.copy()(inputs()).logits, model(inputs()).logits)
 
 
 def test_a_head_on_unit_features_reads_their_direction_alone() -> None:

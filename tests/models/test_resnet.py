@@ -87,17 +87,17 @@ def test_a_single_value_a_channel_is_normalised_by_the_running_statistics() -> N
 
 def test_running_statistics_are_in_the_vector_and_a_twin_has_its_own() -> None:
     model = warmed()
-    twin = model.twin()
-    before = twin.vector()
+    copy_model = model.copy()
+    before = copy_model.vector()
     model.train()
     model(images(8, seed=1))
-    assert torch.equal(twin.vector(), before)
+    assert torch.equal(copy_model.vector(), before)
     moved = (model.vector() != before).nonzero().flatten()
     assert {model.spec.tensor_at(int(i)).name.rpartition(".")[2] for i in moved} == {"running_mean", "running_var"}
     model.load(before)
     model.eval()
-    twin.eval()
-    assert torch.equal(model(images(3)).logits, twin(images(3)).logits)
+    copy_model.eval()
+    assert torch.equal(model(images(3)).logits, copy_model(images(3)).logits)
 
 
 def test_functional_calls_in_evaluation_read_the_statistics_they_are_given() -> None:
@@ -153,10 +153,10 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_rest_moves_its_own() -
     moved = {model.spec.tensor_at(int(i)).name for i in (model.vector() != before).nonzero()}
     assert moved
     assert all(name.startswith("layer2.") for name in moved)
-    twin = model.twin()
-    twin.train()
-    assert not twin.module.get_submodule("bn1").training
-    assert twin.module.get_submodule("layer2.0.bn1").training
+    copy_model = model.copy()
+    copy_model.train()
+    assert not copy_model.module.get_submodule("bn1").training
+    assert copy_model.module.get_submodule("layer2.0.bn1").training
     assert len(model.trainable) < len(model.parameters)
 
 

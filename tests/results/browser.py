@@ -38,13 +38,13 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._read()
-            if answer.get("id") == self._last:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                result: dict[str, Any] = answer["result"]
+            response = self._read()
+            if response.get("id") == self._last:
+                if "error" in response:
+                    raise RuntimeError(f"{method}: {response['error']}")
+                result: dict[str, Any] = response["result"]
                 return result
-            self.events.append(answer)
+            self.events.append(response)
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -69,10 +69,10 @@ class Page:
             time.sleep(0.05)
 
     def run(self, expression: str) -> Any:
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"]["text"])
-        return answer["result"].get("value")
+        response = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in response:
+            raise RuntimeError(response["exceptionDetails"]["text"])
+        return response["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
         for kind in ("keyDown", "keyUp"):

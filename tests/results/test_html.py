@@ -74,7 +74,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     recorder.status("done")
     request = ForgetRequest("bob", "client", clients=(EVIL,))
     receipt = Receipt(
-        requests=(request,), first=1, server_round=2, before="0", after="1", model_epoch=1, promise=EVIL, residuals=(),
+        requests=(request,), first=1, server_round=2, before="0", after="1", model_epoch=1, promise=EVIL, outcomes=(),
         measurements={}, cost={"seconds": 0.5},
     )  # fmt: skip
     write(folder, receipt, About({"name": "a.B", "parameters": {}, "replays": False}, {}, {}, {}))

@@ -17,7 +17,7 @@ from fedcl.results.trackers import Trackers, check, scalars
 from fedcl.results.tracking import MLflow, TensorBoard, WandB
 from fedcl.runs.experiment import resume
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=2", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")
 
 
@@ -116,7 +116,7 @@ def accuracies(folder: Path) -> list[float]:
 @pytest.mark.slow
 @needing("tensorboard")
 @pytest.mark.usefixtures("offline")
-def test_tensorboard(run_experiment: Play) -> None:
+def test_tensorboard(run_experiment: RunExperiment) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run_experiment("a", *SMALL, "trackers=tensorboard")
@@ -132,7 +132,7 @@ def test_tensorboard(run_experiment: Play) -> None:
 @pytest.mark.slow
 @needing("mlflow")
 @pytest.mark.usefixtures("offline")
-def test_mlflow_goes_on_with_the_same_run(run_experiment: Play) -> None:
+def test_mlflow_goes_on_with_the_same_run(run_experiment: RunExperiment) -> None:
     from mlflow.tracking import MlflowClient
 
     folder = run_experiment("a", *SMALL, "trackers=mlflow", "checkpoint.min_seconds=0")
@@ -153,7 +153,7 @@ def test_mlflow_goes_on_with_the_same_run(run_experiment: Play) -> None:
 @pytest.mark.slow
 @needing("wandb")
 @pytest.mark.usefixtures("offline")
-def test_wandb_stays_offline(run_experiment: Play) -> None:
+def test_wandb_stays_offline(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "trackers=wandb")
     assert "tracker_failed" not in set(load(folder).events["kind"])
     known = (folder / "wandb_run").read_text().strip()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcl.config.compose import compose
 from fedcl.contracts.strategy import Update
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import open_backend
 from tests.toy import Diary
@@ -65,10 +65,10 @@ def test_the_experiment_is_made_of_these_parts() -> None:
 @pytest.fixture(scope="module")
 def played() -> tuple[Watched, Diary]:
     cfg = compose(SMALL)
-    prepared, diary = Prepared.of(cfg), Diary()
+    setup, diary = Setup.of(cfg), Diary()
     recorder: Any = diary
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
-        server = make_server(cfg, prepared, backend, recorder)
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
+        server = make_server(cfg, setup, backend, recorder)
         assert isinstance(server.strategy, Pipeline)
         watched: Any = Watched(server.strategy)
         server.strategy = watched

@@ -12,11 +12,11 @@ from fedcl.config.compose import compose
 from fedcl.results import load
 from fedcl.runs.experiment import run
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=4", "rounds_per_task=2", "scenario.num_tasks=2", "strategy/projection=none")
 
 
-def test_two_runs_give_one_metrics_file(run_experiment: Play, metrics_hash: Callable[[Path], str]) -> None:
+def test_two_runs_give_one_metrics_file(run_experiment: RunExperiment, metrics_hash: Callable[[Path], str]) -> None:
     first = run_experiment("a", *SMALL)
     second = run_experiment("b", *SMALL)
     other = run_experiment("c", *SMALL, "seed=1")
@@ -24,7 +24,7 @@ def test_two_runs_give_one_metrics_file(run_experiment: Play, metrics_hash: Call
     assert metrics_hash(first) != metrics_hash(other)
 
 
-def test_the_folder_holds_what_the_design_promises(run_experiment: Play) -> None:
+def test_the_folder_holds_what_the_design_promises(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "figures=true")
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "overrides.yaml", "env.json", "STATUS", "metrics.parquet", "timings.parquet"} <= names
@@ -55,7 +55,7 @@ def test_a_run_that_is_its_own_reference_is_not_repeated(tmp_path: Path) -> None
     assert not (folder / "reference").exists()
 
 
-def test_an_excluded_client_moves_nobody_else(run_experiment: Play) -> None:
+def test_an_excluded_client_moves_nobody_else(run_experiment: RunExperiment) -> None:
     whole = load(run_experiment("a", *SMALL, "clients_per_round=2")).metrics
     without = load(run_experiment("b", *SMALL, "clients_per_round=2", "exclude.clients=[3]")).metrics
 
@@ -68,7 +68,7 @@ def test_an_excluded_client_moves_nobody_else(run_experiment: Play) -> None:
     assert "3" not in {client for _, client, _ in trained(without)}
 
 
-def test_excluded_samples_and_classes_are_not_trained_on(run_experiment: Play) -> None:
+def test_excluded_samples_and_classes_are_not_trained_on(run_experiment: RunExperiment) -> None:
     whole = load(run_experiment("a", *SMALL)).metrics
     fewer = load(run_experiment("b", *SMALL, "exclude.samples=[0,1,2]", "exclude.classes=[9]")).metrics
 
@@ -116,7 +116,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["something"]
 
 
-def test_a_client_without_samples_of_a_task_takes_part_in_the_others(run_experiment: Play) -> None:
+def test_a_client_without_samples_of_a_task_takes_part_in_the_others(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "data/partition=shards", "scenario.num_tasks=5", "num_clients=10")
     run_ = load(folder)
     trained = run_.metrics[run_.metrics["name"] == "num_examples"]

@@ -18,17 +18,17 @@ from fedcl.cli import main
 from fedcl.config.value_rules import ConfigError
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.export import ExportedModel, export, load_model
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=3", "rounds_per_task=1", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")
 
 
-def prepared(folder: Path) -> Prepared:
-    return Prepared.of(yaml.safe_load((folder / "config.yaml").read_text()))
+def setup(folder: Path) -> Setup:
+    return Setup.of(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
-def accuracy(model: ExportedModel, run: Prepared, held: torch.Tensor, task: int) -> float:
+def accuracy(model: ExportedModel, run: Setup, held: torch.Tensor, task: int) -> float:
     """Return the share of the task's test samples, among positions `held`, that the exported model gets right."""
     chosen = held[
         torch.isin(torch.from_numpy(run.dataset.test.y)[held], torch.tensor(model.about["tasks"][task]["classes"]))
@@ -37,11 +37,13 @@ def accuracy(model: ExportedModel, run: Prepared, held: torch.Tensor, task: int)
     return int((model.predict(x, task) == torch.from_numpy(run.dataset.test.y)[chosen]).sum()) / len(chosen)
 
 
-def test_the_global_model_bit_for_bit(run_experiment: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_global_model_bit_for_bit(
+    run_experiment: RunExperiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run_experiment("a", *SMALL)
     path = export(folder)
     assert path == folder / "model.safetensors"
-    model, run = load_model(path), prepared(folder)
+    model, run = load_model(path), setup(folder)
     network = make_model(
         yaml.safe_load((folder / "config.yaml").read_text()), run.dataset, run.stream, torch.device("cpu")
     )
@@ -84,7 +86,9 @@ def _check_damage(path: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "cut")
 
 
-def test_a_run_without_checkpoints_has_no_model(run_experiment: Play, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_checkpoints_has_no_model(
+    run_experiment: RunExperiment, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run_experiment("a", *SMALL, "checkpoint.every=0")
     assert main(["export", str(folder)]) == 2
     assert "has no checkpoint" in capsys.readouterr().err
@@ -92,10 +96,10 @@ def test_a_run_without_checkpoints_has_no_model(run_experiment: Play, capsys: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize("collaboration", ["local", "ditto", "fedrep", "ifca", "fedavg_ft", "fedcac", "apfl"])
-def test_a_clients_own_model_is_the_one_that_was_measured(collaboration: str, run_experiment: Play) -> None:
+def test_a_clients_own_model_is_the_one_that_was_measured(collaboration: str, run_experiment: RunExperiment) -> None:
     scenario = ("scenario=class_incremental", *SMALL)
     folder = run_experiment("a", *scenario, f"strategy/collaboration={collaboration}", "evaluation.personal=true")
-    run, table = prepared(folder), results.load(folder).metrics
+    run, table = setup(folder), results.load(folder).metrics
     personal = table[(table["phase"] == "personal") & (table["after"] == 1)]
     for client in ("0", "2"):
         model = load_model(export(folder, client))
@@ -108,7 +112,7 @@ def test_a_clients_own_model_is_the_one_that_was_measured(collaboration: str, ru
 
 
 @pytest.mark.slow
-def test_predictions_of_no_one_network_are_refused(run_experiment: Play) -> None:
+def test_predictions_of_no_one_network_are_refused(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", "scenario=class_incremental", *SMALL, "strategy/collaboration=fedcac_balanced")
     with pytest.raises(ConfigError, match="does not predict with the logits of one network"):
         export(folder, "0")

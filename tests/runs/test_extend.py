@@ -16,7 +16,7 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.experiment import resume
 from fedcl.runs.extend import extend
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 SMALL = ("num_clients=3", "model.hidden=[8]", "checkpoint.min_seconds=0", "client.optimizer.momentum=0.5")
 DOMAINS = (*SMALL, "scenario=domain_permuted", "strategy/projection=none", "learner=er")
@@ -28,7 +28,7 @@ def model_of(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_more_tasks_end_with_the_same_bits(run_experiment: Play, tmp_path: Path) -> None:
+def test_more_tasks_end_with_the_same_bits(run_experiment: RunExperiment, tmp_path: Path) -> None:
     short = run_experiment("short", *DOMAINS, "scenario.num_tasks=2", "rounds_per_task=2")
     whole = run_experiment("whole", *DOMAINS, "scenario.num_tasks=3", "rounds_per_task=2")
     before = {path.name: path.read_bytes() for path in short.iterdir() if path.is_file()}
@@ -47,7 +47,7 @@ def test_more_tasks_end_with_the_same_bits(run_experiment: Play, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("projection", ["none", "fot"])
 def test_more_rounds_are_the_same_table(
-    projection: str, run_experiment: Play, metrics_hash: Hash, tmp_path: Path
+    projection: str, run_experiment: RunExperiment, metrics_hash: Hash, tmp_path: Path
 ) -> None:
     settings = (*SMALL, "scenario.num_tasks=2", f"strategy/projection={projection}")
     short = run_experiment("short", *settings, "rounds_per_task=[2,2]")
@@ -58,7 +58,7 @@ def test_more_rounds_are_the_same_table(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: Play, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: RunExperiment, tmp_path: Path) -> None:
     short = run_experiment("short", *SMALL, "scenario.num_tasks=2", "rounds_per_task=2", "checkpoint.keep=1")
     new = f"run_dir={tmp_path / 'new'}"
     for overrides, message in [

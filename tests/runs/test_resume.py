@@ -21,7 +21,7 @@ from fedcl.runs.experiment import resume, run
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "scenario.num_tasks=5"]
 SMALL += ["rounds_per_task=2", "data/partition=iid", "checkpoint.min_seconds=0"]
@@ -85,14 +85,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     """Return a function giving the folder of a mode's undisturbed run, played once."""
     folders: dict[str, Path] = {}
 
-    def play(mode: str) -> Path:
+    def run_one(mode: str) -> Path:
         if mode not in folders:
             folders[mode] = tmp_path_factory.mktemp("whole") / mode
             overrides = [*SMALL, *STATEFUL, *MODES[mode], f"run_dir={folders[mode]}"]
             run(compose(overrides), overrides, [], quiet=True)
         return folders[mode]
 
-    return play
+    return run_one
 
 
 @pytest.mark.parametrize(
@@ -266,14 +266,14 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the run went on")
 
-    monkeypatch.setattr(Server, "_conclude", insist)
+    monkeypatch.setattr(Server, "_finalize", insist)
     overrides = [*SMALL, f"run_dir={tmp_path / 'a'}", "strategy/projection=none"]
     assert main(["run", *overrides]) == 130
     assert load(tmp_path / "a").status == "interrupted"
 
 
 def test_a_changed_configuration_is_refused_with_a_diff(
-    run_experiment: Play, capsys: pytest.CaptureFixture[str], metrics_hash: Hash
+    run_experiment: RunExperiment, capsys: pytest.CaptureFixture[str], metrics_hash: Hash
 ) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none")
     before = metrics_hash(folder)
@@ -288,7 +288,7 @@ def test_a_changed_configuration_is_refused_with_a_diff(
     assert metrics_hash(folder) == before  # it was done already
 
 
-def test_another_version_is_refused(run_experiment: Play, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_version_is_refused(run_experiment: RunExperiment, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none")
     env = folder / "env.json"
     env.write_text(env.read_text().replace('"torch": "', '"torch": "0.'))
@@ -303,7 +303,7 @@ def _newest(folder: Path) -> Path:
     return folder / "checkpoints" / (folder / "checkpoints" / "LATEST").read_text().strip()
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_experiment: Play) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none")
     tensors = _newest(folder) / "tensors.safetensors"
     data = bytearray(tensors.read_bytes())
@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_experiment: Play)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "missing"])
-def test_no_whole_checkpoint_is_an_error(damage: str, run_experiment: Play) -> None:
+def test_no_whole_checkpoint_is_an_error(damage: str, run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none", "checkpoint.keep=1")
     state = _newest(folder) / "state.json"
     data = state.read_bytes()
@@ -326,13 +326,13 @@ def test_no_whole_checkpoint_is_an_error(damage: str, run_experiment: Play) -> N
         Checkpoints(folder).load()
 
 
-def test_old_checkpoints_and_unused_client_files_go(run_experiment: Play) -> None:
+def test_old_checkpoints_and_unused_client_files_go(run_experiment: RunExperiment) -> None:
     folder = run_experiment("a", *SMALL, "learner=er", "strategy/projection=none", "checkpoint.keep=2")
     assert len(list((folder / "checkpoints").glob("round_*"))) == 2
     assert len(list((folder / "checkpoints" / "clients").iterdir())) <= 2 * 4
 
 
-def test_a_finished_run_is_only_summarised_again(run_experiment: Play, metrics_hash: Hash) -> None:
+def test_a_finished_run_is_only_summarised_again(run_experiment: RunExperiment, metrics_hash: Hash) -> None:
     folder = run_experiment("a", *SMALL, "strategy/projection=none")
     before = metrics_hash(folder)
     resume(folder, force=False, quiet=True)

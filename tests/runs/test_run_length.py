@@ -10,7 +10,7 @@ import torch
 
 from fedcl.assembly import local_training
 from fedcl.cli import main
-from fedcl.client.rates import TaskDecay
+from fedcl.client.lr_schedule import TaskDecay
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
 from fedcl.results import load
@@ -19,7 +19,7 @@ from fedcl.results.target import TargetAccuracy
 from fedcl.runs.experiment import resume
 from fedcl.scenario.schedule import Listed, Span, Synchronous
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=2", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")
 
 
@@ -44,7 +44,7 @@ def test_the_target_counts_once_all_tasks_are_met() -> None:
 
 
 @pytest.mark.slow
-def test_it_stops_and_stays_stopped(run_experiment: Play, metrics_hash: Callable[[Path], str]) -> None:
+def test_it_stops_and_stays_stopped(run_experiment: RunExperiment, metrics_hash: Callable[[Path], str]) -> None:
     whole = run_experiment("whole", *SMALL, "rounds_per_task=4")
     accuracy = load(whole).accuracy
     means = accuracy[accuracy["after"] == 1].groupby("round")["value"].mean()
@@ -76,7 +76,7 @@ def test_rates_by_task() -> None:
 
 
 @pytest.mark.slow
-def test_a_decayed_rate_is_the_rate_that_trains(run_experiment: Play) -> None:
+def test_a_decayed_rate_is_the_rate_that_trains(run_experiment: RunExperiment) -> None:
     # one step of plain SGD moves the weights by lr * gradient: half the rate, half the way
     one_step = (*SMALL, "rounds_per_task=1", "client.batch_size=4096", "num_clients=1")
     moves = []

@@ -14,9 +14,9 @@ from fedcl.base.tree import equal
 from fedcl.config.compose import compose
 from fedcl.results import load
 from fedcl.runs.experiment import run
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.server.exchange import Exchange
-from tests.toy import Choices, Diary, configure, missing, play, write_files
+from tests.toy import Choices, Diary, configure, missing, run_toy, write_files
 
 METHODS: Choices = {"learner": "ewc", "strategy/projection": "fot"}
 
@@ -50,8 +50,8 @@ def test_clients_in_different_tasks_conclude_each_their_own(
     monkeypatch.setattr(Exchange, "tell", noted)
     extra = ["scenario.schedule.stay=0.5"] if schedule == "growing" else []
     cfg = configure({**METHODS, "scenario/schedule": schedule}, files, device, *extra)
-    plan = Prepared.of(cfg).schedule
-    whole = play(cfg)
+    plan = Setup.of(cfg).schedule
+    whole = run_toy(cfg)
     assert whole.faults == []
     rounds = trained(whole)
     assert any(len({task for task, _ in clients.values()}) > 1 for clients in rounds.values())
@@ -67,21 +67,21 @@ def test_clients_in_different_tasks_conclude_each_their_own(
     last = plan.num_rounds - 1
     assert {(row["task"], row["after"]) for row in tested if row["round"] == last} == {(0, 2), (1, 2), (2, 2)}
     middle = plan.num_rounds // 2
-    rest = play(cfg, start=whole.saved[middle])
+    rest = run_toy(cfg, start=whole.saved[middle])
     assert rest.hashes == whole.hashes[middle:]
     assert equal(rest.saved[-1], whole.saved[-1])
 
 
 def test_a_late_client_pauses_before_and_an_early_one_after(files: dict[str, str], device: torch.device) -> None:
     cfg = configure({"scenario/schedule": "shifted"}, files, device, "scenario.schedule.max_lag=3")
-    rounds = trained(play(cfg))
+    rounds = trained(run_toy(cfg))
     assert [len(rounds[r]) for r in range(9)] == [1, 2, 3, 4, 4, 4, 3, 2, 1]
 
 
 def test_an_online_stream_shows_every_sample_in_one_round(files: dict[str, str], device: torch.device) -> None:
     def shown(choices: Choices, *extra: str) -> dict[str, float]:
         totals: dict[str, float] = defaultdict(float)
-        for clients in trained(play(configure(choices, files, device, *extra))).values():
+        for clients in trained(run_toy(configure(choices, files, device, *extra))).values():
             for client, (_, number) in clients.items():
                 totals[client] += number
         return totals
@@ -94,8 +94,8 @@ def test_an_online_stream_shows_every_sample_in_one_round(files: dict[str, str],
 
 def test_clients_learn_the_classes_they_have_drawn(files: dict[str, str], device: torch.device) -> None:
     own = ["scenario.increments=[4,1,1]", "scenario.classes_per_client=2"]
-    few = trained(play(configure({"learner": "er"}, files, device, *own)))
-    every = trained(play(configure({"learner": "er"}, files, device, own[0])))
+    few = trained(run_toy(configure({"learner": "er"}, files, device, *own)))
+    every = trained(run_toy(configure({"learner": "er"}, files, device, own[0])))
     assert all(few[0][client][1] < every[0][client][1] for client in "0123")
     assert few[4] == every[4]
 
@@ -103,7 +103,7 @@ def test_clients_learn_the_classes_they_have_drawn(files: dict[str, str], device
 @pytest.mark.parametrize("scenario", ["class_incremental", "task_incremental"])
 def test_an_empty_task_costs_nothing_but_its_rounds(scenario: str, files: dict[str, str], device: torch.device) -> None:
     cfg = configure({**METHODS, "scenario": scenario}, files, device, "scenario.increments=[2,0,4]")
-    diary = play(cfg)
+    diary = run_toy(cfg)
     assert [(fault["kind"], fault["round"]) for fault in diary.faults] == [("round_skipped", 2), ("round_skipped", 3)]
     assert diary.hashes[1] == diary.hashes[2] == diary.hashes[3] != diary.hashes[4]
     tested = {
@@ -137,29 +137,29 @@ def test_presets_spread_tasks_as_they_say(name: str) -> None:
     if why := missing("data=cifar100_subset"):
         pytest.skip(why)
     cfg = compose([f"experiment={name}", "device=cpu", "data.source.test_limit=100", "rounds_per_task=2"])
-    prepared = Prepared.of(cfg)
-    plan, stream = prepared.schedule, prepared.stream
+    setup = Setup.of(cfg)
+    plan, stream = setup.schedule, setup.stream
     last = plan.num_rounds - 1
-    met = {client: plan.met(client, last) for client in prepared.clients}
-    diary = play(cfg, until=2)
+    seen = {client: plan.seen(client, last) for client in setup.clients}
+    diary = run_toy(cfg, until=2)
     assert diary.faults == []
     rounds = trained(diary)
     if name == "spread_fot":
         assert stream.heads == (10,) * 10
         assert {len(clients) for clients in rounds.values()} == {25}
-        labels = prepared.dataset.train.y
-        counts = [len({*labels[part][labels[part] // 10 == 3].tolist()}) for part in prepared.partition.train]
+        labels = setup.dataset.train.y
+        counts = [len({*labels[part][labels[part] // 10 == 3].tolist()}) for part in setup.partition.train]
         assert max(counts) == 2
         assert min(counts) == 1
     elif name == "spread_glfc":
-        present = [sum(plan.position(client, 2 * task) is not None for client in met) for task in range(10)]
+        present = [sum(plan.position(client, 2 * task) is not None for client in seen) for task in range(10)]
         assert present == list(range(30, 121, 10))
-        assert {len(stream.client_task(3, client, {3}).classes) for client in met} == {6}
+        assert {len(stream.client_task(3, client, {3}).classes) for client in seen} == {6}
         assert {task for task, _ in rounds[2].values()} == {0, 1}
     elif name == "spread_fedweit":
         assert stream.heads == (5,) * 20
-        assert [len(tasks) for tasks in met.values()] == [10] * 5
-        assert len(set(met.values())) == 5
+        assert [len(tasks) for tasks in seen.values()] == [10] * 5
+        assert len(set(seen.values())) == 5
         assert all(len({task for task, _ in clients.values()}) > 1 for clients in rounds.values())
     else:
         assert {tuple(clients) for clients in rounds.values()} == {("0", "1", "2", "3", "4")}

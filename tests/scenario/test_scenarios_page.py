@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedcl.config.compose import compose, list_choices
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scenarios.md").read_text()
 COMMANDS = sorted(set(re.findall(r"fedcl run [^`\n]+", PAGE)))
@@ -19,8 +19,8 @@ COMMANDS = sorted(set(re.findall(r"fedcl run [^`\n]+", PAGE)))
 def test_each_command_works(command: str) -> None:
     cfg = compose(shlex.split(command)[2:])
     if "experiment=" not in command:
-        prepared = Prepared.of(cfg)
-        assert prepared.schedule.num_rounds >= prepared.stream.num_tasks == cfg["scenario"]["num_tasks"]
+        setup = Setup.of(cfg)
+        assert setup.schedule.num_rounds >= setup.stream.num_tasks == cfg["scenario"]["num_tasks"]
 
 
 @pytest.mark.parametrize("kind", ["scenario", "scenario/schedule"])

@@ -21,7 +21,7 @@ def test_rounds_by_hand() -> None:
     stages = [schedule.stage(r) for r in range(6)]
     assert [(s.index, s.ends) for s in stages] == [(0, False), (0, True), (1, True), (2, False), (2, False), (2, True)]
     assert [p.is_last for p in positions] == [stage.ends for stage in stages]
-    assert [schedule.met("any", r) for r in range(6)] == [(0,), (0,), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2)]
+    assert [schedule.seen("any", r) for r in range(6)] == [(0,), (0,), (0, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2)]
 
 
 def test_one_number_serves_all_tasks() -> None:

@@ -53,17 +53,17 @@ def test_every_schedule_is_a_whole(
         assert list(spans) == list(again.spans(client))
         assert all(0 <= a.start < a.stop <= b.start for a, b in pairwise(spans))
         assert all(0 <= span.task_id < num_tasks and span.stop <= schedule.num_rounds for span in spans)
-        met: list[int] = []
+        seen: list[int] = []
         for server_round in range(schedule.num_rounds):
             position = schedule.position(client, server_round)
             if position is not None:
-                met += [position.task_id] if position.task_id not in met else []
+                seen += [position.task_id] if position.task_id not in seen else []
                 inside = [span for span in spans if span.start <= server_round < span.stop]
                 assert [span.task_id for span in inside] == [position.task_id]
                 assert position.is_last == (server_round == inside[0].stop - 1)
-            assert schedule.met(client, server_round) == tuple(met)
+            assert schedule.seen(client, server_round) == tuple(seen)
     for outside in (-1, schedule.num_rounds):
-        for ask in (schedule.position, schedule.met):
+        for ask in (schedule.position, schedule.seen):
             with pytest.raises(IndexError, match="outside"):
                 ask(run["clients"][0], outside)
 
@@ -112,7 +112,7 @@ def test_shifted_spreads_the_starts() -> None:
     assert schedule.stage_ends == [13, 16, 19, 22]
     late = next(client for client in CLIENTS if schedule.spans(client)[0].start == 11)
     assert schedule.position(late, 10) is None
-    assert schedule.met(late, 10) == ()
+    assert schedule.seen(late, 10) == ()
     assert Shifted(**RUN, max_lag=0).stage_ends == Synchronous(**RUN).stage_ends
     with pytest.raises(ValueError, match=r"scenario\.schedule\.max_lag=-1"):
         Shifted(**RUN, max_lag=-1)
@@ -176,7 +176,7 @@ def test_a_curriculum_tells_who_is_where_and_what_it_has_seen() -> None:
     assert [curriculum.active(["a", "b"], r) for r in (0, 3, 10)] == [[early], ["a", "b"], [late]]
     assert curriculum.ended(["a", "b"], 1) == {early: 0}
     assert curriculum.ended(["a", "b"], 4) == {late: 0}
-    assert curriculum.met(["a", "b"], 4) == [0, 1, 2]
+    assert curriculum.seen(["a", "b"], 4) == [0, 1, 2]
     task = curriculum.task(late, 4)
     assert task is not None
     assert (task.id, task.mask) == (0, (0, 1))

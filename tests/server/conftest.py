@@ -80,7 +80,7 @@ class System:
     runtime: ClientRuntime
     store: MemoryStateStore
 
-    def play(self) -> System:
+    def run(self) -> System:
         self.server.run(lambda server_round: None)
         return self
 

@@ -111,7 +111,7 @@ def test_a_client_that_leaves_costs_its_own_reply(
     build: Any, hook: str, error: type[BaseException], cohorts: bool
 ) -> None:
     with interruptible():  # as in every run: Ctrl-C does not come as a bare KeyboardInterrupt then
-        system = build(plugins={"counter": lambda: Leaving(hook, error)}, cohorts=cohorts).play()
+        system = build(plugins={"counter": lambda: Leaving(hook, error)}, cohorts=cohorts).run()
     assert_only_bad_is_missing(system, "client_failed", error.__name__)
 
 
@@ -121,7 +121,7 @@ def test_a_person_who_insists_is_no_fault_of_a_client(build: Any, error: BaseExc
         return error
 
     with pytest.raises(type(error)):
-        build(plugins={"counter": lambda: Leaving("after_step", leave)}).play()  # type: ignore[arg-type]
+        build(plugins={"counter": lambda: Leaving("after_step", leave)}).run()  # type: ignore[arg-type]
 
 
 def test_an_exceptions_text_is_cleaned_and_cut(build: Any) -> None:
@@ -130,7 +130,7 @@ def test_an_exceptions_text_is_cleaned_and_cut(build: Any) -> None:
             if ctx.client == BAD:
                 raise ValueError("\ud800\x1b[2J\u202e" + "x" * 10**6)
 
-    system = build(plugins={"counter": Odd}).play()
+    system = build(plugins={"counter": Odd}).run()
     assert_only_bad_is_missing(system, "client_failed", r"ValueError: \ud800\x1b[2J\u202exxx")
     assert {len(event["reason"]) for event in system.events("client_failed")} == {500}
 
@@ -145,7 +145,7 @@ class Nonsense(Counter):
 
 @pytest.mark.parametrize("cohorts", [True, False])
 def test_what_fits_in_no_message_costs_its_own_reply(build: Any, cohorts: bool) -> None:
-    system = build(plugins={"counter": Nonsense}, cohorts=cohorts).play()
+    system = build(plugins={"counter": Nonsense}, cohorts=cohorts).run()
     assert_only_bad_is_missing(system, "client_failed", "Error")
 
 
@@ -177,7 +177,7 @@ def assert_only_bad_is_missing(system: Any, kind: str, names: str) -> None:
 
 @pytest.mark.parametrize("cohorts", [True, False])
 def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> None:
-    system = build(plugins={"counter": Raises}, cohorts=cohorts).play()
+    system = build(plugins={"counter": Raises}, cohorts=cohorts).run()
     assert_only_bad_is_missing(system, "client_failed", "RuntimeError: out of memory, say")
 
 
@@ -204,7 +204,7 @@ def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> 
     ],
 )
 def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change: Any, names: str) -> None:
-    system = build(plugins={"counter": Counter}, runtime_class=garbling(change), cohorts=cohorts).play()
+    system = build(plugins={"counter": Counter}, runtime_class=garbling(change), cohorts=cohorts).run()
     assert_only_bad_is_missing(system, "reply_rejected", names)
 
 
@@ -273,7 +273,7 @@ GOOD = Array(np.zeros(31, np.float32)).data
     ],
 )
 def test_a_malformed_message_is_rejected_by_name(build: Any, change: Any, names: str) -> None:
-    system = build(plugins={"counter": Counter}, host_class=forging(change)).play()
+    system = build(plugins={"counter": Counter}, host_class=forging(change)).run()
     assert_only_bad_is_missing(system, "reply_rejected", names)
 
 
@@ -286,7 +286,7 @@ def test_a_pickle_is_not_opened(build: Any, tmp_path: Any) -> None:
 
     buffer = BytesIO()
     np.save(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
-    system = build(plugins={"counter": Counter}, host_class=forging(raw(buffer.getvalue(), dtype="object"))).play()
+    system = build(plugins={"counter": Counter}, host_class=forging(raw(buffer.getvalue(), dtype="object"))).run()
     assert_only_bad_is_missing(system, "reply_rejected", "unreadable 'flat'")
     assert not (tmp_path / "exploded").exists()
 
@@ -301,13 +301,13 @@ def test_a_second_reply_to_one_message_is_dropped(build: Any) -> None:
                     again["arrays"] = ArrayRecord({"flat": Array(np.full(31, 1e6, np.float32))})
                     yield client, again
 
-    once, twice = build().play(), build(host_class=Repeats).play()
+    once, twice = build().run(), build(host_class=Repeats).run()
     assert torch.equal(once.server.global_model, twice.server.global_model)
     assert [e["client"] for e in twice.events("reply_rejected")] == [BAD] * 4
 
 
 def test_a_client_without_samples_of_the_task_takes_no_part_and_keeps_its_state(build: Any) -> None:
-    system = build(plugins={"counter": Counter}).play()
+    system = build(plugins={"counter": Counter}).run()
     assert system.notes.events == []  # the last client holds nothing of task 1
     rounds = [row["round"] for row in system.notes.rows if row["name"] == "num_examples" and row["client"] == "3"]
     assert rounds == [0, 1]
@@ -336,7 +336,7 @@ def tallying(shape: tuple[int, ...] | None) -> type[Plugin]:
 def test_a_declared_payload_must_come_and_fit(build: Any, shape: tuple[int, ...] | None, names: str) -> None:
     strategy = Pipeline(collaboration=Sums())
     strategy.setup(build().server.spec)
-    system = build(strategy=strategy, plugins={"counter": tallying(shape)}).play()
+    system = build(strategy=strategy, plugins={"counter": tallying(shape)}).run()
     assert_only_bad_is_missing(system, "reply_rejected", names)
 
 
@@ -351,7 +351,7 @@ def enlarged(factor: float) -> type[Plugin]:
             super().after_round(ctx)
             return {"tally": torch.full(ctx.model.flat.shape, factor if ctx.client == BAD else 1.0)}
 
-        def answer(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def respond(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {"mean": torch.full((2,), factor if ctx.client == BAD else 1.0)}
 
     return Enlarged
@@ -361,9 +361,9 @@ def enlarged(factor: float) -> type[Plugin]:
 def test_a_payload_far_larger_than_the_others_names_its_client(build: Any, cohorts: bool) -> None:
     strategy = Pipeline(collaboration=Sums())
     strategy.setup(build().server.spec)
-    plain = build(strategy=strategy, plugins={"tally": enlarged(9.0)}, cohorts=cohorts).play()
+    plain = build(strategy=strategy, plugins={"tally": enlarged(9.0)}, cohorts=cohorts).run()
     assert plain.notes.events == []
-    system = build(strategy=strategy, plugins={"tally": enlarged(11.0)}, cohorts=cohorts).play()
+    system = build(strategy=strategy, plugins={"tally": enlarged(11.0)}, cohorts=cohorts).run()
     assert [(e["client"], e["round"], e["payload"]) for e in system.notes.events] == [
         (BAD, r, "tally") for r in range(4)
     ]
@@ -377,8 +377,8 @@ def test_an_answer_far_larger_than_the_others_names_its_client(build: Any) -> No
         models = dict.fromkeys(("0", "1", "2", "3"), system.server.global_model)
         query = Query("mean", models, {"mean": TensorField((2,))})
         task = system.server.stream.train_task(0)
-        answers = system.exchange.ask(query, lambda client, task=task: task, 0, 0)
-        assert len(answers) == 4
+        responses = system.exchange.ask(query, lambda client, task=task: task, 0, 0)
+        assert len(responses) == 4
         assert [(e["client"], e["payload"]) for e in system.events("payload_outlier")] == named
 
 
@@ -386,7 +386,7 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
     class Answers(Plugin):
         queries = ("mean",)
 
-        def answer(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def respond(self, ctx: Context, name: str, request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if ctx.client == "2":
                 raise RuntimeError("no")
             return {"mean": ctx.data.x.mean() * request["factor"]}
@@ -396,16 +396,16 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
     query = Query(
         "mean", dict.fromkeys(("3", "2", "0", "1"), model), {"mean": TensorField(())}, {"factor": torch.tensor(0.0)}
     )
-    answers = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
-    assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in answers] == [("0", 4, 0), ("1", 6, 0)]
+    responses = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
+    assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in responses] == [("0", 4, 0), ("1", 6, 0)]
     assert [e["client"] for e in system.events("client_failed")] == ["2"]
     assert system.exchange.visits == {}  # a question is no visit
     assert system.exchange.committed == {}
 
 
 def test_the_same_bits_with_and_without_cohort_messages(build: Any) -> None:
-    together = build(plugins={"counter": Counter}, cohorts=True).play()
-    apart = build(plugins={"counter": Counter}, cohorts=False).play()
+    together = build(plugins={"counter": Counter}, cohorts=True).run()
+    apart = build(plugins={"counter": Counter}, cohorts=False).run()
     assert torch.equal(together.server.global_model, apart.server.global_model)
     assert together.notes.rows == apart.notes.rows
     assert together.exchange.bytes_up == apart.exchange.bytes_up

@@ -51,7 +51,7 @@ def reply(change: float, num_examples: int, upload: float = 0.0) -> Reply:
 
 def test_a_block_by_hand() -> None:
     asked = [request(client) for client in "abcdef"]
-    answers: list[Reply | Exception] = [
+    responses: list[Reply | Exception] = [
         reply(1.0, 2, 10.0),
         ValueError("out of memory, say"),
         reply(2.0, 6, 20.0),
@@ -59,7 +59,7 @@ def test_a_block_by_hand() -> None:
         reply(1.0, 0),
         reply(90.0, 3),  # a change of norm 180
     ]
-    found = FOLDING.block(7, asked, answers)
+    found = FOLDING.block(7, asked, responses)
     assert found is not None
     sums, left = found
     assert (sums.number, list(left)) == (7, ["a", "c"])

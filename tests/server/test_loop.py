@@ -12,7 +12,7 @@ from fedcl.contracts.learner import Context, Plugin, State
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.server.rounds import RoundFailed
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 
 class Failing(Plugin):
@@ -49,13 +49,13 @@ def test_a_round_with_too_few_replies_is_played_again(build: Any) -> None:
 def test_without_retries_too_few_replies_stop_the_run(build: Any) -> None:
     system = build(plugins={"failing": Failing}, min_replies=2, retries=0)
     with pytest.raises(RoundFailed, match="round 1: 1 sound replies"):
-        system.play()
+        system.run()
     assert system.server.state.next_round == 1
     assert system.exchange.committed["0"] == 0
 
 
 def test_one_reply_is_enough_by_default(build: Any) -> None:
-    system = build(plugins={"failing": Failing}).play()
+    system = build(plugins={"failing": Failing}).run()
     assert system.events("round_skipped") == []
     assert system.server.version == 4
     assert system.store.load("0", 3)["plugins"]["failing"] == {"count": 4}
@@ -70,13 +70,13 @@ def test_a_run_whose_clients_all_fail_stops(build: Any) -> None:
     system = build(plugins={"failing": AlwaysFailing})
     before = system.server.global_model.clone()
     with pytest.raises(RoundFailed, match="in each of 3 attempts"):
-        system.play()
+        system.run()
     assert torch.equal(system.server.global_model, before)
     assert len(system.events("client_failed")) == 3 * 4
 
 
 def test_edit_replaces_models_past_the_strategy(build: Any) -> None:
-    system = build().play()
+    system = build().run()
     server = system.server
     assert (server.version, server.state.model_epoch) == (4, 0)
     given = torch.full((31,), 2.0)
@@ -103,7 +103,7 @@ def test_edit_refuses_what_is_no_model(build: Any, model: torch.Tensor) -> None:
 
 def test_resume_in_the_middle_gives_the_same_bits(build: Any, tmp_path: Any) -> None:
     plugins = {"failing": Failing}
-    whole = build(plugins=plugins).play()
+    whole = build(plugins=plugins).run()
     cut = build(plugins=plugins)
     checkpoints = Checkpoints(tmp_path)
 
@@ -123,13 +123,13 @@ def test_resume_in_the_middle_gives_the_same_bits(build: Any, tmp_path: Any) -> 
     resumed.server.load_state_dict(state)
     for client, (visit, client_state) in clients.items():
         resumed.store.stage(client, visit, client_state)
-    resumed.play()
+    resumed.run()
     assert equal(resumed.server.state_dict(), whole.server.state_dict())
     assert [r for r in whole.notes.rows if r["round"] >= 2] == resumed.notes.rows
 
 
 def test_selected_clients_only(build: Any) -> None:
-    system = build(clients_per_round=2).play()
+    system = build(clients_per_round=2).run()
     by_round = [
         {r["client"] for r in system.notes.rows if r["round"] == k and r["name"] == "num_examples"} for k in range(4)
     ]
@@ -141,7 +141,7 @@ def test_being_told_of_a_tasks_end_changes_no_draw(tmp_path: Path, device: torch
     """A learner that is turned off is fine-tuning, bit for bit, though its clients get messages that others do not."""
     files = write_files(tmp_path)
     naive, off = (
-        play(configure({"learner": learner, "model": "fot_mlp"}, files, device, "engine=loop", *extra))
+        run_toy(configure({"learner": learner, "model": "fot_mlp"}, files, device, "engine=loop", *extra))
         for learner, extra in (("finetune", []), ("ewc", ["learner.ewc.weight=0"]))
     )
     assert naive.hashes == off.hashes

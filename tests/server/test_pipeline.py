@@ -12,7 +12,7 @@ from torch import Tensor
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import MODEL, TensorField
 from fedcl.contracts.learner import Payload, Plugin
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import (
     GLOBAL,
     Collaboration,
@@ -180,8 +180,8 @@ class Tally(Projection):
     def metrics(self) -> dict[str, float]:
         return {"count": float(self.count)}
 
-    def forget(self, request: ForgetRequest) -> Residual:
-        return Residual("Tally", "remains", "counts only")
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
+        return ErasureOutcome("Tally", "remains", "counts only")
 
 
 def test_state_metrics_and_forgetting_reach_every_part() -> None:
@@ -194,8 +194,8 @@ def test_state_metrics_and_forgetting_reach_every_part() -> None:
     other = make(projection=Tally())
     other.load_state_dict(state)
     assert other.metrics() == {"projection/count": 5.0}
-    residuals = pipeline.forget(ForgetRequest("r", "client", clients=("0",)))
-    assert [r.outcome for r in residuals] == ["none", "none", "none", "remains"]
+    outcomes = pipeline.forget(ForgetRequest("r", "client", clients=("0",)))
+    assert [r.outcome for r in outcomes] == ["none", "none", "none", "remains"]
 
 
 UP = Payload("sum", "up", MODEL)

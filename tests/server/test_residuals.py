@@ -13,9 +13,9 @@ import torch
 
 from fedcl.base.tree import clone, equal
 from fedcl.config.compose import list_choices
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.server.strategy import Pipeline
-from tests.toy import FITS, PARTS, Diary, Enough, configure, missing, play, write_files
+from tests.toy import FITS, PARTS, Diary, Enough, configure, missing, run_toy, write_files
 
 CPU = torch.device("cpu")
 AT = 2  # a task has ended by then
@@ -38,27 +38,27 @@ def settings(group: str, name: str, files: dict[str, str], *extra: str) -> dict[
 
 def after_forgetting(
     cfg: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, Any], dict[str, Residual]]:
+) -> tuple[dict[str, Any], dict[str, ErasureOutcome]]:
     """Return the parts' states right after they have forgotten, and what they said."""
     states: dict[str, Any] = {}
-    said: dict[str, Residual] = {}
+    said: dict[str, ErasureOutcome] = {}
     forget = Pipeline.forget
 
-    def forget_and_stop(self: Pipeline, request: ForgetRequest) -> list[Residual]:
-        residuals = forget(self, request)
+    def forget_and_stop(self: Pipeline, request: ForgetRequest) -> list[ErasureOutcome]:
+        outcomes = forget(self, request)
         states.update({role: clone(part.state_dict()) for role, part in self.parts.items()})
-        said.update(zip(self.parts, residuals, strict=True))
+        said.update(zip(self.parts, outcomes, strict=True))
         raise Enough
 
     monkeypatch.setattr(Pipeline, "forget", forget_and_stop)
-    play(cfg)
+    run_toy(cfg)
     assert said
     return states, said
 
 
 def judge(
     group: str, name: str, files: dict[str, str], scope: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[bool, Residual]:
+) -> tuple[bool, ErasureOutcome]:
     """Return whether the part's state differs from that of a run without the forget set, and its answer."""
     if (why := missing(f"{group}={name}")) is not None:
         pytest.skip(why)
@@ -69,7 +69,7 @@ def judge(
     state, residual = states[role], said[role]
     if not state:
         return False, residual
-    never: Diary = play(settings(group, name, files, excluded), until=AT - 1)
+    never: Diary = run_toy(settings(group, name, files, excluded), until=AT - 1)
     differs = not equal(state, never.saved[AT]["server"]["strategy"][role])
     print(f"{group}={name}: {residual.outcome}{' (state differs)' if differs else ''}: {residual.why}")
     return differs, residual

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedcl.contracts.fields import LARGEST, MAX_EXAMPLES, MAX_METRICS, MODEL, TensorField, clean
-from fedcl.contracts.requests import residuals_from
+from fedcl.contracts.requests import outcomes_from
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.server.validation import Expected, rejection
@@ -222,7 +222,7 @@ def test_a_note_that_is_no_list_of_residuals_is_refused(note: Any) -> None:
 def test_texts_of_a_note_are_cleaned_and_cut() -> None:
     odd = json.dumps([{"part": "\ud800\u202e" * 999, "outcome": "reset", "why": "line\nline\x1b[31m" + "z" * 9999}])
     assert judge(Reply(3, note=odd), Expected.of("forget", SPEC)) is None
-    (residual,) = residuals_from(odd)
+    (residual,) = outcomes_from(odd)
     assert len(residual.part) == 120
     assert residual.why.startswith(r"line line\x1b[31mzzz")
     assert residual.why.isprintable()

@@ -11,13 +11,13 @@ import torch
 from fedcl.config.compose import ConfigError, compose
 from fedcl.results import load
 from fedcl.runs.experiment import run
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.simulation.backend import open_backend
 from fedcl.simulation.cluster import start_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 SMALL = ["num_clients=19", "rounds_per_task=2", "scenario.num_tasks=2"]
 FAULTY = [*SMALL, "learner=faulty", "strategy/projection=none"]
@@ -41,7 +41,7 @@ def _failed(run_dir: Path) -> list[tuple[int, str, str]]:
     return [(int(e["round"]), str(e["client"]), str(e["reason"])) for _, e in failed.iterrows()]
 
 
-def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: Play, metrics_hash: Hash) -> None:
+def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash) -> None:
     overrides = [*SMALL, "learner=[ewc,er]", "strategy/projection=fot", "evaluation.personal=true"]
     inline = metrics_hash(run_experiment("inline", *overrides))
     assert metrics_hash(_ray(tmp_path / "two", 2, *overrides)) == inline
@@ -50,7 +50,7 @@ def test_two_workers_give_the_inline_bits(tmp_path: Path, run_experiment: Play, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedcac", "scaffold"])
 def test_personal_models_and_payloads_cross_processes(
-    name: str, tmp_path: Path, run_experiment: Play, metrics_hash: Hash
+    name: str, tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash
 ) -> None:
     overrides = [*SMALL, f"strategy/collaboration={name}", "strategy/projection=none"]
     inline = metrics_hash(run_experiment(name, *overrides))
@@ -59,7 +59,7 @@ def test_personal_models_and_payloads_cross_processes(
 
 @pytest.mark.slow
 def test_the_model_after_every_round_depends_on_nothing_but_the_configuration(
-    tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
     # 37 clients make two whole blocks and a piece; one reply is rejected, one worker is killed in the middle
     overrides = [*FAULTY, "num_clients=37", "checkpoint.keep=1000", "checkpoint.min_seconds=0"]
@@ -79,7 +79,7 @@ def test_the_model_after_every_round_depends_on_nothing_but_the_configuration(
 
 @pytest.mark.slow
 def test_only_the_client_that_always_kills_its_worker_is_lost(
-    tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
     raising = run_experiment("inline", *FAULTY, "learner.faulty.faults='1:raise'", config_dirs=[faulty_dir])
     faults = "learner.faulty.faults='1:exit 2:kill_once'"
@@ -95,7 +95,7 @@ def test_only_the_client_that_always_kills_its_worker_is_lost(
 
 
 def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
-    tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
     overrides = [*FAULTY, "learner.faulty.faults='1:rubbish 2:raise 3:memory 4:leave 5:interrupt'"]
     inline = run_experiment("inline", *overrides, config_dirs=[faulty_dir])
@@ -115,7 +115,7 @@ def test_failing_clients_are_named_and_the_run_goes_on_with_the_same_bits(
 
 @pytest.mark.slow
 def test_a_client_that_hangs_costs_its_own_reply_and_bounded_time(
-    tmp_path: Path, run_experiment: Play, metrics_hash: Hash, faulty_dir: Path
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, faulty_dir: Path
 ) -> None:
     overrides = [*FAULTY, "num_clients=3", "rounds_per_task=1"]
     raising = run_experiment(
@@ -154,7 +154,9 @@ def _write_broken(folder: Path, statement: str) -> None:
 
 
 @pytest.mark.slow
-def test_workers_of_several_classes_share_the_work(tmp_path: Path, run_experiment: Play, metrics_hash: Hash) -> None:
+def test_workers_of_several_classes_share_the_work(
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash
+) -> None:
     inline = run_experiment("inline", *SMALL)
     classes = "backend.worker_classes=[{count:1},{count:2,num_cpus:0.5}]"
     assert metrics_hash(_ray(tmp_path / "mixed", None, *SMALL, classes)) == metrics_hash(inline)
@@ -217,9 +219,9 @@ def _die_unless_home(home: int) -> int:
 @pytest.mark.slow
 def test_the_servers_arithmetic_runs_on_the_workers_with_the_same_bits(tmp_path: Path) -> None:
     cfg = compose([*SMALL, "backend.workers=2", "compare_with=null"])
-    prepared = Prepared.of(cfg)
+    setup = Setup.of(cfg)
     matrix = torch.randn(65, 33, generator=torch.Generator().manual_seed(0))
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
         futures = [backend.compute(_pid_and_sum, matrix) for _ in range(4)]
         answers = [future.result() for future in futures]
         assert len({pid for pid, _ in answers} - {os.getpid()}) == 2

@@ -18,7 +18,7 @@ from fedcl.config.compose import compose
 from fedcl.data.dataset import Dataset
 from fedcl.messages import ARRAYS, BLOCKS, VISIT, read_reply, reply_content
 from fedcl.messages.arrays import FLAT, record_tensors
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.simulation.compat import message_with
 from tests.toy import Diary
@@ -121,16 +121,16 @@ def attacked(rule: str, attack: str | None, liars: int, *, seed: int = 0, rounds
     overrides += ["strategy/projection=none", "backend=inline", "compare_with=null", "device=cpu", "num_clients=10"]
     overrides += [f"rounds_per_task={rounds}", "evaluation.every=0", f"seed={seed}", *RULES[rule]]
     cfg = compose(overrides)
-    prepared, bad, diary = Prepared.of(cfg, load_dataset(cfg)), [str(i) for i in range(liars)], Diary()
+    setup, bad, diary = Setup.of(cfg, load_dataset(cfg)), [str(i) for i in range(liars)], Diary()
     if attack == "label_flip":
-        positions = [int(i) for part in prepared.partition.train[:liars] for i in part]
-        prepared = replace(prepared, dataset=flipped(prepared.dataset, positions))
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+        positions = [int(i) for part in setup.partition.train[:liars] for i in part]
+        setup = replace(setup, dataset=flipped(setup.dataset, positions))
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
         grid: Any = backend.grid
         if attack in FORGERS:
             grid = Liars(backend, FORGERS[attack], bad)
         recorder: Any = diary
-        make_server(cfg, prepared, replace(backend, grid=grid), recorder).run(lambda _: None)
+        make_server(cfg, setup, replace(backend, grid=grid), recorder).run(lambda _: None)
         assert attack not in FORGERS or grid.forged == liars * rounds
     assert diary.faults == []
     return [row["value"] for row in diary.rows if (row["phase"], row["name"]) == ("test", "accuracy")][-1], diary

@@ -111,7 +111,7 @@ class Federation:
         )
         return update, reply
 
-    def play(self, present: tuple[str, ...] = CLIENTS) -> None:
+    def run(self, present: tuple[str, ...] = CLIENTS) -> None:
         updates = [self.visit(client)[0] for client in present]
         self.models |= self.pipeline.aggregate(updates, self)  # type: ignore[arg-type]
 

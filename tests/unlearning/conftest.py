@@ -19,7 +19,7 @@ Asked = Callable[..., Path]
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Asked:
+def run_small(tmp_path: Path) -> Asked:
     """Return a function that plays a small run with some requests planned, and returns its folder."""
 
     def asked(name: str, *overrides: str, requests: str = "", config_dirs: Sequence[Path] = ()) -> Path:

@@ -17,7 +17,7 @@ from fedcl.runs.verify import verify
 from fedcl.unlearning.certificate import FOLDER, SALT, digest, read, sample_digest
 from fedcl.unlearning.receipt import model_digest
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 REQUESTS = (
     "{id: bob, scope: client, clients: [3], at: {round: 1}}, {id: c2, scope: class, classes: [2], at: {round: 1}}"
 )
@@ -135,7 +135,7 @@ def test_models_that_training_all_over_does_not_give_are_noticed(folder: Path) -
         if row["kind"] == "request_certified":
             row["sha256"] = hashes[row["request"]]
     events.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sums.conclude(folder)
+    sums.finalize(folder)
     assert verify(folder, replay=False)
     assert not verify(folder)
 
@@ -175,6 +175,6 @@ def test_rubbish_in_the_folder_does_not_stop_the_check(folder: Path) -> None:
     assert faults[2] == ["previous: is not the certificate before it"]
 
 
-def test_a_run_without_certificates_is_bad_input(play: Play, tmp_path: Path) -> None:
-    assert main(["verify", str(play("none"))]) == 2
+def test_a_run_without_certificates_is_bad_input(run_small: RunExperiment, tmp_path: Path) -> None:
+    assert main(["verify", str(run_small("none"))]) == 2
     assert main(["verify", str(tmp_path)]) == 2

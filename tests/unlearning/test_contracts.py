@@ -16,7 +16,7 @@ from fedcl.assembly import make_unlearner
 from fedcl.base.tree import equal
 from fedcl.config.compose import list_choices
 from fedcl.contracts.requests import NAMES, Scope
-from tests.toy import ALONG, PARTS, Choices, Diary, configure, play, write_files
+from tests.toy import ALONG, PARTS, Choices, Diary, configure, run_toy, write_files
 
 UNLEARNERS = [name for name, _ in list_choices("unlearner")]
 ASKED: dict[Scope, str] = {
@@ -65,7 +65,7 @@ def kinds(diary: Diary) -> list[str]:
 
 @pytest.mark.parametrize(("unlearner", "scope"), QUICK)
 def test_serves_what_it_declares(unlearner: str, scope: Scope, files: dict[str, str], tmp_path: Path) -> None:
-    whole = play(asking(unlearner, scope, files, tmp_path))
+    whole = run_toy(asking(unlearner, scope, files, tmp_path))
     assert kinds(whole) == ["request_admitted", "request_served"]
     assert whole.faults == []
     assert len(whole.hashes) == whole.rounds == 6
@@ -78,11 +78,11 @@ def test_serves_what_it_declares(unlearner: str, scope: Scope, files: dict[str, 
 def test_serves_once_however_often_the_run_stops(
     unlearner: str, scope: Scope, files: dict[str, str], tmp_path: Path
 ) -> None:
-    whole = play(asking(unlearner, scope, files, tmp_path))
-    rest = play(asking(unlearner, scope, files, tmp_path), start=whole.saved[2])  # stopped before the request came
+    whole = run_toy(asking(unlearner, scope, files, tmp_path))
+    rest = run_toy(asking(unlearner, scope, files, tmp_path), start=whole.saved[2])  # stopped before the request came
     assert rest.hashes == whole.hashes[2:]
     assert equal(rest.saved[-1], whole.saved[-1])
-    late = play(asking(unlearner, scope, files, tmp_path), start=whole.saved[AT + 1])
+    late = run_toy(asking(unlearner, scope, files, tmp_path), start=whole.saved[AT + 1])
     assert kinds(late) == []  # served once
     assert late.hashes == whole.hashes[AT + 1 :]
 
@@ -94,8 +94,8 @@ def test_serves_once_however_often_the_run_stops(
 )
 def test_changes_nothing_before_it_is_asked(unlearner: str, files: dict[str, str], tmp_path: Path) -> None:
     scope = next(s for s in NAMES if s in make_unlearner(configure({"unlearner": unlearner}, files, CPU)).scopes)
-    plain = play(configure(ALONG.get(f"unlearner={unlearner}", {}), files, CPU), until=AT - 1)
-    asked = play(asking(unlearner, scope, files, tmp_path), until=AT - 1)
+    plain = run_toy(configure(ALONG.get(f"unlearner={unlearner}", {}), files, CPU), until=AT - 1)
+    asked = run_toy(asking(unlearner, scope, files, tmp_path), until=AT - 1)
     assert asked.hashes == plain.hashes
     assert asked.rows == plain.rows
 
@@ -124,7 +124,7 @@ def test_gets_along(unlearner: str, company: Choices, files: dict[str, str], tmp
     if ALONG.get(f"unlearner={unlearner}", {}).keys() & company.keys():
         pytest.skip(f"{unlearner} serves no such run")
     cfg = asking(unlearner, scope, files, tmp_path, company)
-    whole = play(cfg)
+    whole = run_toy(cfg)
     assert kinds(whole) == ["request_admitted", "request_served"]
     # where clients are in tasks of their own, a round may have been that of the one who left
     assert {fault["kind"] for fault in whole.faults} <= ({"round_skipped"} if "scenario/schedule" in company else set())
@@ -146,12 +146,12 @@ def test_retraining_is_a_run_that_never_had_it(
     scope: Scope, company: Choices, files: dict[str, str], tmp_path: Path
 ) -> None:
     """Bit for bit, rounds after the request included."""
-    asked = play(asking("retrain", scope, files, tmp_path, company))
-    never = play(asking("retrain", scope, files, tmp_path, company, at=0))
+    asked = run_toy(asking("retrain", scope, files, tmp_path, company))
+    never = run_toy(asking("retrain", scope, files, tmp_path, company, at=0))
     assert asked.hashes[AT:] == never.hashes[AT:]
     if scope in ("client", "class", "sample"):
         key, named = NAMES[scope], {"client": "['3']", "class": "[1]", "sample": "[0,1,2,3,6,7]"}[scope]
-        excluded = play(configure(company, files, CPU, f"exclude.{key}={named}"))
+        excluded = run_toy(configure(company, files, CPU, f"exclude.{key}={named}"))
         assert asked.hashes[AT:] == excluded.hashes[AT:]
 
 
@@ -161,7 +161,7 @@ def test_late_clients_and_a_request(files: dict[str, str], tmp_path: Path) -> No
     results = {}
     for policy in ("drop", "rebase"):
         extra = [*late, f"unlearning.in_flight={policy}"]
-        diary = play(asking("retrain", "client", files, tmp_path / "a", {}, *extra))
+        diary = run_toy(asking("retrain", "client", files, tmp_path / "a", {}, *extra))
         assert kinds(diary) == ["request_admitted", "request_served"]
         results[policy] = diary.hashes
     assert len(results["drop"]) == len(results["rebase"]) == 6

@@ -17,7 +17,7 @@ from fedcl.runs.experiment import resume
 from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Events = Callable[..., list[dict[str, Any]]]
 Hash = Callable[[Path], str]
 
@@ -107,15 +107,17 @@ def test_the_same_again_changes_nothing(finished: Path, capsys: pytest.CaptureFi
     assert _files(finished) == before
 
 
-def test_a_run_without_checkpoints_has_nothing_to_change(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = play("a", "checkpoint.every=0")
+def test_a_run_without_checkpoints_has_nothing_to_change(
+    run_small: RunExperiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_small("a", "checkpoint.every=0")
     assert main(["forget", str(folder), "--client", "1"]) == 2
     assert "keeps no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_serves_when_it_goes_on(
-    play: Play, tmp_path: Path, capsys: pytest.CaptureFixture[str], events_of: Events
+    run_small: RunExperiment, tmp_path: Path, capsys: pytest.CaptureFixture[str], events_of: Events
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
 
@@ -123,16 +125,16 @@ def test_an_interrupted_run_serves_when_it_goes_on(
             raise KeyboardInterrupt
 
         patched.setattr(Checkpoints, "prune", stop)
-        conclude = Server._conclude
+        finalize = Server._finalize
 
         def stopping(self: Server, server_round: int, counted: Any) -> None:
             if server_round == 2:
                 raise KeyboardInterrupt
-            conclude(self, server_round, counted)
+            finalize(self, server_round, counted)
 
-        patched.setattr(Server, "_conclude", stopping)
+        patched.setattr(Server, "_finalize", stopping)
         with pytest.raises(KeyboardInterrupt):
-            play("a")
+            run_small("a")
     folder = tmp_path / "a"
     assert load(folder).status == "interrupted"
     assert main(["forget", str(folder), "--client", "1", "--id", "bob"]) == 0
@@ -150,10 +152,10 @@ def test_an_interrupted_run_serves_when_it_goes_on(
 
 
 def test_a_running_run_serves_before_its_next_round(
-    play: Play, monkeypatch: pytest.MonkeyPatch, events_of: Events
+    run_small: RunExperiment, monkeypatch: pytest.MonkeyPatch, events_of: Events
 ) -> None:
     """Handed in by the command while a round runs; a line of rubbish beside it costs an event."""
-    answers = []
+    responses = []
     aggregate = Server._aggregate
 
     def asking(self: Server, server_round: int, arrived: Any) -> None:
@@ -161,14 +163,14 @@ def test_a_running_run_serves_before_its_next_round(
         if server_round == 1:
             with (folder / "requests.jsonl").open("a") as file:
                 file.write("please forget me\n")
-            answers.append(main(["forget", str(folder), "--client", "2", "--id", "bob"]))
-            answers.append(main(["forget", str(folder), "--client", "2", "--id", "again"]))
-            answers.append(main(["forget", str(folder), "--client", "9"]))
+            responses.append(main(["forget", str(folder), "--client", "2", "--id", "bob"]))
+            responses.append(main(["forget", str(folder), "--client", "2", "--id", "again"]))
+            responses.append(main(["forget", str(folder), "--client", "9"]))
         aggregate(self, server_round, arrived)
 
     monkeypatch.setattr(Server, "_aggregate", asking)
-    folder = play("a")
-    assert answers == [0, 2, 2]
+    folder = run_small("a")
+    assert responses == [0, 2, 2]
     [served] = events_of(folder, "request_served")
     assert (served["round"], served["requests"]) == (2, ["bob"])
     [refused] = events_of(folder, "request_refused")
@@ -177,7 +179,9 @@ def test_a_running_run_serves_before_its_next_round(
     assert verify(folder)
 
 
-def test_a_request_at_the_very_end_is_served(play: Play, monkeypatch: pytest.MonkeyPatch, events_of: Events) -> None:
+def test_a_request_at_the_very_end_is_served(
+    run_small: RunExperiment, monkeypatch: pytest.MonkeyPatch, events_of: Events
+) -> None:
     """It comes while the last planned one is being served: no round follows, and yet it is not left lying."""
     from fedcl.runs.certification import AfterServing
 
@@ -190,7 +194,7 @@ def test_a_request_at_the_very_end_is_served(play: Play, monkeypatch: pytest.Mon
         served(self, receipt)
 
     monkeypatch.setattr(AfterServing, "__call__", asking)
-    folder = play("a", requests="{id: planned, scope: client, clients: [1], at: end}")
+    folder = run_small("a", requests="{id: planned, scope: client, clients: [1], at: end}")
     assert [event["requests"] for event in events_of(folder, "request_served")] == [["planned"], ["late"]]
     assert verify(folder)
 

@@ -24,9 +24,9 @@ from fedcl.server.loop import Server
 from fedcl.unlearning import certificate
 from fedcl.unlearning.service import Unlearning
 from fedcl.unlearning.submitted import hand_in
-from fedcl.unlearning.view import ServingView
+from fedcl.unlearning.view import UnlearningView
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
 REQUESTS = (
     "{id: bob, scope: client, clients: [3], at: {round: 2}}, {id: c2, scope: class, classes: [2], at: {round: 2}}"
@@ -71,8 +71,8 @@ def _named_served(*args: Any, **kwargs: Any) -> bool:
 
 POINTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "admitted": (Unlearning, "_serve", {}),
-    "asked": (ServingView, "forget", {}),
-    "expelled": (Server, "expel", {"after": True}),
+    "asked": (UnlearningView, "forget", {}),
+    "expelled": (Server, "remove_clients", {"after": True}),
     "edited": (Server, "edit", {"after": True}),
     "recovered": (Server, "recover", {"after": True}),
     "served": (certificate, "write", {}),
@@ -135,7 +135,7 @@ def _equal(cut: Path, whole: Path, metrics_hash: Hash) -> None:
     ],
 )
 def test_killed_anywhere_around_serving(
-    method: str, point: str, whole: Callable[[str], Path], play: Play, tmp_path: Path, metrics_hash: Hash
+    method: str, point: str, whole: Callable[[str], Path], run_small: RunExperiment, tmp_path: Path, metrics_hash: Hash
 ) -> None:
     undisturbed = whole(method)
     if point == "asked" and method == "retrain":
@@ -144,7 +144,7 @@ def test_killed_anywhere_around_serving(
     with pytest.MonkeyPatch.context() as patched:
         _die(patched, owner, name, **how)
         with pytest.raises(Killed):
-            play("cut", *METHODS[method], requests=REQUESTS)
+            run_small("cut", *METHODS[method], requests=REQUESTS)
     resume(tmp_path / "cut", force=False, quiet=True)
     _equal(tmp_path / "cut", undisturbed, metrics_hash)
     checkpoints = [path.name for path in (tmp_path / "cut" / "checkpoints").glob("round_*")]
@@ -168,7 +168,7 @@ def test_killed_by_the_system_without_a_word(whole: Callable[[str], Path], tmp_p
 
 
 def test_a_request_that_came_while_a_round_ran_comes_in_the_same_round_again(
-    play: Play, tmp_path: Path, metrics_hash: Hash, monkeypatch: pytest.MonkeyPatch
+    run_small: RunExperiment, tmp_path: Path, metrics_hash: Hash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run is killed after it has met the request, and goes on from a checkpoint before that."""
     asked, aggregate = ForgetRequest("later", "client", clients=("1",)), Server._aggregate
@@ -182,12 +182,12 @@ def test_a_request_that_came_while_a_round_ran_comes_in_the_same_round_again(
     monkeypatch.setattr(Server, "_aggregate", asking)
     # met before round 2, served before round 4; the only checkpoints before that are of the first round
     settings = ("learner=er", "rounds_per_task=3", "unlearning.window=2", "checkpoint.min_seconds=1000")
-    undisturbed = play("whole", *settings)
+    undisturbed = run_small("whole", *settings)
     assert [c["server_round"] for c in _certificates(undisturbed)] == [4]
     with pytest.MonkeyPatch.context() as patched:
         _die(patched, recorder.Recorder, "timing", when=lambda self, at, name, _: (at, name) == (3, "round"))
         with pytest.raises(Killed):
-            play("cut", *settings)
+            run_small("cut", *settings)
     assert (tmp_path / "cut" / "checkpoints" / "LATEST").read_text() == "round_000000\n"
     assert (tmp_path / "cut" / "requests.taken.jsonl").exists()
     resume(tmp_path / "cut", force=False, quiet=True)

@@ -18,7 +18,7 @@ from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
 from fedcl.unlearning.submitted import hand_in
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 Events = Callable[..., list[dict[str, Any]]]
 Hash = Callable[[Path], str]
 
@@ -71,20 +71,20 @@ def _trained(folder: Path, since: int) -> set[str]:
     ],
     ids=["client", "class"],
 )
-def test_before_anything_was_learned(request_: str, excluded: str, trained: set[str], play: Play) -> None:
+def test_before_anything_was_learned(request_: str, excluded: str, trained: set[str], run_small: RunExperiment) -> None:
     """The one who leaves before the first round was never there, and nobody's buffer lacks a task for being told."""
     settings = ("learner=er", "learner.er.budget=40")
-    asked = play("a", *settings, requests=request_)
+    asked = run_small("a", *settings, requests=request_)
     assert _trained(asked, 0) == trained
     assert [c["server_round"] for c in _certificates(asked)] == [0]
     assert verify(asked)
-    never = play("b", *settings, excluded)
+    never = run_small("b", *settings, excluded)
     model = [Checkpoints(folder).load()[0]["server"]["models"]["*"] for folder in (asked, never)]
     assert model[0].equal(model[1])
 
 
-def test_at_the_very_end(play: Play) -> None:
-    folder = play("a", "unlearner=retrain", requests="{id: a, scope: client, clients: [3], at: end}")
+def test_at_the_very_end(run_small: RunExperiment) -> None:
+    folder = run_small("a", "unlearner=retrain", requests="{id: a, scope: client, clients: [3], at: end}")
     [certificate] = _certificates(folder)
     state = Checkpoints(folder).load()[0]["server"]
     assert certificate["server_round"] == state["next_round"] == 4
@@ -92,11 +92,11 @@ def test_at_the_very_end(play: Play) -> None:
     assert verify(folder)
 
 
-def test_two_in_one_window_are_served_together(play: Play, events_of: Events) -> None:
+def test_two_in_one_window_are_served_together(run_small: RunExperiment, events_of: Events) -> None:
     requests = (
         "{id: a, scope: client, clients: [3], at: {round: 1}}, {id: b, scope: class, classes: [0], at: {round: 2}}"
     )
-    folder = play("a", "unlearning.window=2", "unlearner=retrain", requests=requests)
+    folder = run_small("a", "unlearning.window=2", "unlearner=retrain", requests=requests)
     [served] = events_of(folder, "request_served")
     assert (served["round"], served["requests"]) == (3, ["a", "b"])
     assert [(c["index"], c["request"]["id"], c["served_with"]) for c in _certificates(folder)] == [
@@ -107,7 +107,7 @@ def test_two_in_one_window_are_served_together(play: Play, events_of: Events) ->
     assert verify(folder)
 
 
-def test_requests_that_contradict_each_other(play: Play, events_of: Events) -> None:
+def test_requests_that_contradict_each_other(run_small: RunExperiment, events_of: Events) -> None:
     requests = ", ".join(
         [
             "{id: a, scope: client, clients: [3], at: {round: 1}}",
@@ -119,7 +119,7 @@ def test_requests_that_contradict_each_other(play: Play, events_of: Events) -> N
             "{id: rest, scope: class, classes: [9], at: {round: 3}}",
         ]
     )
-    folder = play("a", requests=requests)
+    folder = run_small("a", requests=requests)
     refused = {event["request"]: event["reason"] for event in events_of(folder, "request_refused")}
     assert refused == {
         "twice": "clients=['3']: have left, and all they held is forgotten",
@@ -132,7 +132,7 @@ def test_requests_that_contradict_each_other(play: Play, events_of: Events) -> N
 
 
 def test_the_same_request_again_and_another_under_its_name(
-    play: Play, monkeypatch: pytest.MonkeyPatch, events_of: Events
+    run_small: RunExperiment, monkeypatch: pytest.MonkeyPatch, events_of: Events
 ) -> None:
     aggregate = Server._aggregate
 
@@ -147,7 +147,7 @@ def test_the_same_request_again_and_another_under_its_name(
         aggregate(self, server_round, arrived)
 
     monkeypatch.setattr(Server, "_aggregate", asking)
-    folder = play("a")
+    folder = run_small("a")
     refused = {event["request"]: (event["round"], event["reason"]) for event in events_of(folder, "request_refused")}
     assert refused == {
         "nobody": (1, "clients=['77']: must be among the run's clients"),
@@ -161,10 +161,10 @@ def test_the_same_request_again_and_another_under_its_name(
 def test_a_name_that_is_no_file_is_refused(name: str) -> None:
     request = f"{{id: '{name}', scope: client, clients: [3], at: {{round: 1}}}}"
     cfg = compose(["backend=inline", f"unlearning.requests=[{request}]"])
-    from fedcl.runs.setup import Prepared
+    from fedcl.runs.setup import Setup
 
     with pytest.raises(ConfigError, match=r"unlearning.requests\[0\].id=.*must be 1 to 64"):
-        Prepared.of(cfg)
+        Setup.of(cfg)
 
 
 LATE = ["async.buffer=2", "devices=lognormal", "devices.sigma=1.0", "rounds_per_task=4", "async.finished_task=keep"]
@@ -173,7 +173,7 @@ LATE = ["async.buffer=2", "devices=lognormal", "devices.sigma=1.0", "rounds_per_
 @pytest.mark.parametrize("scope", ["client", "class"])
 @pytest.mark.parametrize("policy", ["drop", "rebase"])
 def test_messages_on_their_way(
-    policy: str, scope: str, halves: Path, play: Play, events_of: Events, monkeypatch: pytest.MonkeyPatch
+    policy: str, scope: str, halves: Path, run_small: RunExperiment, events_of: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who leaves is heard no more; the others' updates of the edited model are refused, or count from the new one."""
     flights: dict[str, dict[str, Any]] = {}
@@ -188,7 +188,7 @@ def test_messages_on_their_way(
     what = {"client": "clients: [3]", "class": "classes: [0]"}[scope]
     request = f"{{id: a, scope: {scope}, {what}, at: {{round: 3}}}}"
     settings = [*LATE, "learner=er", "unlearner=halves", f"unlearning.in_flight={policy}"]
-    folder = play("a", *settings, requests=request, config_dirs=[halves])
+    folder = run_small("a", *settings, requests=request, config_dirs=[halves])
     assert events_of(folder, "client_failed", "reply_rejected") == []
     dropped = [event["client"] for event in events_of(folder, "update_dropped")]
     if scope == "class":
@@ -205,33 +205,33 @@ def test_messages_on_their_way(
 
 @pytest.mark.parametrize("policy", [pytest.param("drop", marks=pytest.mark.slow), "rebase"])
 def test_late_runs_with_requests_are_resumed(
-    policy: str, halves: Path, play: Play, tmp_path: Path, metrics_hash: Hash
+    policy: str, halves: Path, run_small: RunExperiment, tmp_path: Path, metrics_hash: Hash
 ) -> None:
     from fedcl.results.launches import Trust
     from fedcl.runs.experiment import resume
 
     settings = [*LATE, "learner=er", "unlearner=halves", f"unlearning.in_flight={policy}"]
     request = "{id: a, scope: client, clients: [3], at: {round: 3}}"
-    whole = play("whole", *settings, requests=request, config_dirs=[halves])
+    whole = run_small("whole", *settings, requests=request, config_dirs=[halves])
     with pytest.MonkeyPatch.context() as patched:
-        conclude = Server._conclude
+        finalize = Server._finalize
 
         def stopping(self: Server, server_round: int, counted: Any) -> None:
             if server_round == 3:  # the request was served, what was rebased has not come yet
                 raise KeyboardInterrupt
-            conclude(self, server_round, counted)
+            finalize(self, server_round, counted)
 
-        patched.setattr(Server, "_conclude", stopping)
+        patched.setattr(Server, "_finalize", stopping)
         with pytest.raises(KeyboardInterrupt):
-            play("cut", *settings, requests=request, config_dirs=[halves])
+            run_small("cut", *settings, requests=request, config_dirs=[halves])
     resume(tmp_path / "cut", force=False, quiet=True, trust=Trust(everything=True))
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 
-def test_a_client_between_two_tasks_forgets_too(play: Play) -> None:
+def test_a_client_between_two_tasks_forgets_too(run_small: RunExperiment) -> None:
     """Where clients have tasks in their own time, one that takes no part just now keeps no sample either."""
     settings = ["learner=er", "+scenario/schedule=shuffled", "client.epochs=2"]
-    folder = play("a", *settings, requests="{id: a, scope: class, classes: [0, 1, 2], at: {round: 3}}")
+    folder = run_small("a", *settings, requests="{id: a, scope: class, classes: [0, 1, 2], at: {round: 3}}")
     _, clients = Checkpoints(folder).load()
     assert clients
     for _, state in clients.values():

@@ -12,7 +12,7 @@ import pytest
 from fedcl.config.compose import compose
 from fedcl.messages import Reply
 from fedcl.runs.retrained import SilentRecord
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.exchange import Exchange
 from fedcl.server.loop import Server
 from fedcl.server.strategy import Outgoing
@@ -64,10 +64,10 @@ def sent(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Sent]]:
             if backend == "ray":
                 request.getfixturevalue("ray_session")
             cfg = compose([*SMALL, f"backend={backend}", *(["backend.workers=2"] if backend == "ray" else [])])
-            prepared = Prepared.of(cfg)
-            opened = stack.enter_context(open_backend(cfg, prepared.dataset, prepared.partition))
+            setup = Setup.of(cfg)
+            opened = stack.enter_context(open_backend(cfg, setup.dataset, setup.partition))
             record: Any = SilentRecord()
-            return Sent(make_server(cfg, prepared, opened, record), opened.grid)
+            return Sent(make_server(cfg, setup, opened, record), opened.grid)
 
         yield make
 

@@ -18,7 +18,7 @@ from fedcl.evaluation.klom import ensemble_distance, klom
 from fedcl.evaluation.unlearning import backdoor
 from fedcl.runs.unlearning_metrics import marked
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 SETS = ("forget_train", "forget_test", "retain_train", "retain_test")
 CLASS = "{id: two, scope: class, classes: [2], at: {round: 2}}"
 TRIGGER = "unlearning.trigger={pixels: [27, 28], value: 16, label: 1}"
@@ -75,15 +75,15 @@ def test_a_trigger_marks_test_samples_and_nothing_else() -> None:
             marked(dataset, trigger)
 
 
-def test_one_model_is_no_distribution(play: Play) -> None:
+def test_one_model_is_no_distribution(run_small: RunExperiment) -> None:
     with pytest.raises(ConfigError, match=r"unlearning\.klom=1"):
-        play("a", "unlearning.klom=1")
+        run_small("a", "unlearning.klom=1")
 
 
 @pytest.mark.slow
-def test_retraining_is_at_no_distance_from_itself(play: Play) -> None:
+def test_retraining_is_at_no_distance_from_itself(run_small: RunExperiment) -> None:
     more = ["unlearner=retrain", "unlearning.klom=3", "unlearning.reference=true", TRIGGER]
-    found = certificate(play("a", *more, requests=CLASS))
+    found = certificate(run_small("a", *more, requests=CLASS))
     numbers, cost = found["measurements"], found["cost"]
     assert numbers["klom/models"] == 3
     assert {name: numbers[f"klom/{name}"] for name in SETS} == pytest.approx(dict.fromkeys(SETS, 0.0), abs=1e-9)
@@ -96,21 +96,21 @@ def test_retraining_is_at_no_distance_from_itself(play: Play) -> None:
 
 
 @pytest.mark.slow
-def test_another_seed_is_another_model_and_an_edit_is_seen_beside_it(play: Play) -> None:
+def test_another_seed_is_another_model_and_an_edit_is_seen_beside_it(run_small: RunExperiment) -> None:
     """Going on with what was learned of the class is further from retraining than retrained models from each other."""
     more = ["rounds_per_task=4", "unlearning.klom=4", "unlearning.reference=true", "client.epochs=3"]
     request = "{id: two, scope: class, classes: [2], at: {round: 4}}"
-    numbers = certificate(play("a", *more, requests=request))["measurements"]
+    numbers = certificate(run_small("a", *more, requests=request))["measurements"]
     assert numbers["klom/forget_train"] > 0
     assert numbers["klom/forget_train_floor"] > 0
     assert numbers["klom/forget_train"] > numbers["klom/forget_train_floor"]
 
 
 @pytest.mark.slow
-def test_the_likelihood_ratio_is_fitted_to_models_of_other_seeds(play: Play) -> None:
+def test_the_likelihood_ratio_is_fitted_to_models_of_other_seeds(run_small: RunExperiment) -> None:
     """A model that was trained all over is attacked as well, which one that is its own reference cannot be."""
     more = ["unlearner=retrain", "unlearning.references=3", "unlearning.reference=true"]
-    folder = play("a", *more, requests=CLASS)
+    folder = run_small("a", *more, requests=CLASS)
     numbers = certificate(folder)["measurements"]
     for prefix in ("", "original/", "reference/"):
         assert numbers[f"{prefix}lira_references"] == 3
@@ -120,9 +120,9 @@ def test_the_likelihood_ratio_is_fitted_to_models_of_other_seeds(play: Play) -> 
 
 
 @pytest.mark.slow
-def test_what_a_history_takes_is_on_the_certificate(play: Play) -> None:
+def test_what_a_history_takes_is_on_the_certificate(run_small: RunExperiment) -> None:
     request = "{id: bob, scope: client, clients: [2], at: {round: 2}}"
-    found = certificate(play("a", "unlearner=federaser", requests=request))
+    found = certificate(run_small("a", "unlearner=federaser", requests=request))
     assert found["cost"]["stored_bytes"] >= found["measurements"]["unlearner/stored_bytes"] > 0
     assert "retraining_rounds" not in found["cost"]  # nothing was trained to compare with
 

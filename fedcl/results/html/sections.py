@@ -114,9 +114,9 @@ def _certificate(finding: certificate.Finding) -> str:
         ("written", content["time"]),
         ("SHA-256", content["sha256"]),
     ]
-    residuals = [tuple(str(one.get(key, "")) for key in ("part", "outcome", "why")) for one in content["residuals"]]
+    outcomes = [tuple(str(one.get(key, "")) for key in ("part", "outcome", "why")) for one in content["residuals"]]
     caption = f"What became of everything that remembers: {request.get('id')}"
-    table = e.table(caption, ("part", "outcome", "why"), residuals)
+    table = e.table(caption, ("part", "outcome", "why"), outcomes)
     return f"<h3>{e.esc(finding.name)}</h3>\n{wrong}{e.pairs(rows)}\n{e.details('What remains', table)}"
 
 

@@ -88,7 +88,7 @@ def test_avalanche_ends_with_the_same_weights(
         if client.runtime.model.device.type != "cpu":
             pytest.skip("compares on the CPU")
         start = client.runtime.model.vector()
-        ends[name] = list(client.play(SCRIPT))[-1]
+        ends[name] = list(client.run(SCRIPT))[-1]
     tasks = [stream.train_task(k) for k in range(TASKS)]
     samples = [client.runtime.data.train("0", task, torch.device("cpu")) for task in tasks]
     reference = theirs(kind, samples, start, **settings)

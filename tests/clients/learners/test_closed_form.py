@@ -19,7 +19,7 @@ from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
 from fedcl.scenario.task import Task
 from tests.sampling import sampled
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 
 def linear(columns: int = 2, head: str = "linear") -> FlatModel:
@@ -29,10 +29,10 @@ def linear(columns: int = 2, head: str = "linear") -> FlatModel:
     return model
 
 
-def context(model: FlatModel, x: Tensor, y: Tensor, *, met: int = 1) -> Context:
-    columns = dict.fromkeys(range(met), (0, 1))
+def context(model: FlatModel, x: Tensor, y: Tensor, *, seen: int = 1) -> Context:
+    columns = dict.fromkeys(range(seen), (0, 1))
     return Context(
-        model=model, task=Task(met - 1, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
+        model=model, task=Task(seen - 1, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
         batch_size=2, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns=columns,
         num_columns=model.spec.size // 3,
     )  # fmt: skip
@@ -48,7 +48,7 @@ Y = torch.tensor([0, 0, 1])
 )
 def test_means_by_hand(distance: Any, weight: list[list[float]], bias: list[float]) -> None:
     model, nmc = linear(), NearestClassMean(distance=distance)
-    sums = nmc.answer(context(model, X, Y), "class_sums", {})
+    sums = nmc.respond(context(model, X, Y), "class_sums", {})
     assert sums["counts"].tolist() == [2.0, 1.0]
     nmc.solve(model, sums)
     assert model.spec.view(model.flat, "head.weight").tolist() == weight
@@ -59,9 +59,11 @@ def test_means_by_hand(distance: Any, weight: list[list[float]], bias: list[floa
 @pytest.mark.parametrize(("distance", "sums"), [("cosine", [1.6, 0.8]), ("euclidean", [4.0, 4.0])])
 def test_cosine_means_are_of_features_of_length_one(distance: Any, sums: list[float]) -> None:
     model, nmc = linear(), NearestClassMean(distance=distance)
-    answer = nmc.answer(context(model, torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0, 0])), "class_sums", {})
-    assert answer["features"][0].tolist() == pytest.approx(sums)
-    nmc.solve(model, answer)
+    response = nmc.respond(
+        context(model, torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0, 0])), "class_sums", {}
+    )
+    assert response["features"][0].tolist() == pytest.approx(sums)
+    nmc.solve(model, response)
     row = model.spec.view(model.flat, "head.weight")[0]
     expected = [2 / math.sqrt(5), 1 / math.sqrt(5)] if distance == "cosine" else [2.0, 2.0]
     assert row.tolist() == pytest.approx(expected)
@@ -78,7 +80,7 @@ def test_the_rule_of_janson_by_hand() -> None:
     model = linear(head="unit")
     nmc = NearestClassMean(distance="unit_euclidean")
     nmc.check(model)
-    sums = nmc.answer(context(model, x, torch.tensor([0, 0, 1])), "class_sums", {})
+    sums = nmc.respond(context(model, x, torch.tensor([0, 0, 1])), "class_sums", {})
     torch.testing.assert_close(sums["features"], torch.tensor([[1.0, 1.0], [0.6, 0.8]], dtype=torch.float64))
     nmc.solve(model, sums)
     torch.testing.assert_close(
@@ -90,7 +92,7 @@ def test_the_rule_of_janson_by_hand() -> None:
     torch.testing.assert_close(0.5 - model(z).logits.detach(), squared / 2, rtol=0, atol=1e-6)
     assert model(z).logits.argmax(1).tolist() == [0, 1, 1]
     cosine, plain = NearestClassMean(), linear()
-    cosine.solve(plain, cosine.answer(context(plain, x, torch.tensor([0, 0, 1])), "class_sums", {}))
+    cosine.solve(plain, cosine.respond(context(plain, x, torch.tensor([0, 0, 1])), "class_sums", {}))
     assert plain(z).logits.argmax(1).tolist() == [0, 1, 0]
 
 
@@ -104,7 +106,7 @@ def test_the_rule_of_janson_needs_a_head_on_unit_features() -> None:
 def test_a_class_without_samples_keeps_its_row() -> None:
     model = linear(3)
     model.spec.view(model.flat, "head.bias").fill_(7.0)
-    NearestClassMean().solve(model, NearestClassMean().answer(context(model, X, Y), "class_sums", {}))
+    NearestClassMean().solve(model, NearestClassMean().respond(context(model, X, Y), "class_sums", {}))
     assert model.spec.view(model.flat, "head.bias").tolist() == [0.0, 0.0, 7.0]
 
 
@@ -119,7 +121,7 @@ def test_several_heads_take_their_own_rows() -> None:
 
 def test_ridge_by_hand() -> None:
     model, ranpac = linear(), RanPAC(ridge=0.5)
-    sums = ranpac.answer(context(model, X, Y), "gram", {})
+    sums = ranpac.respond(context(model, X, Y), "gram", {})
     assert sums["gram"].tolist() == [[10.0, 0.0], [0.0, 4.0]]
     assert sums["cross"].tolist() == [[4.0, 0.0], [0.0, 2.0]]
     ranpac.solve(model, sums)  # lambda = 0.5 mean(10, 4) = 3.5
@@ -137,7 +139,7 @@ def test_posterior_by_hand() -> None:
 def test_the_linear_head_is_the_posterior_where_counts_are_equal() -> None:
     model, protocl = linear(), ProtoCL(noise=0.5, prior=2.0)
     x, y = torch.tensor([[1.0, 0.5], [0.8, 0.1], [-0.5, 1.0], [0.0, 1.2]]), torch.tensor([0, 0, 1, 1])
-    sums = protocl.answer(context(model, x, y), "prototypes", {})
+    sums = protocl.respond(context(model, x, y), "prototypes", {})
     protocl.solve(model, sums)
     z = torch.tensor([[0.3, 0.4], [-1.0, 2.0]])
     exact = log_joint(z.double(), sums["features"], sums["counts"], noise=0.5, prior=2.0)
@@ -150,7 +152,7 @@ def test_the_linear_head_is_the_posterior_where_counts_are_equal() -> None:
 def test_the_linear_head_knows_which_class_has_more_samples() -> None:
     model, protocl = linear(), ProtoCL(noise=1.0, prior=1.0)
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    protocl.solve(model, protocl.answer(context(model, x, torch.tensor([0, 0, 0, 1])), "prototypes", {}))
+    protocl.solve(model, protocl.respond(context(model, x, torch.tensor([0, 0, 0, 1])), "prototypes", {}))
     variance = 1.375
     torch.testing.assert_close(model.spec.view(model.flat, "head.weight"), torch.eye(2) / variance)
     biases = [-0.5 / variance + math.log(4 / 4), -0.5 / variance + math.log(2 / 4)]
@@ -180,7 +182,7 @@ def test_classes_of_the_present_task_have_the_clients_own_sums_and_others_everyb
 @pytest.mark.parametrize(("train", "epochs"), [("none", [0, 0]), ("first_task", [3, 0]), ("all", [3, 3])])
 def test_the_network_is_trained_as_long_as_asked(train: Any, epochs: list[int]) -> None:
     plugin, order = NearestClassMean(train=train), torch.arange(3)
-    assert [len(plugin.indices(context(linear(), X, Y, met=met), order)) for met in (1, 2)] == epochs
+    assert [len(plugin.indices(context(linear(), X, Y, seen=seen), order)) for seen in (1, 2)] == epochs
 
 
 JANSON = ["learner.nmc.distance=unit_euclidean", "model.head=unit"]
@@ -197,7 +199,7 @@ def test_any_clients_are_as_good_as_one(
     for split in (["num_clients=1"], ["num_clients=4", "clients_per_round=2"]):
         name, options = learner
         choices = {"learner": name, "data/partition": partition, "scenario": "class_incremental"}
-        diary = play(configure(choices, files, device, f"learner.{name}.train=none", *options, *split))
+        diary = run_toy(configure(choices, files, device, f"learner.{name}.train=none", *options, *split))
         assert not diary.faults
         models.append([state["server"]["models"]["*"] for state in diary.saved])
     for together, apart in zip(*models, strict=True):

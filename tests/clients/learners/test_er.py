@@ -172,7 +172,7 @@ def test_from_bytes_or_from_floats_the_model_is_the_same_bit_for_bit(
     build = partial((REPLAY | {"gdumb": GDumb})[name], budget=9)
     stored = make_client(pictures, stream(kind), {name: build})
     seen = make_client(as_the_model_sees_them(pictures), stream(kind), {name: build})
-    for a, b in zip(stored.play(SCRIPT, rebuild=True), seen.play(SCRIPT), strict=True):
+    for a, b in zip(stored.run(SCRIPT, rebuild=True), seen.run(SCRIPT), strict=True):
         assert torch.equal(a, b)
     small, large = stored.state[name]["x"], seen.state[name]["x"]
     assert (small.dtype, large.dtype) == (torch.uint8, torch.float32)
@@ -188,7 +188,7 @@ def test_every_policy_carries_its_state(
 ) -> None:
     build = {name: partial(REPLAY[name], budget="300B", policy=policy)}
     straight, carried = (make_client(pictures, stream(kind), build) for _ in range(2))
-    for a, b in zip(straight.play(SCRIPT), carried.play(SCRIPT, rebuild=True), strict=True):
+    for a, b in zip(straight.run(SCRIPT), carried.run(SCRIPT, rebuild=True), strict=True):
         assert torch.equal(a, b)
     assert equal(straight.state, carried.state)
     state = straight.state[name]

@@ -153,7 +153,7 @@ def test_a_fine_tuning_on_the_way_is_no_change_of_the_visit(device: torch.device
 def test_memory_and_counts_travel(blobs: Dataset, make_client: Callable[..., Any]) -> None:
     stream = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     client = make_client(blobs, stream, {"k_fpf": partial(KFPF, budget=12, steps=2)})
-    list(client.play([("train", 0), ("task_end", 0), ("train", 1), ("train", 1)]))
+    list(client.run([("train", 0), ("task_end", 0), ("train", 1), ("train", 1)]))
     state = client.state["k_fpf"]
     assert torch.bincount(state["buffer"]["y"]).tolist() == [3, 3, 3, 3]
     assert state["steps"] == 2 * 2 * 6

@@ -276,7 +276,7 @@ def test_a_learner_is_its_equations(handwritten: Dataset, make_client: Callable[
         if client.runtime.model.device.type != "cpu":
             pytest.skip("compares with a loop on the CPU")
         start = client.runtime.model.vector()
-        ends[learner] = list(client.play(SCRIPT))[-1]
+        ends[learner] = list(client.run(SCRIPT))[-1]
     tasks = [stream.train_task(k) for k in range(TASKS)]
     hand = Hand(client.runtime.data, tasks, start)
     loop(hand)

@@ -23,12 +23,12 @@ def linear(device: torch.device, heads: tuple[int, ...] = (2,), hidden: tuple[in
     return FlatModel(MLP(input_shape=(2,), heads=heads, hidden=hidden), device=device)
 
 
-def context(model: FlatModel, x: Tensor, met: dict[int, tuple[int, ...]], columns: int = 2) -> Context:
-    task = max(met)
+def context(model: FlatModel, x: Tensor, seen: dict[int, tuple[int, ...]], columns: int = 2) -> Context:
+    task = max(seen)
     return Context(
-        model=model, task=Task(task, met[task], met[task]), received=model.vector(), epochs=1, batch_size=2, lr=0.1,
+        model=model, task=Task(task, seen[task], seen[task]), received=model.vector(), epochs=1, batch_size=2, lr=0.1,
         data=TaskData(x, torch.zeros(len(x), dtype=torch.int64, device=x.device)), seed=0, client="0", visit=0,
-        is_new_task=True, task_columns=met, num_columns=columns,
+        is_new_task=True, task_columns=seen, num_columns=columns,
     )  # fmt: skip
 
 

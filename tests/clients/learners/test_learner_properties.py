@@ -34,7 +34,7 @@ from fedcl.contracts.learner import Plugin
 from fedcl.data.dataset import Dataset
 from fedcl.scenario.streams import ClassIncremental, DomainPermuted, TaskIncremental
 from fedcl.scenario.task import Stream
-from tests.clients.conftest import SCRIPT, Play
+from tests.clients.conftest import SCRIPT, RunExperiment
 from tests.sampling import sampled
 
 Build = Callable[[], Plugin]
@@ -110,7 +110,7 @@ def stream(kind: type[Any], dataset: Dataset) -> Stream:
 
 
 @pytest.mark.parametrize(("name", "scenario"), sampled(OFF, SCENARIOS, every=3))
-def test_turned_off_it_is_fine_tuning_bit_for_bit(played: Play, scenario: type[Any], name: str) -> None:
+def test_turned_off_it_is_fine_tuning_bit_for_bit(played: RunExperiment, scenario: type[Any], name: str) -> None:
     naive, _ = played("naive", {}, scenario)
     same, _ = played(f"{name} off", {name: OFF[name]}, scenario)
     assert all(torch.equal(a, b) for a, b in zip(naive, same, strict=True))
@@ -118,7 +118,7 @@ def test_turned_off_it_is_fine_tuning_bit_for_bit(played: Play, scenario: type[A
 
 
 @pytest.mark.parametrize(("name", "scenario"), sampled([*LATE, *EARLY], SCENARIOS, every=3))
-def test_turned_on_it_is_not(played: Play, scenario: type[Any], name: str) -> None:
+def test_turned_on_it_is_not(played: RunExperiment, scenario: type[Any], name: str) -> None:
     naive, _ = played("naive", {}, scenario)
     other, _ = played(name, learner(name), scenario)
     assert torch.isfinite(other[-1]).all()
@@ -129,20 +129,22 @@ def test_turned_on_it_is_not(played: Play, scenario: type[Any], name: str) -> No
 
 @pytest.mark.parametrize(("name", "scenario"), sampled([*LATE, *EARLY], SCENARIOS, every=3))
 def test_state_carried_over_continues_as_if_uninterrupted(
-    blobs: Dataset, make_client: Callable[..., Any], played: Play, scenario: type[Any], name: str
+    blobs: Dataset, make_client: Callable[..., Any], played: RunExperiment, scenario: type[Any], name: str
 ) -> None:
     straight, state = played(name, learner(name), scenario)
     carried = make_client(blobs, stream(scenario, blobs), learner(name))
-    for a, b in zip(straight, carried.play(SCRIPT, rebuild=True), strict=True):
+    for a, b in zip(straight, carried.run(SCRIPT, rebuild=True), strict=True):
         assert torch.equal(a, b)
     assert equal(state, carried.state)
     assert set(state) == set(learner(name))
     assert all(bool(own) == (plugin not in STATELESS) for plugin, own in state.items())
 
 
-def test_the_order_of_listing_does_not_matter(blobs: Dataset, make_client: Callable[..., Any], played: Play) -> None:
+def test_the_order_of_listing_does_not_matter(
+    blobs: Dataset, make_client: Callable[..., Any], played: RunExperiment
+) -> None:
     forward, _ = played("all", learner("all"), ClassIncremental)
     # of one phase are only EWC and LwF: a sum of two terms does not depend on their order by more than rounding
     reverse = dict(reversed(TOGETHER.items()))
-    backward = list(make_client(blobs, stream(ClassIncremental, blobs), reverse).play(SCRIPT))
+    backward = list(make_client(blobs, stream(ClassIncremental, blobs), reverse).run(SCRIPT))
     torch.testing.assert_close(forward[-1], backward[-1], rtol=1e-3, atol=1e-4)

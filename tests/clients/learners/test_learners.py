@@ -40,7 +40,7 @@ def final_accuracy(
     """Test accuracy on each of five tasks after the last."""
     tasks = stream(kind, dataset, 5)
     client = make_client(dataset, tasks, plugins, hidden=(32,), batch_size=20, **training)
-    model: Tensor = list(client.play([(kind, k) for k in range(5) for kind in ("train", "task_end")]))[-1]
+    model: Tensor = list(client.run([(kind, k) for k in range(5) for kind in ("train", "task_end")]))[-1]
     return list(Evaluator(dataset, tasks, client.runtime.model).accuracy(model, list(range(5)), after=4).values())
 
 

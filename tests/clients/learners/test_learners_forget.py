@@ -22,11 +22,11 @@ from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
 from fedcl.config.compose import compose, list_choices
 from fedcl.contracts.learner import Plugin, TaskData
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, Scope, residuals_from
+from fedcl.contracts.requests import ForgetNote, ForgetRequest, Scope, outcomes_from
 from fedcl.data.dataset import Dataset
 from fedcl.messages import Request
 from fedcl.scenario.streams import ClassIncremental, DomainPermuted
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 CPU = torch.device("cpu")
 MARKED = 0  # a sample of class 0
@@ -65,7 +65,7 @@ def ask(client: Any, request: ForgetRequest) -> list[Any]:
     reply = client.runtime.visit(message, client.store)
     client.store.commit("0", client.visit)
     client.committed, client.visit = client.visit, client.visit + 1
-    return residuals_from(reply.note)
+    return outcomes_from(reply.note)
 
 
 SCRIPT = [("train", 0), ("task_end", 0), ("train", 1), ("task_end", 1)]
@@ -85,7 +85,7 @@ def test_a_sample_is_erased_and_the_others_stay(
     blobs.train.x[OTHER] = 314159.0 + np.arange(8)
     made = scenario(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     client = make_client(blobs, made, _factories(name), lr=1e-6)
-    list(client.play(SCRIPT))
+    list(client.run(SCRIPT))
     whole = client.store.load("0", client.committed)
     seen = [  # the sample as the model is shown it, in each task
         data.x[data.positions == position]
@@ -97,12 +97,12 @@ def test_a_sample_is_erased_and_the_others_stay(
     others = [rows[0] for rows in seen[2:] if len(rows)]
     assert marked
     assert any(contains(whole, sample) for sample in marked)
-    residuals = ask(client, ForgetRequest("r", "sample", samples=(MARKED,)))
-    assert "erased" in [residual.outcome for residual in residuals]
+    outcomes = ask(client, ForgetRequest("r", "sample", samples=(MARKED,)))
+    assert "erased" in [residual.outcome for residual in outcomes]
     left = client.store.load("0", client.committed)
     assert not any(contains(left, sample) for sample in marked)
     assert any(contains(left, sample) for sample in others)
-    list(client.play([("train", 1), ("train", 2), ("task_end", 2)]))  # and it can go on
+    list(client.run([("train", 1), ("train", 2), ("task_end", 2)]))  # and it can go on
 
 
 @pytest.mark.parametrize("scope", ["class", "task"])
@@ -110,7 +110,7 @@ def test_a_sample_is_erased_and_the_others_stay(
 def test_a_class_or_a_task_is_erased(blobs: Dataset, make_client: Callable[..., Any], name: str, scope: Scope) -> None:
     made = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     client = make_client(blobs, made, _factories(name))
-    list(client.play(SCRIPT))
+    list(client.run(SCRIPT))
     first = made.train_task(0)
     gone = {"class": first.columns[:1], "task": first.columns}[scope]
     named = {"class": {"classes": first.classes[:1]}, "task": {"tasks": (0,)}}[scope]
@@ -129,11 +129,11 @@ def test_a_class_or_a_task_is_erased(blobs: Dataset, make_client: Callable[..., 
 def test_every_learner_answers_and_goes_on(blobs: Dataset, make_client: Callable[..., Any], name: str) -> None:
     made = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     client = make_client(blobs, made, _factories(name))
-    list(client.play(SCRIPT))
-    residuals = ask(client, ForgetRequest("r", "class", classes=(made.train_task(0).classes[0],)))
-    keeps = [r for r in residuals if r.outcome != "none"]
+    list(client.run(SCRIPT))
+    outcomes = ask(client, ForgetRequest("r", "class", classes=(made.train_task(0).classes[0],)))
+    keeps = [r for r in outcomes if r.outcome != "none"]
     assert all(r.outcome in ("erased", "reset", "recomputed") for r in keeps)
-    models = list(client.play([("train", 1), ("train", 2), ("task_end", 2)]))
+    models = list(client.run([("train", 1), ("train", 2), ("task_end", 2)]))
     assert all(bool(torch.isfinite(model).all()) for model in models)
 
 
@@ -142,7 +142,7 @@ def test_views_of_samples_are_not_what_is_kept(blobs: Dataset, make_client: Call
     made = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     plugins = {"view_batch": partial(ViewBatch, repeats=2), "er": partial(ER, budget=200)}
     client = make_client(blobs, made, plugins)
-    list(client.play([("train", 0), ("train", 1)]))
+    list(client.run([("train", 0), ("train", 1)]))
     held = client.state["er"]["x"]
     originals = torch.cat([client.runtime.data.train("0", made.train_task(task), CPU).x for task in range(2)])
     assert all(bool((originals == row).all(1).any()) for row in held)
@@ -173,7 +173,7 @@ def test_a_run_erases_it_at_the_client_that_holds_it(tmp_path: Path) -> None:
     request = f"unlearning.requests=[{{id: a, scope: sample, samples: [{MARKED}], at: {{round: 3}}}}]"
     extra = ["learner.er.budget=200", f"unlearning.cache={tmp_path}", "unlearning.reference=false"]
     cfg = configure({"learner": "er", "unlearner": "continue_without"}, files, CPU, request, *extra)
-    diary = play(cfg, until=3)
+    diary = run_toy(cfg, until=3)
     before, after = diary.saved[3]["clients"], diary.saved[4]["clients"]
     wanted = torch.from_numpy(marker)
     assert sum(contains(state, wanted) for _, state in before.values()) == 1

@@ -48,21 +48,21 @@ def test_the_gradient_at_temperature_t_is_q_minus_p_over_t() -> None:
     assert student.grad[0].tolist() == pytest.approx([(0.25 - 0.5) / 2, (0.75 - 0.5) / 2])
 
 
-def context(heads: tuple[int, ...], met: dict[int, tuple[int, ...]], device: torch.device) -> Context:
+def context(heads: tuple[int, ...], seen: dict[int, tuple[int, ...]], device: torch.device) -> Context:
     model = FlatModel(MLP(input_shape=(3,), heads=heads, hidden=()), device=device)
-    task = max(met)
+    task = max(seen)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, generator=generator).to(device)
     return Context(
-        model=model, task=Task(task, (0, 1), met[task], head=task if len(heads) > 1 else 0),
+        model=model, task=Task(task, (0, 1), seen[task], head=task if len(heads) > 1 else 0),
         data=TaskData(x, torch.zeros(5, dtype=torch.int64, device=device)), received=model.vector(), epochs=1,
-        batch_size=5, lr=0.1, seed=0, client="0", visit=0, is_new_task=False, task_columns=met, num_columns=sum(heads),
+        batch_size=5, lr=0.1, seed=0, client="0", visit=0, is_new_task=False, task_columns=seen, num_columns=sum(heads),
     )  # fmt: skip
 
 
 def test_one_head_is_one_softmax_and_own_heads_are_one_each(device: torch.device) -> None:
-    met = {0: (2, 0), 1: (3, 1)}
-    assert column_groups(context((4,), met, device)) == [[0, 1, 2, 3]]
+    seen = {0: (2, 0), 1: (3, 1)}
+    assert column_groups(context((4,), seen, device)) == [[0, 1, 2, 3]]
     assert column_groups(context((2, 2), {0: (0, 1), 1: (2, 3)}, device)) == [[0, 1], [2, 3]]
     assert column_groups(context((3,), {0: (0, 1, 2), 1: (0, 1, 2)}, device)) == [[0, 1, 2]]
 

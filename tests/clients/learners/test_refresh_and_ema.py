@@ -126,7 +126,7 @@ def test_a_fixed_coefficient(blobs: Dataset, make_client: Callable[..., Any]) ->
     def change(**plugins: Callable[[], Any]) -> Tensor:
         client = make_client(blobs, stream, plugins, epochs=1, batch_size=1000)
         before = client.runtime.model.vector()
-        (after,) = client.play([("train", 0)])
+        (after,) = client.run([("train", 0)])
         return after - before
 
     # one step: the average goes a third of its way

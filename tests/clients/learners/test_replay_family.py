@@ -27,7 +27,7 @@ SEEN = Task(1, (2, 3), (2, 3), mask=(0, 1, 2, 3))
 
 
 def context(
-    device: torch.device, task: Task, met: dict[int, tuple[int, ...]], *, visit: int = 0, heads: tuple[int, ...] = (4,)
+    device: torch.device, task: Task, seen: dict[int, tuple[int, ...]], *, visit: int = 0, heads: tuple[int, ...] = (4,)
 ) -> Context:
     generator = torch.Generator().manual_seed(task.id)
     x = torch.randn(12, 3, generator=generator).to(device)
@@ -36,7 +36,7 @@ def context(
     model.load(torch.linspace(-1, 1, model.spec.size))
     return Context(
         model=model, task=task, data=TaskData(x, y), received=model.vector(), epochs=1, batch_size=4, lr=0.1, seed=0,
-        client="0", visit=visit, is_new_task=True, task_columns=met, num_columns=4,
+        client="0", visit=visit, is_new_task=True, task_columns=seen, num_columns=4,
     )  # fmt: skip
 
 

@@ -148,5 +148,5 @@ def test_it_goes_with_replay_in_either_order(
     stream = ClassIncremental(num_classes=6, input_shape=blobs.input_shape, seed=0, num_tasks=3)
     script = [(kind, task) for task in range(2) for kind in ("train", "train", "task_end")]
     client = make_client(blobs, stream, {name: plugins[name] for name in order})
-    models = list(client.play(script))
+    models = list(client.run(script))
     assert torch.isfinite(models[-1]).all()

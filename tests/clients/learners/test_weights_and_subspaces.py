@@ -158,7 +158,7 @@ def test_answers_to_the_past_stay_what_they_were(blobs: Dataset, make_client: Ca
     drift = {}
     for name, plugins in {"naive": {}, "gpm": {"gpm": partial(GPM, epsilon=1.0)}}.items():
         client = make_client(blobs, tasks, plugins, hidden=(32,))
-        models = list(client.play(script))
+        models = list(client.run(script))
         model = client.runtime.model
         x = torch.from_numpy(blobs.train.x[[y in tasks.train_task(0).classes for y in blobs.train.y]]).to(model.device)
         outputs = []

@@ -12,15 +12,15 @@ from clients.learners.ranpac import GRAM, RanPAC, gram_sums
 from clients.unlearners.acu import ACU, restore_columns, same_below_heads
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer, Query
+from fedcl.contracts.strategy import Query, Response
 from fedcl.contracts.unlearner import Samples
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
-from fedcl.runs.setup import Prepared
+from fedcl.runs.setup import Setup
 from fedcl.scenario.task import Task
 from fedcl.server.statistics import Statistics
 from tests.clients.serving import NOTHING, Serving
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 EXACT = 1e-8
 
@@ -50,7 +50,7 @@ def test_fifty_requests_leave_the_sums_of_what_stays() -> None:
     statistics = Statistics([RanPAC()], model)
     task = Task(0, tuple(range(10)), tuple(range(10)))
     first = gram_sums([(x.double(), y)], 10)
-    statistics.absorb(Query(GRAM, {}, {}), [Answer("0", 3000, first)], {"0": task})
+    statistics.consume(Query(GRAM, {}, {}), [Response("0", 3000, first)], {"0": task})
     acu, order = ACU(), torch.randperm(3000, generator=generator)
     worst = 0.0
     for k, rows in enumerate(order[:2000].split(40)):
@@ -92,7 +92,7 @@ def run(files: dict[str, str], *extra: str, num_tasks: int = 2) -> list[dict[str
     """Return the server's state at the beginning and after each round."""
     options = ["unlearning.reference=false", "client.epochs=1", *extra]
     choices = {"learner": "ranpac", "unlearner": "acu"}
-    diary = play(configure(choices, files, torch.device("cpu"), *options, num_tasks=num_tasks))
+    diary = run_toy(configure(choices, files, torch.device("cpu"), *options, num_tasks=num_tasks))
     assert not diary.faults
     return [state["server"] for state in diary.saved]
 
@@ -156,7 +156,7 @@ def test_where_the_network_was_trained_the_head_is_rebuilt(files: dict[str, str]
     request, _ = REQUESTS["client"]
     options = ["unlearning.reference=false", "client.epochs=1", f"unlearning.requests=[{request % 3}]"]
     choices = {"learner": "ranpac", "unlearner": "acu"}
-    diary = play(configure(choices, files, torch.device("cpu"), *options, num_tasks=2))
+    diary = run_toy(configure(choices, files, torch.device("cpu"), *options, num_tasks=2))
     rows = {row["name"]: row["value"] for row in diary.rows if row["phase"] == "unlearning"}
     assert (diary.faults, rows["unlearner/rebuilt"]) == ([], 1.0)
     assert rows["unlearner/samples"] > 0
@@ -170,15 +170,15 @@ def trained(shift: float = 0.0) -> tuple[Serving, Statistics]:
     model = FlatModel(build_model(lambda: MLP(input_shape=(4,), heads=(3,), hidden=(8,)), seed=0))
     generator = torch.Generator().manual_seed(0)
     samples = [Samples(torch.randn(9, 4, generator=generator), torch.arange(9) % 3) for _ in range(2)]
-    statistics = Statistics([RanPAC()], model.twin())
+    statistics = Statistics([RanPAC()], model.copy())
     first = samples[0]
     held = {"0": (first.at(torch.arange(4)), first.at(torch.arange(4, 9))), "1": (NOTHING, samples[1])}
     serving = Serving(ACU(), model, held, statistics=statistics)
     task = Task(0, (0, 1, 2), (0, 1, 2))
-    answers = [
-        Answer(str(k), 9, gram_sums([(model(s.x).features.detach().double(), s.y)], 3)) for k, s in enumerate(samples)
+    responses = [
+        Response(str(k), 9, gram_sums([(model(s.x).features.detach().double(), s.y)], 3)) for k, s in enumerate(samples)
     ]
-    statistics.absorb(Query(GRAM, {}, {}), answers, {"0": task, "1": task})
+    statistics.consume(Query(GRAM, {}, {}), responses, {"0": task, "1": task})
     model.spec.view(model.flat, "hidden.0.weight").add_(shift)
     return serving, statistics
 
@@ -217,13 +217,13 @@ def test_a_leaver_that_cannot_be_asked_is_left_out_by_rebuilding() -> None:
     serving.leaving = ("0",)
     serving.serve()
     assert [client for _, client in serving.asked] == ["1"]
-    assert list(statistics.absorbed(GRAM)) == ["1"]
+    assert list(statistics.consumed(GRAM)) == ["1"]
     assert float(statistics.sums(GRAM)["counts"].sum()) == 9.0
 
 
 def test_before_any_head_is_solved_nothing_is_promised() -> None:
     serving, _ = trained()
-    serving.statistics = Statistics([RanPAC()], serving.model.twin())
+    serving.statistics = Statistics([RanPAC()], serving.model.copy())
     assert torch.equal(serving.serve(), serving.initial)
     assert serving.unlearner.promise().startswith("none: no head has been solved yet")
 
@@ -234,7 +234,7 @@ def test_other_learners_are_refused(files: dict[str, str]) -> None:
         {"unlearner": "acu", "learner": "ewc"}, files, torch.device("cpu"), f"unlearning.requests=[{request % 3}]"
     )
     with pytest.raises(ConfigError, match=r"takes apart the sums of gram .*learner=ewc has none such"):
-        Prepared.of(cfg)
+        Setup.of(cfg)
     serving, _ = trained()
     serving.statistics = Statistics()
     with pytest.raises(ValueError, match="takes apart the sums of learner=ranpac"):
@@ -245,16 +245,16 @@ def test_other_learners_are_refused(files: dict[str, str]) -> None:
 
 def test_sums_survive_with_whose_they_are() -> None:
     serving, statistics = trained()
-    other = Statistics([RanPAC()], serving.model.twin())
+    other = Statistics([RanPAC()], serving.model.copy())
     other.load_state_dict(statistics.state_dict())
-    assert other.absorbed(GRAM) == statistics.absorbed(GRAM)
+    assert other.consumed(GRAM) == statistics.consumed(GRAM)
     assert torch.equal(other.sums(GRAM)["gram"], statistics.sums(GRAM)["gram"])
 
 
 def test_sums_that_nobody_took_apart_are_reset() -> None:
     _, statistics = trained()
     residual = statistics.forget(ForgetRequest("b", "class", classes=(0,)))
-    assert (residual.outcome, statistics.sums(GRAM), statistics.absorbed(GRAM)) == ("reset", {}, {})
+    assert (residual.outcome, statistics.sums(GRAM), statistics.consumed(GRAM)) == ("reset", {}, {})
 
 
 def test_columns_of_several_heads_are_restored() -> None:

@@ -22,7 +22,7 @@ from clients.unlearners.pgd import PGD, reference, shuffled
 from clients.unlearners.random_label import RandomLabel, relabelled
 from clients.unlearners.steps import Adam, clip, project
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer
+from fedcl.contracts.strategy import Response
 from fedcl.contracts.unlearner import Samples, Unlearner
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
@@ -86,7 +86,7 @@ def shared() -> dict[str, tuple[Samples, Samples]]:
     }
 
 
-def leaver() -> dict[str, tuple[Samples, Samples]]:
+def departing_client() -> dict[str, tuple[Samples, Samples]]:
     """The last client leaves with all it has."""
     return {"0": (NOTHING, drawn(12, 1)), "1": (NOTHING, drawn(8, 2)), "2": (drawn(10, 3), NOTHING)}
 
@@ -153,7 +153,7 @@ def test_ascent_stops_at_the_ignorance_of_the_allowed_columns() -> None:
     assert loss(start, samples) < math.log(2) < after < 1.1 * math.log(2)
 
 
-@pytest.mark.parametrize("held", [shared(), leaver()], ids=["shared", "leaver"])
+@pytest.mark.parametrize("held", [shared(), departing_client()], ids=["shared", "leaver"])
 def test_neggrad_is_a_step_on_everybodys_objective(held: dict[str, tuple[Samples, Samples]]) -> None:
     """Whoever holds what: w - lr (alpha grad CE(R) - (1 - alpha) grad CE(F))."""
     unlearner = NegGradPlus(rounds=1, lr=0.2, alpha=0.7, max_norm=None, stop_loss=100.0)
@@ -164,14 +164,14 @@ def test_neggrad_is_a_step_on_everybodys_objective(held: dict[str, tuple[Samples
 
 
 def test_neggrad_without_a_forget_term_is_descent() -> None:
-    held = leaver()
+    held = departing_client()
     plain = Serving(FineTune(rounds=1, lr=0.1), linear(), held)
     serving = Serving(NegGradPlus(rounds=1, lr=0.1, alpha=1.0, max_norm=None), linear(), held)
     assert torch.allclose(serving.serve(), plain.serve(), atol=1e-6)
 
 
 def test_neggrad_leaves_ascent_out_above_its_bound() -> None:
-    serving = Serving(NegGradPlus(rounds=1, stop_loss=1e-9), linear(), leaver())
+    serving = Serving(NegGradPlus(rounds=1, stop_loss=1e-9), linear(), departing_client())
     serving.serve()
     assert serving.unlearner.metrics() == {"steps": 3.0, "left_out": 1.0}
 
@@ -198,7 +198,7 @@ def test_random_labels_are_other_allowed_columns() -> None:
 
 @pytest.mark.parametrize("everyone", [True, False])
 def test_random_label_step_by_hand(everyone: bool) -> None:
-    held = leaver()
+    held = departing_client()
     serving = Serving(RandomLabel(epochs=1, lr=0.3, optimizer="sgd", everyone=everyone), linear(), held)
     wrong = relabelled(serving.context("2", serving.initial))
     joined = Samples.join([wrong, all_of(held, 1)]) if everyone else wrong
@@ -241,7 +241,7 @@ def test_divergence_is_from_the_taught_to_the_student() -> None:
     assert not math.isclose(expected, 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), rel_tol=0.1)
 
 
-@pytest.mark.parametrize("held", [shared(), leaver()], ids=["shared", "leaver"])
+@pytest.mark.parametrize("held", [shared(), departing_client()], ids=["shared", "leaver"])
 def test_iau_step_by_hand(held: dict[str, tuple[Samples, Samples]]) -> None:
     serving = Serving(IAU(lr=0.01), linear(), held)
     start = serving.initial
@@ -296,7 +296,7 @@ def test_projection_ends_on_the_ball() -> None:
 
 @pytest.mark.parametrize("radius", [0.05, 0.2, None])
 def test_pgd_climbs_from_the_reference_within_the_ball(radius: float | None) -> None:
-    held = leaver()
+    held = departing_client()
     unlearner = PGD(epochs=30, lr=0.1, radius=radius, stop_accuracy=None)
     serving = Serving(unlearner, linear(), held, leaving=("2",))
     trained = serving.initial - 0.1 * slope(serving.initial, held["2"][0])  # one epoch of one batch
@@ -314,13 +314,13 @@ def test_pgd_climbs_from_the_reference_within_the_ball(radius: float | None) -> 
 def test_the_ball_is_a_third_of_the_way_to_random_models() -> None:
     """Shuffling moves the initial weights by sqrt(2) of their spread, on average; here around a reference at zero."""
     unlearner = PGD(epochs=0, inits=400)
-    serving = Serving(unlearner, linear(), leaver(), leaving=("2",))
+    serving = Serving(unlearner, linear(), departing_client(), leaving=("2",))
     radius = unlearner._radius(torch.zeros_like(serving.initial), serving)
     assert math.isclose(radius, float(serving.initial.norm()) / 3, rel_tol=1e-5)
 
 
 def test_pgd_with_no_step_is_the_reference() -> None:
-    held = leaver()
+    held = departing_client()
     serving = Serving(PGD(epochs=0), linear(), held, leaving=("2",))
     trained = serving.initial - 0.1 * slope(serving.initial, held["2"][0])
     assert torch.allclose(serving.serve(), (3 * serving.initial - trained) / 2, atol=1e-6)
@@ -330,17 +330,17 @@ def test_pgd_with_no_step_is_the_reference() -> None:
 def test_pgd_stops_early(name: str, value: float, steps: float) -> None:
     settings = {"stop_accuracy": None, name: value}
     unlearner = PGD(**settings)  # type: ignore[arg-type]
-    Serving(unlearner, linear(), leaver(), leaving=("2",)).serve()
+    Serving(unlearner, linear(), departing_client(), leaving=("2",)).serve()
     assert (unlearner.metrics()["steps"], unlearner.metrics()["stopped"]) == (steps, 1.0)
 
 
 def test_changes_are_weighted_by_samples_and_nobody_changes_nothing() -> None:
     model = torch.tensor([1.0, 2.0])
-    answers = [
-        Answer("0", 3, {"change": torch.tensor([1.0, 0.0])}),
-        Answer("1", 1, {"change": torch.tensor([5.0, 4.0])}),
+    responses = [
+        Response("0", 3, {"change": torch.tensor([1.0, 0.0])}),
+        Response("1", 1, {"change": torch.tensor([5.0, 4.0])}),
     ]
-    assert moved(model, answers).tolist() == [3.0, 3.0]
+    assert moved(model, responses).tolist() == [3.0, 3.0]
     assert moved(model, []) is model
 
 
@@ -362,7 +362,7 @@ class Personal(Serving):
 
 
 def test_a_personal_model_is_trained_by_its_client_and_a_leavers_is_left() -> None:
-    held = leaver()
+    held = departing_client()
     serving = Personal(FineTune(rounds=1, lr=0.3), linear(), held, leaving=("2",))
     serving.own = linear(seed=3).vector()
     asked = [ForgetRequest("a", "client", clients=("2",))]

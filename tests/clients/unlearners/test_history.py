@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.federaser import FedEraser, calibrated
-from clients.unlearners.local_rounds import Lessons, of_task
+from clients.unlearners.local_rounds import LocalTasks, of_task
 from clients.unlearners.sensitivity import Path as Track
 from clients.unlearners.sensitivity import Round, budget
 from clients.unlearners.sifu import SIFU, is_linear, noisy
@@ -21,7 +21,7 @@ from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Answer, LocalWork, Update
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Response, Update
 from fedcl.contracts.unlearner import Samples, UnlearnContext
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
@@ -63,16 +63,16 @@ class Clients:
     def rng(self, purpose: str) -> torch.Generator:
         return torch_generator("server", purpose)
 
-    def ask(self, step: str, models: Mapping[str, Tensor], answer: Form, **args: Any) -> list[Answer]:
+    def ask(self, step: str, models: Mapping[str, Tensor], response: Form, **args: Any) -> list[Response]:
         self.asked.append(tuple(models))
         self.sent.append(next(iter(models.values())).clone())
-        answers, expected = [], Expected.of("unlearn", self.spec, answer)
+        responses, expected = [], Expected.of("unlearn", self.spec, response)
         for client, model in models.items():
             done = self.train(client, model, step, args)
             assert rejection(Reply(done.num_examples, payload=done.tensors), expected) is None
             if done.num_examples and client not in self.silent:
-                answers.append(Answer(client, done.num_examples, done.tensors))
-        return answers
+                responses.append(Response(client, done.num_examples, done.tensors))
+        return responses
 
     def train(self, client: str, model: Tensor, step: str, args: dict[str, Any]) -> Any:
         held = self.held[client]
@@ -99,9 +99,9 @@ class Clients:
         self.method.observe(updates, before, view)
         return updates
 
-    def unlearn(self, *leavers: str) -> Tensor:
-        self.clients = tuple(client for client in self.clients if client not in leavers)
-        request, view = ForgetRequest("r", "client", clients=leavers), cast(Any, self)
+    def unlearn(self, *departing_clients: str) -> Tensor:
+        self.clients = tuple(client for client in self.clients if client not in departing_clients)
+        request, view = ForgetRequest("r", "client", clients=departing_clients), cast(Any, self)
         models = self.method.unlearn([request], {GLOBAL: self.global_model, "x": self.global_model}, view)
         assert set(models) == {GLOBAL, "x"}
         assert torch.equal(models[GLOBAL], models["x"])
@@ -142,15 +142,15 @@ def moved(method: Any) -> Any:
 
 def test_a_lesson_has_the_columns_of_its_time() -> None:
     stream = ClassIncremental(num_classes=6, input_shape=(3,), seed=0, num_tasks=3)
-    lessons = Lessons(stream)
+    local_tasks = LocalTasks(stream)
     taken = []
     for task in (0, 0, 1):
         update: Any = type("U", (), {"client": "a", "task": task})()
-        taken.append(lessons.take(update))
-    assert [len(lesson.columns) for lesson in taken] == [2, 2, 4]
+        taken.append(local_tasks.take(update))
+    assert [len(local_task.columns) for local_task in taken] == [2, 2, 4]
     assert taken[2].columns == tuple(sorted(stream.train_task(0).columns + stream.train_task(1).columns))
-    again = Lessons(stream)
-    again.load(lessons.state())
+    again = LocalTasks(stream)
+    again.load(local_tasks.state())
     assert again.take(update) == taken[2]
     again.drop("a")
     assert len(again.take(update).columns) == 2
@@ -273,8 +273,8 @@ def test_with_longer_steps_and_recovery_it_stays_gone(tmp_path: Path) -> None:
 CONVEX = LocalTraining(epochs=2, batch_size=4, lr=0.1, weight_decay=0.5)
 
 
-@pytest.mark.parametrize("leaver", ["a", "b", "c"])
-def test_the_bound_holds(leaver: str) -> None:
+@pytest.mark.parametrize("departing_client", ["a", "b", "c"])
+def test_the_bound_holds(departing_client: str) -> None:
     """Against the run that the leaver was never in: strongly convex losses, the same batches."""
     method = SIFU()
     clients = world(method, CONVEX)
@@ -282,9 +282,9 @@ def test_the_bound_holds(leaver: str) -> None:
     everybody = ("a", "b", "c")
     for number in range(8):
         clients.round(everybody, number)
-        without.round([client for client in everybody if client != leaver], number)
+        without.round([client for client in everybody if client != departing_client], number)
         real = float((clients.global_model.double() - without.global_model.double()).norm())
-        psi = method._path.sensitivity([leaver])
+        psi = method._path.sensitivity([departing_client])
         assert 0 < real <= psi * (1 + 1e-5)
         assert psi < 50 * real  # and says something
     assert not method._broken

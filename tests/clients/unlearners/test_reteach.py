@@ -22,7 +22,7 @@ from clients.unlearners.sparing import (
 from clients.unlearners.steps import gradients
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer
+from fedcl.contracts.strategy import Response
 from fedcl.contracts.unlearner import Samples
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, LeNet, Output, build_model
@@ -57,8 +57,8 @@ def drawn(purpose: str, count: int = 12) -> Samples:
     return Samples(x, torch.randint(CLASSES, (count,), generator=generator))
 
 
-def serving(unlearner: Reteach, leaver: Samples) -> Serving:
-    held = {"0": (NOTHING, drawn("a")), "1": (NOTHING, drawn("b", 7)), "2": (leaver, NOTHING)}
+def serving(unlearner: Reteach, departing_client: Samples) -> Serving:
+    held = {"0": (NOTHING, drawn("a")), "1": (NOTHING, drawn("b", 7)), "2": (departing_client, NOTHING)}
     return Serving(unlearner, mlp(), held, leaving=("2",))
 
 
@@ -98,8 +98,8 @@ def test_a_gram_matrix_is_summed_strip_by_strip(width: int) -> None:
 
 def test_directions_in_use_are_spared_and_others_are_not() -> None:
     # of two inputs, those who stay use the first alone: energies 2 and 0, mean 1
-    answers = [Answer("0", 1, {"gram/head": half(torch.diag(torch.tensor([2.0, 0.0])))})]
-    matrix = sparing_matrices(answers, 0.1)["head"]
+    responses = [Response("0", 1, {"gram/head": half(torch.diag(torch.tensor([2.0, 0.0])))})]
+    matrix = sparing_matrices(responses, 0.1)["head"]
     raw = torch.tensor([1 / 2.1, 1 / 0.1])
     torch.testing.assert_close(matrix, torch.diag(raw / raw.mean()))
 
@@ -149,16 +149,16 @@ def test_the_teacher_is_ridge_regression_on_everybodys_features() -> None:
     torch.testing.assert_close(solved.double(), torch.linalg.solve(gram + penalty, cross), rtol=1e-3, atol=1e-4)
 
 
-def served(leaver: Samples, **settings: float) -> Tensor:
-    view = serving(Reteach(features=16, **settings), leaver)  # type: ignore[arg-type]
+def served(departing_client: Samples, **settings: float) -> Tensor:
+    view = serving(Reteach(features=16, **settings), departing_client)  # type: ignore[arg-type]
     asked = ForgetRequest("r", "client", clients=("2",))
     return view.unlearner.unlearn([asked], {"*": view.initial}, view)["*"]
 
 
 def test_the_leavers_labels_do_not_matter() -> None:
-    leaver = drawn("leaver")
-    other = replace(leaver, y=(leaver.y + 1) % CLASSES)
-    edited = served(leaver)
+    departing_client = drawn("leaver")
+    other = replace(departing_client, y=(departing_client.y + 1) % CLASSES)
+    edited = served(departing_client)
     assert torch.equal(edited, served(other))
     assert not torch.equal(edited, mlp().vector())
 
@@ -195,10 +195,10 @@ def test_no_more_samples_of_a_client_are_summed_than_asked_for(bound: int | None
     view = serving(unlearner, drawn("leaver"))
     forms = {"teacher": unlearner._teaching, "inputs": unlearner._inputs}
     for step, form in ({"both": {**forms["teacher"], **forms["inputs"]}} | forms).items():
-        answers = view.ask(step, dict.fromkeys(view.clients, view.initial), form, seed=5)
-        assert [answer.num_examples for answer in answers] == counts
-        for answer, count in zip(answers, counts, strict=True):
-            constants = [whole(t)[-1, -1] for name, t in answer.tensors.items() if name != "cross"]
+        responses = view.ask(step, dict.fromkeys(view.clients, view.initial), form, seed=5)
+        assert [response.num_examples for response in responses] == counts
+        for response, count in zip(responses, counts, strict=True):
+            constants = [whole(t)[-1, -1] for name, t in response.tensors.items() if name != "cross"]
             assert [float(constant) for constant in constants] == [count] * len(constants)  # the sum of its ones
 
 

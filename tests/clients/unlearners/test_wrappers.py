@@ -15,12 +15,12 @@ from clients.unlearners.retrain import Retrain
 from clients.unlearners.ssd import SSD
 from clients.unlearners.wrappers import Guarded, Localised, heaviest
 from fedcl.base.tree import equal
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from tests.clients.serving import ASKED, NOTHING, Serving
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 
 class Sets(Unlearner):
@@ -48,8 +48,8 @@ class Sets(Unlearner):
     def metrics(self) -> dict[str, float]:
         return {"of_base": 1.0}
 
-    def forget(self, request: ForgetRequest) -> Residual:
-        return Residual("Sets", "erased", request.id)
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
+        return ErasureOutcome("Sets", "erased", request.id)
 
     def state_dict(self) -> dict[str, Any]:
         return {"vector": self.vector}
@@ -203,7 +203,7 @@ def test_everything_else_is_the_bases(wrap: Any) -> None:
     assert (wrapper.scopes, wrapper.observes, wrapper.guarantee) == (frozenset({"class"}), True, "approximate")
     wrapper.observe([], X, None)
     assert base.seen == [("observe", X)]
-    assert wrapper.forget(ASKED) == Residual("Sets", "erased", "a")
+    assert wrapper.forget(ASKED) == ErasureOutcome("Sets", "erased", "a")
     assert equal(wrapper.state_dict(), {"vector": X})
     wrapper.load_state_dict({"vector": STAYS.y})
     assert base.vector is STAYS.y
@@ -224,7 +224,7 @@ def test_a_guard_around_a_local_edit_runs(tmp_path: Path, device: torch.device) 
     ):
         request = "unlearning.requests=[{id: a, scope: class, classes: [0], at: {round: 3}}]"
         cfg = configure({"unlearner": name}, files, device, request, "unlearning.reference=false", *extra, num_tasks=2)
-        diary = play(cfg)
+        diary = run_toy(cfg)
         assert not diary.faults
         rows[name] = {r["name"]: r["value"] for r in diary.rows if r["phase"] == "unlearning"}
     assert rows["guarded_ssd"]["unlearner/guard/retain_drop"] <= 0

@@ -14,7 +14,7 @@ from fedcl.contracts.strategy import GLOBAL, Update
 from strategies.collaboration.fedat import FedAT, tier_of, tier_weights
 from strategies.collaboration.fedavg import FedAvg
 from tests.strategies.federation import Federation, close
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 
 def test_tiers_by_hand() -> None:
@@ -98,8 +98,8 @@ def test_while_nobody_is_late_it_is_fedavg_bit_for_bit(tiers: int) -> None:
     plain = Federation(FedAvg(), momentum=0.5)
     ours = Federation(FedAT(tiers=tiers), lambda: FedProx(mu=0.0), momentum=0.5)
     for present in (("0", "1", "2"), ("0", "2"), ("1",)):
-        plain.play(present)
-        ours.play(present)
+        plain.run(present)
+        ours.run(present)
         assert torch.equal(plain.global_model, ours.global_model)
 
 
@@ -124,9 +124,9 @@ def test_the_slow_devices_end_in_the_slow_tier_and_a_resumed_run_agrees(mode: st
     files = write_files(tmp_path)
     (tmp_path / "devices.csv").write_text("client,speed\n0,1.0\n1,0.2\n2,1.0\n3,0.1\n")
     cfg = configure(choices, files, torch.device("cpu"), *extra)
-    diary = play(cfg)
+    diary = run_toy(cfg)
     assert diary.faults == []
-    rest = play(cfg, start=diary.saved[6])
+    rest = run_toy(cfg, start=diary.saved[6])
     assert rest.hashes == diary.hashes[6:]
     part = diary.saved[-1]["server"]["strategy"]["collaboration"]
     assert part["tier"]["1"] > part["tier"]["0"]

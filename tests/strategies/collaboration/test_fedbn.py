@@ -47,8 +47,8 @@ def test_norms_stay_and_the_rest_is_fedavgs() -> None:
     ours, plain = federation(), federation(FedAvg, None)
     norms, start = norms_of(ours.spec), ours.global_model
     assert int(norms.sum()) == 4 * 5 + 2 * 4  # scale, shift, two statistics; scale and shift
-    ours.play()
-    plain.play()
+    ours.run()
+    plain.run()
     assert torch.equal(ours.global_model[norms], start[norms])
     assert torch.equal(ours.global_model[~norms], plain.global_model[~norms])  # all began with the same norms
     assert not torch.equal(plain.global_model[norms], start[norms])
@@ -61,7 +61,7 @@ def test_a_clients_own_norms_go_on_from_visit_to_visit_and_never_travel() -> Non
     assert torch.equal(first.model[norms], received[norms])
     close(ours.own("1")["norms"], second.model[norms])
     kept = ours.own("1")["norms"].clone()
-    ours.play(("0", "2"))
+    ours.run(("0", "2"))
     alone.models["1"] = torch.where(norms, second.model, ours.global_model)  # what it should join
     alone.part.load_state_dict({"clients": ["1"]})
     update, expected = ours.visit("1")[0], alone.visit("1")[0]
@@ -73,7 +73,7 @@ def test_a_clients_own_norms_go_on_from_visit_to_visit_and_never_travel() -> Non
 
 def test_a_client_predicts_with_its_own_norms() -> None:
     ours = federation()
-    ours.play()
+    ours.run()
     norms = norms_of(ours.spec)
     for client in CLIENTS:
         joined = ours.global_model.clone()
@@ -94,8 +94,8 @@ def shifted(client: str) -> tuple[Tensor, Tensor]:
 def test_clients_whose_inputs_are_scaled_differently_do_better_with_norms_of_their_own() -> None:
     ours, plain = federation(data=shifted), federation(FedAvg, None, data=shifted)
     for _ in range(12):
-        ours.play()
-        plain.play()
+        ours.run()
+        plain.run()
     mean = {name: sum(f.accuracy(c) for c in CLIENTS) / 3 for name, f in (("ours", ours), ("plain", plain))}
     assert mean["ours"] > mean["plain"] + 0.1
 

@@ -29,7 +29,7 @@ from strategies.collaboration.fedcac import (
     overlap,
     overlap_packed,
 )
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 GOLDEN = [
     TensorSpec("a", (2, 3), 0, 6, "parameter", None),
@@ -425,7 +425,7 @@ def test_masks_from_server_and_client_are_the_same(model: str, files: dict[str, 
         extra = [f"strategy.collaboration.server.masks={where}", "evaluation.personal=true", "clients_per_round=3"]
         extra.append("client.optimizer.weight_decay=0.001")
         choices = {"strategy/collaboration": "fedcac", "scenario": "task_incremental", "model": model}
-        diary = play(configure(choices, files, device, *extra, num_tasks=2))
+        diary = run_toy(configure(choices, files, device, *extra, num_tasks=2))
         # a mask that is sent has bytes
         rows.append([row for row in diary.rows if not row["name"].startswith("bytes_")])
         sizes.append({tuple(mask.shape) for mask in diary.traffic["up", "critical"]})

@@ -16,7 +16,7 @@ from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.data.dataset import Partition
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.runs.setup import Prepared, make_server
+from fedcl.runs.setup import Setup, make_server
 from fedcl.server.loop import Server
 from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import open_backend
@@ -53,7 +53,7 @@ class View:
         return torch_generator("view", self.version, purpose)
 
 
-def play(part: IFCA, view: View, replies: dict[str, tuple[float, int, int]]) -> None:
+def run_toy(part: IFCA, view: View, replies: dict[str, tuple[float, int, int]]) -> None:
     """Let each client send the model it was sent plus a number: client -> (number, choice, samples)."""
     pipeline = Pipeline(collaboration=part)
     pipeline.setup(SPEC)
@@ -75,7 +75,7 @@ def test_each_cluster_is_the_mean_of_those_who_chose_it() -> None:
     target, sent = part.message_for("0", view)  # type: ignore[arg-type]
     assert target == "cluster-0"
     start = sent["clusters"][0]
-    play(part, view, {"0": (1.0, 0, 10), "1": (4.0, 0, 30), "2": (8.0, 1, 10)})
+    run_toy(part, view, {"0": (1.0, 0, 10), "1": (4.0, 0, 30), "2": (8.0, 1, 10)})
     close(view.model_at("cluster-0"), START + (10 * 1 + 30 * 4) / 40)
     close(view.model_at("cluster-1"), start + 8)
     close(view.global_model, (2 * view.model_at("cluster-0") + view.model_at("cluster-1")) / 3)
@@ -83,7 +83,7 @@ def test_each_cluster_is_the_mean_of_those_who_chose_it() -> None:
     assert part.metrics() == {"cluster_0": 2, "cluster_1": 1, "switched": 1 / 3}
     # a cluster that nobody chose stays, and a choice counts from the client's own cluster on
     before = view.model_at("cluster-1")
-    play(part, view, {"2": (2.0, 1, 10)})
+    run_toy(part, view, {"2": (2.0, 1, 10)})
     assert view.model_at("cluster-1") is before
     assert part.message_for("2", view)[0] == "cluster-0"  # type: ignore[arg-type]
     close(view.global_model, view.model_at("cluster-0"))
@@ -91,7 +91,7 @@ def test_each_cluster_is_the_mean_of_those_who_chose_it() -> None:
 
 def test_the_others_come_in_cyclic_order_and_as_one_object() -> None:
     part, view = IFCA(clusters=3), View()
-    play(part, view, {"0": (1.0, 0, 1), "1": (2.0, 1, 1), "2": (3.0, 2, 1), "3": (3.0, 2, 1)})
+    run_toy(part, view, {"0": (1.0, 0, 1), "1": (2.0, 1, 1), "2": (3.0, 2, 1), "3": (3.0, 2, 1)})
     models = [view.model_at(f"cluster-{j}") for j in range(3)]
     for own, client in enumerate("012"):
         sent = part.message_for(client, view)[1]["clusters"]  # type: ignore[arg-type]
@@ -135,13 +135,13 @@ def test_state_survives_before_and_after_the_first_round() -> None:
         ours, theirs = (p.message_for("1", view) for p in (part, other))  # type: ignore[arg-type]
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1]["clusters"], theirs[1]["clusters"])
-        play(part, view, {"0": (1.0, 0, 1), "1": (1.0, 1, 1)})
+        run_toy(part, view, {"0": (1.0, 0, 1), "1": (1.0, 1, 1)})
     assert not torch.equal(part.message_for("0", view)[1]["clusters"], first)  # type: ignore[arg-type]
 
 
 def test_forgetting_drops_choices() -> None:
     part, view = IFCA(clusters=2), View()
-    play(part, view, {"0": (1.0, 1, 1), "1": (1.0, 1, 1)})
+    run_toy(part, view, {"0": (1.0, 1, 1), "1": (1.0, 1, 1)})
     assert part.forget(ForgetRequest("r", "client", clients=("0",))).outcome == "erased"
     assert [part.message_for(c, view)[0] for c in "01"] == ["cluster-0", "cluster-1"]  # type: ignore[arg-type]
     assert part.forget(ForgetRequest("r", "client", clients=("0",))).outcome == "none"
@@ -186,8 +186,8 @@ def test_one_cluster_is_fedavg_bit_for_bit(momentum: float) -> None:
     plain = Federation(FedAvg(), momentum=momentum)
     ours = Federation(IFCA(clusters=1), Chooses, momentum=momentum)
     for present in (("0", "1", "2"), ("0", "2"), ("1",)):
-        plain.play(present)
-        ours.play(present)
+        plain.run(present)
+        ours.run(present)
         assert torch.equal(plain.global_model, ours.global_model)
         assert torch.equal(plain.global_model, ours.model_of("1"))
 
@@ -195,11 +195,11 @@ def test_one_cluster_is_fedavg_bit_for_bit(momentum: float) -> None:
 # -- two groups that disagree, in the real loop ---------------------------------------------------------------------
 
 
-def disagreeing(prepared: Prepared) -> Prepared:
+def disagreeing(setup: Setup) -> Setup:
     """Let the second half of the clients call class y (9 - y), in training and in their own tests."""
-    dataset, half = prepared.dataset, len(prepared.clients) // 2
+    dataset, half = setup.dataset, len(setup.clients) // 2
     y, flipped = dataset.train.y.copy(), dataset.num_classes - 1 - dataset.test.y
-    for part in prepared.partition.train[half:]:
+    for part in setup.partition.train[half:]:
         y[part] = dataset.num_classes - 1 - y[part]
     test = replace(
         dataset.test,
@@ -209,7 +209,7 @@ def disagreeing(prepared: Prepared) -> Prepared:
     everything = np.arange(len(flipped))
     tests = (everything,) * half + (everything + len(flipped),) * half
     both = replace(dataset, train=replace(dataset.train, y=y), test=test)
-    return replace(prepared, dataset=both, partition=Partition(prepared.partition.train, tests))
+    return replace(setup, dataset=both, partition=Partition(setup.partition.train, tests))
 
 
 def run(*extra: str) -> tuple[Server, Diary]:
@@ -217,10 +217,10 @@ def run(*extra: str) -> tuple[Server, Diary]:
     overrides += ["strategy/projection=none", "backend=inline", "compare_with=null", "num_clients=6"]
     overrides += ["rounds_per_task=8", "evaluation.every=0", "evaluation.personal=true", *extra]
     cfg = compose(overrides)
-    prepared, diary = disagreeing(Prepared.of(cfg)), Diary()
-    with open_backend(cfg, prepared.dataset, prepared.partition) as backend:
+    setup, diary = disagreeing(Setup.of(cfg)), Diary()
+    with open_backend(cfg, setup.dataset, setup.partition) as backend:
         recorder: Any = diary
-        server = make_server(cfg, prepared, backend, recorder)
+        server = make_server(cfg, setup, backend, recorder)
         server.run(lambda _: None)
     assert diary.faults == []
     return server, diary

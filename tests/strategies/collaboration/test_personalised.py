@@ -45,8 +45,8 @@ SHARED_BITS: list[Callable[[], Plugin]] = [FineTuned, Ditto, APFL, SaysLoss]
 def test_the_shared_model_is_fedavgs_bit_for_bit(half: Callable[[], Plugin]) -> None:
     plain, ours = Federation(FedAvg(), momentum=0.5), Federation(FedAvg(), half, momentum=0.5, measured=True)
     for present in (CLIENTS, ("0", "2"), CLIENTS):
-        plain.play(present)
-        ours.play(present)
+        plain.run(present)
+        ours.run(present)
         assert torch.equal(plain.global_model, ours.global_model)
 
 
@@ -56,9 +56,9 @@ def test_the_shared_model_is_fedavgs_bit_for_bit(half: Callable[[], Plugin]) -> 
 def test_local_is_training_alone() -> None:
     federation = Federation(Local())
     start = federation.global_model
-    federation.play(("0", "1"))
+    federation.run(("0", "1"))
     assert torch.equal(federation.model_of("2"), start)  # who comes late starts where the others did
-    federation.play(("0", "2"))
+    federation.run(("0", "2"))
     for client, visits in (("0", 2), ("1", 1), ("2", 1)):
         close(federation.model_of(client), descend(start, client, 3 * visits))
     close(federation.global_model, (federation.model_of("0") + federation.model_of("2")) / 2)
@@ -67,7 +67,7 @@ def test_local_is_training_alone() -> None:
 
 def test_local_remembers_who_has_a_model() -> None:
     federation = Federation(Local())
-    federation.play(("1",))
+    federation.run(("1",))
     other = Local()
     other.load_state_dict(unpack(*pack(federation.part.state_dict())))
     assert other.message_for("0", federation)[0] == "0"  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def test_local_remembers_who_has_a_model() -> None:
 @pytest.mark.parametrize("epochs", [0, 1, 40])
 def test_fine_tuning_is_gradient_descent_from_what_was_received(epochs: int) -> None:
     federation = Federation(FedAvg(), lambda: FineTuned(epochs=epochs))
-    federation.play()
+    federation.run()
     for client in CLIENTS:
         assert federation.accuracy(client) == accuracy_of(descend(federation.global_model, client, epochs), client)
 
@@ -106,7 +106,7 @@ def test_fedper_by_hand() -> None:
     assert torch.equal(update.model[head], start[head])  # the client's own head does not travel
     close(federation.own("0")["heads"], descend(start, "0", 3)[head])
     federation = Federation(FedPer(), HeadStays)
-    federation.play()
+    federation.run()
     assert torch.equal(federation.global_model[head], start[head])
     trained = [descend(start, client, 3) for client in CLIENTS]
     sizes = torch.tensor([6.0, 9.0, 12.0], dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_ditto_by_the_paper(weight: float) -> None:
     personal = {client: federation.global_model.double() for client in CLIENTS}
     for _ in range(2):
         received = federation.global_model.double()
-        federation.play()
+        federation.run()
         for client, v in personal.items():
             for _ in range(3):
                 v = v - LR * (gradient(v, client) + weight * (v - received))
@@ -161,8 +161,8 @@ def test_ditto_by_the_paper(weight: float) -> None:
 def test_ditto_without_pull_is_local_training() -> None:
     ditto, alone = Federation(FedAvg(), lambda: Ditto(weight=0.0)), Federation(Local())
     for _ in range(3):
-        ditto.play()
-        alone.play()
+        ditto.run()
+        alone.run()
     for client in CLIENTS:
         torch.testing.assert_close(ditto.own(client)["personal"], alone.model_of(client), rtol=1e-5, atol=1e-6)
 
@@ -177,7 +177,7 @@ def test_apfl_by_the_paper() -> None:
     personal = {client: (federation.global_model.double(), 0.6) for client in CLIENTS}
     for _ in range(3):
         received = federation.global_model.double()
-        federation.play()
+        federation.run()
         for client, (v, alpha) in personal.items():
             w = received
             for step in range(3):
@@ -198,8 +198,8 @@ def test_apfl_at_its_ends_is_local_training_and_fedavg() -> None:
     ends = {}
     for alpha in (0.0, 1.0):
         ends[alpha] = Federation(FedAvg(), lambda alpha=alpha: APFL(alpha=alpha, adaptive=False))
-        ends[alpha].play()
-        ends[alpha].play()
+        ends[alpha].run()
+        ends[alpha].run()
         assert "alpha" not in ends[alpha].own("0")
     start = Federation(FedAvg()).global_model
     assert torch.equal(ends[0.0].own("1")["personal"], start)
@@ -211,7 +211,7 @@ def test_pfedme_by_the_paper() -> None:
     federation = Federation(FedAvg(weighting="uniform"), lambda: PFedMe(weight=2.0, inner_lr=0.1, inner_steps=3))
     for _ in range(2):
         received = federation.global_model.double()
-        federation.play()
+        federation.run()
         moved = []
         for client in CLIENTS:
             w = theta = received
@@ -255,10 +255,10 @@ def test_attention_is_a_mixture_whatever_alpha() -> None:
 
 def test_fedamp_mixes_and_remembers_absent_clients() -> None:
     federation = Federation(FedAMP(sigma=1.0, alpha=0.4))
-    federation.play()
+    federation.run()
     first = {client: federation.model_of(client) for client in CLIENTS}
     kept = dict(federation.part.state_dict()["models"])
-    federation.play(("0",))
+    federation.run(("0",))
     models = torch.stack([federation.part.state_dict()["models"][client] for client in CLIENTS]).double()
     assert torch.equal(models[1:], torch.stack([kept["1"], kept["2"]]).double())
     expected = attention(models, 1.0, 0.4) @ models
@@ -271,14 +271,14 @@ def test_fedamp_mixes_and_remembers_absent_clients() -> None:
 def test_fedamp_without_attraction_is_local_training() -> None:
     apart, alone = Federation(FedAMP(sigma=1e-9)), Federation(Local())
     for _ in range(2):
-        apart.play()
-        alone.play()
+        apart.run()
+        alone.run()
     assert all(torch.equal(apart.model_of(client), alone.model_of(client)) for client in CLIENTS)
 
 
 def test_fedamp_survives_and_forgets() -> None:
     federation = Federation(FedAMP())
-    federation.play()
+    federation.run()
     state = unpack(*pack(federation.part.state_dict()))
     other = FedAMP()
     other.load_state_dict(state)
@@ -299,7 +299,7 @@ def test_qfedavg_by_the_paper(q: float) -> None:
     check_payloads(QFedAvg.payloads, [SaysLoss()])
     for _ in range(2):
         start = federation.global_model.double()
-        federation.play()
+        federation.run()
         numerator, denominator = torch.zeros_like(start), 0.0
         for client in CLIENTS:
             loss = loss_at(start, client)
@@ -312,8 +312,8 @@ def test_qfedavg_by_the_paper(q: float) -> None:
 def test_qfedavg_with_q_zero_is_the_plain_mean() -> None:
     ours, plain = Federation(QFedAvg(q=0.0), SaysLoss), Federation(FedAvg(weighting="uniform"))
     for _ in range(2):
-        ours.play()
-        plain.play()
+        ours.run()
+        plain.run()
     torch.testing.assert_close(ours.global_model, plain.global_model, rtol=1e-6, atol=1e-7)
 
 

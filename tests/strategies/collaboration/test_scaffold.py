@@ -92,7 +92,7 @@ class Federation:
         n = reply.num_examples
         return Update(client, visit, GLOBAL, 0, out.model, reply.model, n, float(n), 0, 0, payload=reply.payload)
 
-    def play(self, present: Iterable[str] = CLIENTS) -> None:
+    def run(self, present: Iterable[str] = CLIENTS) -> None:
         updates = [self.visit(client) for client in present]
         self.global_model = self.pipeline.aggregate(updates, self)[GLOBAL]  # type: ignore[arg-type]
 
@@ -124,7 +124,7 @@ class Paper:
         gradients = torch.autograd.grad(loss, list(self.module.parameters()))
         return torch.cat([g.flatten() for g in gradients]) + self.weight_decay * y
 
-    def play(self, present: Iterable[str]) -> None:
+    def run(self, present: Iterable[str]) -> None:
         delta_y, delta_c = [], []
         for client in present:
             y = self.x.clone()
@@ -148,8 +148,8 @@ def test_rounds_equal_the_paper(epochs: int, weight_decay: float, server_lr: flo
     ours = Federation(server_lr=server_lr, epochs=epochs, weight_decay=weight_decay)
     paper = Paper(ours.global_model, epochs, weight_decay, server_lr)
     for present in PARTICIPATION:
-        ours.play(present)
-        paper.play(present)
+        ours.run(present)
+        paper.run(present)
         torch.testing.assert_close(ours.global_model.double(), paper.x, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.control, paper.c, rtol=1e-4, atol=2e-5)
         for client in CLIENTS:
@@ -160,7 +160,7 @@ def test_rounds_equal_the_paper(epochs: int, weight_decay: float, server_lr: flo
 def test_the_servers_variate_is_the_mean_of_all_clients() -> None:
     federation = Federation()
     for present in PARTICIPATION:
-        federation.play(present)
+        federation.run(present)
         mean = torch.stack([federation.own(client).double() for client in CLIENTS]).mean(0)
         torch.testing.assert_close(federation.control, mean, rtol=0, atol=1e-6)
 
@@ -182,7 +182,7 @@ def test_both_halves_declare_the_same_payloads() -> None:
 
 def test_everybody_is_sent_the_same_tensors() -> None:
     federation = Federation()
-    federation.play()
+    federation.run()
     first, second = federation.pipeline.outgoing(["0", "1"], federation)  # type: ignore[arg-type]
     assert all(first.payload[name] is second.payload[name] for name in ("control", "control_epoch"))
     assert first.payload["control"].dtype == torch.float32
@@ -198,7 +198,7 @@ def test_a_visit_without_variate_is_refused() -> None:
 
 def test_forgetting_starts_all_variates_over() -> None:
     federation = Federation()
-    federation.play()
+    federation.run()
     assert federation.part.forget(ForgetRequest("r", "client", clients=("2",))).outcome == "reset"
     assert not federation.control.any()
     update = federation.visit("0")
@@ -212,9 +212,9 @@ def test_forgetting_starts_all_variates_over() -> None:
 
 def test_state_of_the_server_half() -> None:
     federation = Federation()
-    federation.play()
+    federation.run()
     federation.part.forget(ForgetRequest("r", "client"))
-    federation.play()
+    federation.run()
     other = strategies.collaboration.scaffold.Scaffold()
     other.setup(federation.spec)
     other.load_state_dict(federation.part.state_dict())

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.strategies.fot import Sketch, SubspaceAnswer, layer_rows
+from clients.strategies.fot import Sketch, SubspaceResponse, layer_rows
 from fedcl.base.linalg import project_out
 from fedcl.base.randomness import torch_generator
 from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.learner import Context, LocalTraining, TaskData
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Answer, Event, LocalWork, Query, Update
+from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Query, Response, Update
 from fedcl.messages import Reply
 from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.models.flat import FlatModel, Spec
@@ -122,19 +122,19 @@ def task_end(model: FlatModel, clients: Sequence[str] = ("a", "b"), last: bool =
     return Event("task_end", 0, 11, last, updates)
 
 
-def exchange(server: FOT, client: SubspaceAnswer, model: FlatModel, samples: dict[str, Tensor]) -> None:
+def exchange(server: FOT, client: SubspaceResponse, model: FlatModel, samples: dict[str, Tensor]) -> None:
     """Ask and absorb, over the wire's own records."""
     view = View(model, clients=tuple(samples))
     (query,) = server.queries(task_end(model, tuple(samples)), view)
     request = record_tensors(tensors_record(query.request, live=False))
-    answers = []
+    responses = []
     for name, weights in query.models.items():
         model.load(weights)
-        tensors = client.answer(context(model, samples[name]), query.name, request)
-        answers.append(Answer(name, len(samples[name]), record_tensors(tensors_record(tensors, live=False))))
-        came = Reply(answers[-1].num_examples, payload=answers[-1].tensors)
-        assert rejection(came, Expected.of("query", model.spec, query.answer)) is None
-    server.absorb(query, answers, view)
+        tensors = client.respond(context(model, samples[name]), query.name, request)
+        responses.append(Response(name, len(samples[name]), record_tensors(tensors_record(tensors, live=False))))
+        came = Reply(responses[-1].num_examples, payload=responses[-1].tensors)
+        assert rejection(came, Expected.of("query", model.spec, query.response)) is None
+    server.consume(query, responses, view)
 
 
 def diagonal(*values: float) -> Tensor:
@@ -148,7 +148,7 @@ A = diagonal(3.0, 2.0, 1.0, 0.5)  # energies 9, 4, 1, 1/4: shares .6316, .9123, 
 R = diagonal(0.0, 0.0, 1.0, 0.5)
 
 
-def prepared(rank: int, **options: Any) -> FOT:
+def setup(rank: int, **options: Any) -> FOT:
     server = FOT(epsilon=0.9, **options)
     server.setup(linear_model().spec)
     if rank:
@@ -158,10 +158,10 @@ def prepared(rank: int, **options: Any) -> FOT:
     return server
 
 
-def sketched(sketch: Tensor, ratio: float, client: str = "a", num_examples: int = 3) -> Answer:
+def sketched(sketch: Tensor, ratio: float, client: str = "a", num_examples: int = 3) -> Response:
     squared = torch.tensor([ratio**2]).double()
     tensors = {"head/sketch": sketch, "head/energy": torch.ones(1).double(), "head/residual": squared}
-    return Answer(client, num_examples, tensors)
+    return Response(client, num_examples, tensors)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def sketched(sketch: Tensor, ratio: float, client: str = "a", num_examples: int 
 def test_the_official_variant_adds_what_the_published_code_adds(
     rank: int, sketch: Tensor, ratio: float, after: int
 ) -> None:
-    server = prepared(rank, variant="official", epsilon_increment=0.001)
-    server.absorb(QUESTION, [sketched(sketch, ratio)], View(linear_model()))
+    server = setup(rank, variant="official", epsilon_increment=0.001)
+    server.consume(QUESTION, [sketched(sketch, ratio)], View(linear_model()))
     assert server.basis("head").shape == (4, after)
     assert server.epsilon == pytest.approx(0.901)
     assert server.metrics()["rank/head"] == after
@@ -180,14 +180,14 @@ def test_the_official_variant_adds_what_the_published_code_adds(
 
 def test_official_ratios_are_averaged_over_samples() -> None:
     # .9 and .2 with weights 1/4 and 3/4 give .375: eps' = .7333, one direction of the two (shares .8, .2).
-    server = prepared(2, variant="official")
-    answers = [sketched(R / 2, 0.9, "a", 1), sketched(R / 2, 0.2, "b", 3)]
-    server.absorb(QUESTION, answers, View(linear_model()))
+    server = setup(2, variant="official")
+    responses = [sketched(R / 2, 0.9, "a", 1), sketched(R / 2, 0.2, "b", 3)]
+    server.consume(QUESTION, responses, View(linear_model()))
     assert server.basis("head").shape[1] == 3
     # Weighted equally it is .55, whose eps' = .8182 asks for both.
-    server = prepared(2, variant="official")
-    answers = [sketched(R / 2, 0.9, "a", 2), sketched(R / 2, 0.2, "b", 2)]
-    server.absorb(QUESTION, answers, View(linear_model()))
+    server = setup(2, variant="official")
+    responses = [sketched(R / 2, 0.9, "a", 2), sketched(R / 2, 0.2, "b", 2)]
+    server.consume(QUESTION, responses, View(linear_model()))
     assert server.basis("head").shape[1] == 4
 
 
@@ -196,38 +196,38 @@ def test_official_ratios_are_averaged_over_samples() -> None:
 def test_the_corrected_variant_counts_energy_and_adds_nothing_below_its_share(
     method: str, ratio: float, after: int
 ) -> None:
-    server = prepared(2, method=method)
-    answer = sketched(R, ratio)
+    server = setup(2, method=method)
+    response = sketched(R, ratio)
     if method == "gram":
         # The residual's energy is 1.25, so the rest of the inputs' lies inside the basis.
         inside = (1.25 / ratio**2 - 1.25) / 2
-        answer = Answer("a", 3, {"head/gram": diagonal(inside, inside, 1.0, 0.25)})
-    server.absorb(QUESTION, [answer], View(linear_model()))
+        response = Response("a", 3, {"head/gram": diagonal(inside, inside, 1.0, 0.25)})
+    server.consume(QUESTION, [response], View(linear_model()))
     assert server.basis("head").shape == (4, after)
 
 
 def test_the_first_task_keeps_epsilon_of_the_pooled_energy() -> None:
-    server = prepared(0)
+    server = setup(0)
     halves = [
-        Answer("a", 1, {"head/gram": diagonal(9.0, 0, 0, 0.25)}),
-        Answer("b", 9, {"head/gram": diagonal(0, 4.0, 1.0, 0)}),
+        Response("a", 1, {"head/gram": diagonal(9.0, 0, 0, 0.25)}),
+        Response("b", 9, {"head/gram": diagonal(0, 4.0, 1.0, 0)}),
     ]
-    server.absorb(QUESTION, halves, View(linear_model()))
+    server.consume(QUESTION, halves, View(linear_model()))
     assert server.basis("head").abs().round(decimals=12).tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
 
 
 def test_epsilon_never_exceeds_one() -> None:
-    server = prepared(0, epsilon_increment=0.2)
-    server.absorb(QUESTION, [Answer("a", 1, {"head/gram": A})], View(linear_model()))
+    server = setup(0, epsilon_increment=0.2)
+    server.consume(QUESTION, [Response("a", 1, {"head/gram": A})], View(linear_model()))
     assert server.epsilon == 1.0
 
 
 def test_inputs_without_energy_give_no_direction() -> None:
-    for server, answer in (
-        (prepared(0), Answer("a", 1, {"head/gram": torch.zeros(4, 4)})),
-        (prepared(0, variant="official"), sketched(torch.zeros(4, 4), 0.0)),
+    for server, response in (
+        (setup(0), Response("a", 1, {"head/gram": torch.zeros(4, 4)})),
+        (setup(0, variant="official"), sketched(torch.zeros(4, 4), 0.0)),
     ):
-        server.absorb(QUESTION, [answer], View(linear_model()))
+        server.consume(QUESTION, [response], View(linear_model()))
         assert server.basis("head").shape == (4, 0)
         assert server.metrics()["answers_ignored"] == 0
 
@@ -276,7 +276,7 @@ def test_gram_matrices_give_the_subspace_of_the_materialised_inputs(
     model, x, matrices = case
     server = FOT(epsilon=0.9)
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(batch_size=3), model, {"a": x[:5], "b": x[5:6], "c": x[6:]})
+    exchange(server, SubspaceResponse(batch_size=3), model, {"a": x[:5], "b": x[5:6], "c": x[6:]})
     for layer, matrix in matrices.items():
         left, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
         held = singular.square().cumsum(0) / singular.square().sum()
@@ -291,13 +291,13 @@ def test_a_second_task_fills_the_share_up(case: tuple[FlatModel, Tensor, dict[st
     model, x, _ = case
     server = FOT(epsilon=0.9)
     server.setup(model.spec)
-    client = SubspaceAnswer()
+    client = SubspaceResponse()
     exchange(server, client, model, {"a": x})
     ranks = {layer: server.basis(layer).shape[1] for layer in server.state_dict()["bases"]}
     exchange(server, client, model, {"a": x})
     assert ranks == {layer: server.basis(layer).shape[1] for layer in ranks}
     more = torch.roll(x, 1, dims=-1) * 2 + 1
-    gram = client.answer(
+    gram = client.respond(
         context(model, more),
         "subspace",
         {f"{layer}/basis": torch.zeros(server.basis(layer).shape[0], 0) for layer in ranks},
@@ -313,8 +313,8 @@ def test_a_second_task_fills_the_share_up(case: tuple[FlatModel, Tensor, dict[st
 def test_streaming_equals_one_batch(case: tuple[FlatModel, Tensor, dict[str, Tensor]]) -> None:
     model, x, matrices = case
     request = {f"{layer}/basis": torch.zeros(matrix.shape[0], 0) for layer, matrix in matrices.items()}
-    streamed = SubspaceAnswer(batch_size=3).answer(context(model, x), "subspace", request)
-    at_once = SubspaceAnswer(batch_size=100).answer(context(model, x), "subspace", request)
+    streamed = SubspaceResponse(batch_size=3).respond(context(model, x), "subspace", request)
+    at_once = SubspaceResponse(batch_size=100).respond(context(model, x), "subspace", request)
     for layer, matrix in matrices.items():
         torch.testing.assert_close(streamed[f"{layer}/gram"], at_once[f"{layer}/gram"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(streamed[f"{layer}/gram"].double(), matrix @ matrix.T, rtol=1e-4, atol=1e-4)
@@ -341,8 +341,8 @@ def test_a_streamed_sketch_is_the_residual_times_all_the_random_rows() -> None:
 
 def test_a_wide_corrected_sketch_has_the_energies_of_the_residual() -> None:
     model, x = linear_model(), features(30, 4)
-    client = SubspaceAnswer(method="sketch", sketch_width=40_000)
-    found = client.answer(context(model, x), "subspace", {"head/basis": torch.eye(4)[:, :1]})
+    client = SubspaceResponse(method="sketch", sketch_width=40_000)
+    found = client.respond(context(model, x), "subspace", {"head/basis": torch.eye(4)[:, :1]})
     expected = x.clone()
     expected[:, 0] = 0.0
     sketch = found["head/sketch"]
@@ -356,14 +356,14 @@ def test_the_official_variant_reads_an_activation_before_its_dropout() -> None:
     request = {"head/basis": torch.zeros(8, 0)}
     with torch.no_grad():
         before = torch.relu(model.module.hidden[0](x)).square().sum()
-    official = SubspaceAnswer(variant="official").answer(context(model, x), "subspace", request)
+    official = SubspaceResponse(variant="official").respond(context(model, x), "subspace", request)
     assert float(official["head/energy"]) == pytest.approx(float(before), rel=1e-6)
     # Two hidden layers: what the second reads was dropped upstream, so training mode shows in the head's inputs.
     deep = mlp_model()
     sizes = {"hidden.0": 9, "hidden.1": 8, "head": 7}
     request = {f"{layer}/basis": torch.zeros(size, 0) for layer, size in sizes.items()}
-    trained = SubspaceAnswer(variant="official").answer(context(deep, x), "subspace", request)
-    evaluated = SubspaceAnswer(method="sketch").answer(context(deep, x), "subspace", request)
+    trained = SubspaceResponse(variant="official").respond(context(deep, x), "subspace", request)
+    evaluated = SubspaceResponse(method="sketch").respond(context(deep, x), "subspace", request)
     same = {layer: torch.equal(trained[f"{layer}/energy"], evaluated[f"{layer}/energy"]) for layer in sizes}
     assert same == {"hidden.0": True, "hidden.1": True, "head": False}
 
@@ -371,7 +371,7 @@ def test_the_official_variant_reads_an_activation_before_its_dropout() -> None:
 def test_hooks_are_gone_after_an_answer() -> None:
     model = mlp_model()
     request = {"head/basis": torch.zeros(7, 0)}
-    SubspaceAnswer(variant="official").answer(context(model, features(5, 9)), "subspace", request)
+    SubspaceResponse(variant="official").respond(context(model, features(5, 9)), "subspace", request)
     assert not [m for m in model.module.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
@@ -380,7 +380,7 @@ def test_a_layer_that_cannot_be_read_is_refused() -> None:
     grouped.module.extra = nn.Conv2d(4, 4, 3, groups=2)
     for layer, kind in (("extra", "Conv2d"), ("absent", "NoneType")):
         with pytest.raises(ValueError, match=f"{layer} is {kind}"):
-            SubspaceAnswer().answer(
+            SubspaceResponse().respond(
                 context(grouped, features(2, 4)), "subspace", {f"{layer}/basis": torch.zeros(18, 0)}
             )
 
@@ -392,7 +392,7 @@ def test_changes_are_orthogonal_to_every_basis_and_nothing_else_moves() -> None:
     model = conv_model()
     server = FOT(epsilon=0.8)
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    exchange(server, SubspaceResponse(), model, {"a": images()})
     view = View(model)
     change = torch.randn(model.spec.size, generator=torch_generator("change"), dtype=torch.float64)
     kept = change.clone()
@@ -418,7 +418,7 @@ def test_an_allowed_change_leaves_old_outputs_alone() -> None:
     old, new = features(5, 12), features(5, 12, seed=9)
     server = FOT(epsilon=1 - 1e-9)
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(), model, {"a": old})
+    exchange(server, SubspaceResponse(), model, {"a": old})
     change = torch.randn(model.spec.size, generator=torch_generator("change"), dtype=torch.float64)
     model.spec.view(change, "head.bias").zero_()
     before_old, before_new = model(old).logits.detach(), model(new).logits.detach()
@@ -553,7 +553,7 @@ def test_biases_and_norms_are_averaged_or_frozen_after_the_first_extension(
     server.setup(model.spec)
     change = torch.randn(model.spec.size, generator=torch_generator("change"), dtype=torch.float64)
     assert torch.equal(server.apply(GLOBAL, change, View(model)), change)
-    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    exchange(server, SubspaceResponse(), model, {"a": images()})
     allowed = server.apply(GLOBAL, change, View(model))
     still = {t.name for t in model.spec if not model.spec.view(allowed, t.name).any()}
     assert still == frozen
@@ -568,7 +568,7 @@ def test_the_heads_of_tasks_keep_their_biases() -> None:
     model = flat(lambda: Normed((2, 2)))
     server = FOT(epsilon=0.8, biases="freeze", norms="freeze")
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    exchange(server, SubspaceResponse(), model, {"a": images()})
     allowed = server.apply(GLOBAL, torch.ones(model.spec.size, dtype=torch.float64), View(model))
     for name in ("heads.0.bias", "heads.1.bias", "heads.0.weight"):
         assert bool((model.spec.view(allowed, name) == 1).all())
@@ -609,7 +609,7 @@ def test_what_cannot_be_read_is_left_out_and_noted() -> None:
     assert {name for name in server.metrics() if name.startswith("rank/")} == {"rank/hidden", "rank/head"}
     left = ["positions", "grouped.weight", "embedding.weight"]
     assert server.notes() == [{"kind": "weights_unprotected", "weights": left}]
-    exchange(server, SubspaceAnswer(), model, {"a": features(9, 6)})
+    exchange(server, SubspaceResponse(), model, {"a": features(9, 6)})
     assert server.basis("hidden").shape[1] > 0
     named = FOT(layers=["embedding.weight", "hidden.weight"])
     named.setup(model.spec)
@@ -618,17 +618,17 @@ def test_what_cannot_be_read_is_left_out_and_noted() -> None:
 
 
 def test_a_nearly_full_layer_is_noted_once() -> None:
-    server = prepared(2)
-    question = Answer("a", 3, {"head/gram": torch.eye(4)})
-    server.absorb(QUESTION, [question], View(linear_model()))
+    server = setup(2)
+    question = Response("a", 3, {"head/gram": torch.eye(4)})
+    server.consume(QUESTION, [question], View(linear_model()))
     assert server.metrics()["frozen_share/head"] == 1.0
     (note,) = server.notes()
     assert note == {"kind": "subspace_nearly_full", "layer": "head", "share": 1.0}
     tree, tensors = pack(server.state_dict())
-    resumed = prepared(0)
+    resumed = setup(0)
     resumed.load_state_dict(unpack(tree, tensors))
     for each in (server, resumed):
-        each.absorb(QUESTION, [question], View(linear_model()))
+        each.consume(QUESTION, [question], View(linear_model()))
         assert each.notes() == []
 
 
@@ -642,7 +642,10 @@ def test_a_full_range_finder_finds_what_gram_matrices_find(
     exact, ranges = FOT(epsilon=0.9), FOT(epsilon=0.9, method="range_finder", sketch_width=1000)
     samples = {"a": x[:5], "b": x[5:6], "c": x[6:]}
     more = {name: torch.roll(part, 1, dims=-1) * 2 + 1 for name, part in samples.items()}
-    for server, client in ((exact, SubspaceAnswer()), (ranges, SubspaceAnswer(method="range_finder", batch_size=3))):
+    for server, client in (
+        (exact, SubspaceResponse()),
+        (ranges, SubspaceResponse(method="range_finder", batch_size=3)),
+    ):
         server.setup(model.spec)
         exchange(server, client, model, samples)
         exchange(server, client, model, more)
@@ -661,7 +664,7 @@ def test_a_narrow_range_finder_keeps_the_share_it_promises(width: int, more: int
     model = flat(lambda: MLP(input_shape=(60,), heads=(2,), hidden=()))
     server = FOT(epsilon=0.95, method="range_finder", sketch_width=width)
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(method="range_finder"), model, {"a": x[:120], "b": x[120:]})
+    exchange(server, SubspaceResponse(method="range_finder"), model, {"a": x[:120], "b": x[120:]})
     found, gram = server.basis("head"), (x.T @ x).double()
     held = torch.linalg.eigvalsh(gram).flip(0).cumsum(0) / gram.trace()
     fewest = int((held < 0.95).sum()) + 1
@@ -675,7 +678,7 @@ def test_a_range_finder_that_is_too_narrow_gives_all_it_has_and_says_so() -> Non
     model = flat(lambda: MLP(input_shape=(40,), heads=(2,), hidden=()))
     server = FOT(epsilon=0.9, method="range_finder", sketch_width=6)
     server.setup(model.spec)
-    client = SubspaceAnswer(method="range_finder")
+    client = SubspaceResponse(method="range_finder")
     for _ in range(2):
         exchange(server, client, model, {"a": features(200, 40)})
     assert server.basis("head").shape[1] == 12
@@ -691,7 +694,7 @@ def test_state_survives_a_round_trip_through_a_checkpoint() -> None:
     model = conv_model()
     server = FOT(epsilon=0.8, epsilon_increment=0.05)
     server.setup(model.spec)
-    exchange(server, SubspaceAnswer(), model, {"a": images()})
+    exchange(server, SubspaceResponse(), model, {"a": images()})
     tree, tensors = pack(server.state_dict())
     restored = FOT(epsilon=0.8, epsilon_increment=0.05)
     restored.setup(model.spec)
@@ -703,14 +706,14 @@ def test_state_survives_a_round_trip_through_a_checkpoint() -> None:
     view = View(model)
     assert torch.equal(restored.apply(GLOBAL, change, view), server.apply(GLOBAL, change, view))
     for each in (server, restored):
-        exchange(each, SubspaceAnswer(), model, {"a": images(seed=11)})
+        exchange(each, SubspaceResponse(), model, {"a": images(seed=11)})
     assert equal(restored.state_dict(), server.state_dict())
 
 
 def test_a_basis_cannot_forget_and_says_so() -> None:
     request = ForgetRequest("r", "client", clients=("a",))
-    assert prepared(0).forget(request).outcome == "none"
-    assert prepared(2).forget(request).outcome == "remains"
+    assert setup(0).forget(request).outcome == "none"
+    assert setup(2).forget(request).outcome == "remains"
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from torch import Tensor
 from fedcl.base.randomness import torch_generator
 from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Answer, Event, Query
+from fedcl.contracts.strategy import Event, Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from strategies.projection.fot import FOT
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 CPU = torch.device("cpu")
 EVERYBODY = ("a", "b", "c")
@@ -30,8 +30,8 @@ def model() -> FlatModel:
 class View:
     """What the server shows to a part, when rounds are played and when something is to be learned again."""
 
-    def __init__(self, answers: dict[int, list[Answer]] | None = None, clients: Sequence[str] = EVERYBODY) -> None:
-        self.clients, self.device, self.past = tuple(clients), CPU, answers or {}
+    def __init__(self, responses: dict[int, list[Response]] | None = None, clients: Sequence[str] = EVERYBODY) -> None:
+        self.clients, self.device, self.past = tuple(clients), CPU, responses or {}
         self.asked: list[tuple[int, tuple[str, ...]]] = []
 
     def model_of(self, client: str) -> Tensor:
@@ -40,9 +40,9 @@ class View:
     def rng(self, purpose: str) -> torch.Generator:
         return torch_generator(purpose)
 
-    def ask_past(self, query: Query, server_round: int) -> list[Answer]:
+    def ask_past(self, query: Query, server_round: int) -> list[Response]:
         self.asked.append((server_round, tuple(query.models)))
-        return [answer for answer in self.past[server_round] if answer.client in query.models]
+        return [response for response in self.past[server_round] if response.client in query.models]
 
 
 def layers() -> dict[str, int]:
@@ -57,9 +57,9 @@ def gram(seed: int, client: str, layer: str, width: int) -> Tensor:
     return rows.T @ rows
 
 
-def answers(seed: int, clients: Sequence[str]) -> list[Answer]:
+def responses(seed: int, clients: Sequence[str]) -> list[Response]:
     return [
-        Answer(client, 2, {f"{layer}/gram": gram(seed, client, layer, width) for layer, width in layers().items()})
+        Response(client, 2, {f"{layer}/gram": gram(seed, client, layer, width) for layer, width in layers().items()})
         for client in clients
     ]
 
@@ -72,7 +72,7 @@ def grown(mode: Any, who: Sequence[Sequence[str]], **settings: Any) -> FOT:
     for place, clients in enumerate(who):
         view: Any = View(clients=clients)
         (query,) = part.queries(Event("task_end", place, 2 * place, False), view)
-        part.absorb(query, answers(place, clients), view)
+        part.consume(query, responses(place, clients), view)
     return part
 
 
@@ -96,23 +96,27 @@ def assert_same(part: FOT, other: FOT, tolerance: float = 1e-10) -> None:
 WHO = [("a", "b", "c"), ("a", "c"), ("c",), ("a", "b")]
 
 
-@pytest.mark.parametrize("leaver", EVERYBODY)
-def test_grams_give_the_bases_of_a_run_without_the_client(leaver: str) -> None:
+@pytest.mark.parametrize("departing_client", EVERYBODY)
+def test_grams_give_the_bases_of_a_run_without_the_client(departing_client: str) -> None:
     part = grown("keep_grams", WHO)
-    never = without((leaver,))
+    never = without((departing_client,))
     with_all = {layer: projector(part, layer) for layer in layers()}
     resumed = grown("keep_grams", [])
     resumed.load_state_dict(unpack(*pack(part.state_dict())))
     assert equal(resumed.state_dict(), part.state_dict())
-    residual = resumed.forget(request(leaver))
+    residual = resumed.forget(request(departing_client))
     assert residual.outcome == "recomputed"
     assert "read with models of then" in residual.why
     assert_same(resumed, never)
     assert any(not torch.allclose(with_all[layer], projector(resumed, layer)) for layer in layers())
-    assert leaver not in resumed._memory.contributors()
-    needle = answers(0, [leaver])[0].tensors["head/gram"].numpy().tobytes() if leaver in WHO[0] else b"?"
+    assert departing_client not in resumed._memory.contributors()
+    needle = (
+        responses(0, [departing_client])[0].tensors["head/gram"].numpy().tobytes()
+        if departing_client in WHO[0]
+        else b"?"
+    )
     assert not any(needle in tensor.numpy().tobytes() for tensor in pack(resumed.state_dict())[1].values())
-    assert resumed.forget(request(leaver)).outcome == "none"
+    assert resumed.forget(request(departing_client)).outcome == "none"
 
 
 def test_grams_cost_what_the_metrics_say() -> None:
@@ -132,24 +136,24 @@ def test_two_leave_one_after_another() -> None:
     assert_same(part, without(("a", "c")))
 
 
-def without(leavers: Sequence[str]) -> FOT:
+def without(departing_clients: Sequence[str]) -> FOT:
     part = FOT(unlearn_basis="keep_grams", epsilon=0.6, epsilon_increment=0.05)
     part.setup(model().spec)
     for place, clients in enumerate(WHO):
-        left = [client for client in clients if client not in leavers]
+        left = [client for client in clients if client not in departing_clients]
         view: Any = View(clients=left)
         for query in part.queries(Event("task_end", place, 2 * place, False), view):
-            part.absorb(query, answers(place, left), view)
+            part.consume(query, responses(place, left), view)
     return part
 
 
-@pytest.mark.parametrize("leaver", EVERYBODY)
-def test_directions_of_a_task_are_dropped(leaver: str) -> None:
+@pytest.mark.parametrize("departing_client", EVERYBODY)
+def test_directions_of_a_task_are_dropped(departing_client: str) -> None:
     part = grown("drop_task", WHO)
     before = {layer: part.basis(layer).clone() for layer in layers()}
     ranks = [grown("drop_task", WHO[:count]) for count in range(5)]
-    residual = part.forget(request(leaver))
-    stay = [place for place, who in enumerate(WHO) if leaver not in who]
+    residual = part.forget(request(departing_client))
+    stay = [place for place, who in enumerate(WHO) if departing_client not in who]
     for layer in layers():
         columns = [
             column
@@ -175,7 +179,7 @@ def test_nothing_but_earlier_tasks_is_a_reset() -> None:
 
 def test_asked_again_the_bases_are_those_of_today() -> None:
     part = grown("recompute", WHO)
-    today = {2 * place: answers(100 + place, EVERYBODY) for place in range(4)}
+    today = {2 * place: responses(100 + place, EVERYBODY) for place in range(4)}
     idle: Any = View(today, clients=("a", "b"))
     part.relearn(idle)
     assert idle.asked == []  # not before it is needed
@@ -188,7 +192,7 @@ def test_asked_again_the_bases_are_those_of_today() -> None:
     expected.setup(model().spec)
     for place in (0, 1, 3):
         query = Query("subspace", {}, {})
-        expected.absorb(query, [a for a in today[2 * place] if a.client in WHO[place] and a.client != "c"], view)
+        expected.consume(query, [a for a in today[2 * place] if a.client in WHO[place] and a.client != "c"], view)
     assert_same(part, expected)
     part.relearn(view)
     assert len(view.asked) == 3  # once a request
@@ -226,7 +230,7 @@ def test_in_a_run(mode: str, scope: str, tmp_path: Path) -> None:
         "unlearning.reference=false",
         f"strategy.projection.server.unlearn_basis={mode}",
     ]
-    diary = play(configure({"strategy/projection": "fot", "unlearner": "continue_without"}, files, CPU, *extra))
+    diary = run_toy(configure({"strategy/projection": "fot", "unlearner": "continue_without"}, files, CPU, *extra))
     assert diary.faults == []
     before, after = (diary.saved[n]["server"]["strategy"]["projection"] for n in (5, 6))
     memory = before["memory"]

@@ -16,7 +16,7 @@ from fedcl.models.flat import FlatModel
 from fedcl.models.merge import layer_factors
 from fedcl.models.networks import MLP
 from strategies.projection.lines import LiNeS
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 # hidden.0 2, hidden.1 2, head 2 elements; factors 0.2, 0.6, 1
 SPEC = FlatModel(MLP(input_shape=(1,), heads=(1,), hidden=(1, 1))).spec
@@ -43,10 +43,10 @@ def test_the_change_since_the_task_began_is_scaled() -> None:
     made, server = part(first_task=True), view(a=torch.ones(6))
     for target, by in ((GLOBAL, 2.0), ("a", -1.0), (GLOBAL, 3.0)):
         change(made, server, target, by)
-    assert made.conclude(Event("round_end", 0, 2, False), server) == {}
+    assert made.finalize(Event("round_end", 0, 2, False), server) == {}
     resumed = part(first_task=True)
     resumed.load_state_dict(made.state_dict())
-    replaced = resumed.conclude(ENDED, server)
+    replaced = resumed.finalize(ENDED, server)
     assert set(replaced) == {GLOBAL, "a"}
     assert replaced[GLOBAL].dtype == torch.float32
     assert replaced[GLOBAL].tolist() == pytest.approx([1.0, 1.0, 3.0, 3.0, 5.0, 5.0])
@@ -54,15 +54,15 @@ def test_the_change_since_the_task_began_is_scaled() -> None:
     # the next task begins there
     server.held.update(replaced)
     change(resumed, server, GLOBAL, 1.0)
-    assert resumed.conclude(ENDED, server)[GLOBAL].tolist() == pytest.approx([1.2, 1.2, 3.6, 3.6, 6.0, 6.0])
+    assert resumed.finalize(ENDED, server)[GLOBAL].tolist() == pytest.approx([1.2, 1.2, 3.6, 3.6, 6.0, 6.0])
 
 
 def test_the_first_task_of_an_untrained_model_is_let_be() -> None:
     made, server = part(), view()
     change(made, server, GLOBAL, 2.0)
-    assert made.conclude(ENDED, server) == {}
+    assert made.finalize(ENDED, server) == {}
     change(made, server, GLOBAL, 1.0)
-    assert made.conclude(ENDED, server)[GLOBAL].tolist() == pytest.approx([2.2, 2.2, 2.6, 2.6, 3.0, 3.0])
+    assert made.finalize(ENDED, server)[GLOBAL].tolist() == pytest.approx([2.2, 2.2, 2.6, 2.6, 3.0, 3.0])
 
 
 def test_forgetting_begins_the_task_again() -> None:
@@ -72,14 +72,14 @@ def test_forgetting_begins_the_task_again() -> None:
     change(made, server, GLOBAL, 2.0)
     assert made.forget(request).outcome == "reset"
     change(made, server, GLOBAL, 1.0)
-    assert made.conclude(ENDED, server)[GLOBAL].tolist() == pytest.approx([2.2, 2.2, 2.6, 2.6, 3.0, 3.0])
+    assert made.finalize(ENDED, server)[GLOBAL].tolist() == pytest.approx([2.2, 2.2, 2.6, 2.6, 3.0, 3.0])
 
 
 def test_a_whole_run(tmp_path: Path, device: torch.device) -> None:
     choices, files = {"strategy/projection": "lines"}, write_files(tmp_path)
 
     def ends(*settings: str) -> list[Tensor]:
-        diary = play(configure(choices, files, device, *settings, num_tasks=2))
+        diary = run_toy(configure(choices, files, device, *settings, num_tasks=2))
         return [state["server"]["models"][GLOBAL] for state in diary.saved]
 
     scaled = ends("strategy.projection.server.shallow=0.25")

@@ -15,7 +15,7 @@ from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Task
 from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, _moments, disagreement, synthesise
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 HOW = Synthesis(samples=12, iterations=150, batch_size=16, latent=4, hidden=16, lr=0.01, adversarial=0.0, moments=0.1)
 
@@ -92,11 +92,11 @@ def test_distillation_by_hand(device: torch.device) -> None:
 def test_weight_zero_is_fine_tuning_bit_for_bit(tmp_path: Path, device: torch.device) -> None:
     files = write_files(tmp_path)
     small = ["strategy.projection.server.iterations=5", "strategy.projection.server.samples=8", "engine=loop"]
-    naive = play(configure({}, files, device, "engine=loop"))
-    off = play(
+    naive = run_toy(configure({}, files, device, "engine=loop"))
+    off = run_toy(
         configure({"strategy/projection": "target"}, files, device, *small, "strategy.projection.client.weight=0")
     )
-    on = play(configure({"strategy/projection": "target"}, files, device, *small))
+    on = run_toy(configure({"strategy/projection": "target"}, files, device, *small))
     assert naive.hashes == off.hashes
     assert naive.hashes[:2] == on.hashes[:2]  # nothing is sent before the first task has ended
     assert naive.hashes[2] != on.hashes[2]

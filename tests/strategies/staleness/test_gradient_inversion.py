@@ -31,7 +31,7 @@ from tests.strategies.late import (
     train,
     update,
 )
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 
 @pytest.fixture(autouse=True)
@@ -284,10 +284,10 @@ def test_a_whole_asynchronous_run_inverts_and_resumes_to_the_same_bits(tmp_path:
         *(f"{part_}.iterations=15", f"{part_}.max_residual=2.0", f"{part_}.samples=8"),
         num_tasks=2,
     )
-    whole = play(cfg)
+    whole = run_toy(cfg)
     inverted = [row["value"] for row in whole.rows if row["name"] == "staleness/inverted"]
     assert inverted == [1, 2, 3]  # of four rounds with one update each, the first alone is fresh
-    begun = play(cfg, until=1)
-    rest = play(cfg, start=begun.saved[-1])
+    begun = run_toy(cfg, until=1)
+    rest = run_toy(cfg, start=begun.saved[-1])
     assert begun.hashes + rest.hashes == whole.hashes
     assert equal(rest.saved[-1], whole.saved[-1])

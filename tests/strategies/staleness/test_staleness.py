@@ -23,7 +23,7 @@ from strategies.staleness.dc_asgd import DCASGD
 from strategies.staleness.gradient_inversion import GradientInversion
 from strategies.staleness.weight_prediction import WeightPrediction
 from strategies.staleness.weighting import FedAsync, Weighting, exponential, fedbuff, hinge, polynomial, sigmoid
-from tests.toy import configure, play, write_files
+from tests.toy import configure, run_toy, write_files
 
 SPEC = Spec.of(build_model(lambda: MLP(input_shape=(2,), heads=(2,), hidden=()), seed=0))  # six parameters
 OLD = torch.tensor([0.5, -0.25, 0.125, 1.0, 0.0, -1.0])
@@ -280,7 +280,7 @@ def test_in_an_asynchronous_run_every_choice_is_its_own(tmp_path: Path) -> None:
         extra = ("async.buffer=1", "async.finished_task=keep", "rounds_per_task=4", "client.optimizer.lr=0.1")
         choices = {"strategy/staleness": choice, "devices": "trace"}
         cfg = configure(choices, files, torch.device("cpu"), *extra, *settings, num_tasks=1)
-        return play(cfg).hashes[-1]
+        return run_toy(cfg).hashes[-1]
 
     own = ["exponential", "sigmoid", "fedbuff", "drop", "fedasync", "dc_asgd", "dc_asgd_adaptive"]
     results = {choice: final(choice) for choice in ["none", *own]}

@@ -20,5 +20,5 @@ class TaskDecay:
 
     def __call__(self, client: str, server_round: int) -> float:
         """Return the learning rate of a client's visit in the 0-based ``server_round``."""
-        met = len(self.schedule.met(client, server_round))
-        return self.lr * self.decay ** max(met - 1, 0)
+        seen = len(self.schedule.seen(client, server_round))
+        return self.lr * self.decay ** max(seen - 1, 0)

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fedcl.client.probe import iteration
-from tests.toy import configure, play, write_files
+from fedcl.client.local_evaluation import iteration
+from tests.toy import configure, run_toy, write_files
 
 CHOICES = {"learner": "er", "scenario": "class_incremental", "model": "fot_mlp"}  # one with dropout
 ON = ["evaluation.iterations=2", "evaluation.personal=true"]
@@ -22,8 +22,8 @@ def test_names_of_metrics() -> None:
 
 def test_training_is_untouched_and_steps_are_recorded(tmp_path: Path, device: torch.device) -> None:
     files = write_files(tmp_path)
-    plain = play(configure(CHOICES, files, device, "evaluation.personal=true"))
-    probed = play(configure(CHOICES, files, device, *ON))
+    plain = run_toy(configure(CHOICES, files, device, "evaluation.personal=true"))
+    probed = run_toy(configure(CHOICES, files, device, *ON))
     assert plain.hashes == probed.hashes
     table = pd.DataFrame(probed.rows)
     curve = table[table["phase"] == "iteration"].set_index(["client", "round", "task", "step"])["value"]

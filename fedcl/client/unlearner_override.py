@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedcl.contracts.requests import ForgetRequest, Residual
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
 
 
-class Substitute(Unlearner):
+class UnlearnerOverride(Unlearner):
     """``chosen`` serves, while ``own`` goes on remembering, and forgets too: what survives is what it knows.
 
     Raises
@@ -31,7 +31,7 @@ class Substitute(Unlearner):
                 "began without it"
             )
         self._own, self._chosen = own, chosen
-        self._forgotten: dict[str, Residual] = {}
+        self._forgotten: dict[str, ErasureOutcome] = {}
         for name in ("scopes", "guarantee", "replays", "takes_apart"):
             setattr(self, name, getattr(chosen, name))
         self.observes = own.observes  # type: ignore[misc]
@@ -70,7 +70,7 @@ class Substitute(Unlearner):
         """Return those of the one that serves."""
         return self._chosen.metrics()
 
-    def forget(self, request: ForgetRequest) -> Residual:
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Let both forget, and say what became of the memory of the run's own, if it had any."""
         chosen = self._chosen.forget(request)
         own = self._forgotten.get(request.id, chosen)

@@ -37,8 +37,8 @@ from torch import Tensor
 from fedcl.base.randomness import key
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import Payload
-from fedcl.contracts.requests import ForgetRequest, Residual
-from fedcl.contracts.strategy import GLOBAL, Answer, Event, PastView, Query, ServerView, Target, Update
+from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.contracts.strategy import GLOBAL, Event, PastView, Query, Response, ServerView, Target, Update
 from fedcl.messages import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES
 from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.models.flat import Spec
@@ -96,7 +96,7 @@ class CohortGrid(Grid):
         raise RuntimeError("a stock strategy may ask which nodes were selected; fedcl does all messaging itself")
 
 
-class Stock:
+class FlowerAdapter:
     """Runs one of ``flwr.serverapp.strategy`` inside fedcl's round loop.
 
     Raises
@@ -223,10 +223,10 @@ class Stock:
         """Stock strategies ask nothing."""
         return []
 
-    def absorb(self, query: Query, answers: Sequence[Answer], view: ServerView) -> None:
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
         """Stock strategies ask nothing."""
 
-    def conclude(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
         """Stock strategies replace nothing."""
         return {}
 
@@ -260,9 +260,9 @@ class Stock:
             if not isinstance(vars(self.strategy).get(name), ArrayRecord):
                 setattr(self.strategy, name, _arrays(value))
 
-    def forget(self, request: ForgetRequest) -> list[Residual]:
+    def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Say what a stock strategy may still hold."""
-        return [Residual(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
+        return [ErasureOutcome(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
 
     def relearn(self, view: PastView) -> None:
         """Learn nothing again: it has kept what it had."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.models.flat import Spec
-from fedcl.server.stock import Stock
+from fedcl.server.flower_strategy import FlowerAdapter
 from fedcl.simulation.compat import identity
 
 SPEC = Spec.of(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1)))
@@ -37,9 +37,9 @@ def _identity() -> Iterator[None]:
         yield
 
 
-def play(strategy: Any, rounds: int = 1) -> tuple[Tensor, list[Tensor]]:
+def run_one(strategy: Any, rounds: int = 1) -> tuple[Tensor, list[Tensor]]:
     """Let two clients with 1 and 3 samples send models whose mean and variance fall; return the result and theirs."""
-    stock = Stock(strategy, seed=0, nodes=NODES, selected=2)
+    stock = FlowerAdapter(strategy, seed=0, nodes=NODES, selected=2)
     stock.setup(SPEC)
     model = torch.full((SPEC.size,), 1.0)
     sent: list[Tensor] = []
@@ -69,7 +69,7 @@ def play(strategy: Any, rounds: int = 1) -> tuple[Tensor, list[Tensor]]:
     ids=["FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "QFedAvg"],
 )
 def test_a_strategy_that_steps_leaves_statistics_as_the_clients_mean(strategy: Any) -> None:
-    model, sent = play(strategy(), rounds=2)
+    model, sent = run_one(strategy(), rounds=2)
     # 1 sample and 3: the mean of 0.5 and 0.1, which two steps along the change would not stop at
     assert float(model[VARIANCE.start]) == pytest.approx((0.5 + 3 * 0.1) / 4)
     assert float(model[MEAN.start]) == pytest.approx(float(sent[0][MEAN.start] + 3 * sent[1][MEAN.start]) / 4)
@@ -79,7 +79,7 @@ def test_a_strategy_that_steps_leaves_statistics_as_the_clients_mean(strategy: A
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
 def test_what_only_averages_or_chooses_is_left_as_it_is(strategy: Any) -> None:
-    model, sent = play(strategy(**FEW))
+    model, sent = run_one(strategy(**FEW))
     weight = 0.75 if strategy is FedAvg else 0.5
     torch.testing.assert_close(model, (1 - weight) * sent[0] + weight * sent[1])
 
@@ -89,5 +89,5 @@ def test_noise_on_statistics_is_refused() -> None:
         FedAvg(**FEW), noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=2
     )
     with pytest.raises(ValueError, match=r"DifferentialPrivacyServerSideFixedClipping: adds noise to 1\.running_mean"):
-        Stock(private, seed=0, nodes=NODES, selected=2).setup(SPEC)
-    Stock(private, seed=0, nodes=NODES, selected=2).setup(Spec.of(nn.Linear(2, 1)))
+        FlowerAdapter(private, seed=0, nodes=NODES, selected=2).setup(SPEC)
+    FlowerAdapter(private, seed=0, nodes=NODES, selected=2).setup(Spec.of(nn.Linear(2, 1)))

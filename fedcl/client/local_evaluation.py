@@ -19,12 +19,12 @@ MAX_SAMPLES = 1000  # of each task, as De Lange et al. (ICLR 2023) test on, but 
 
 
 def iteration(metric: str) -> tuple[int, int] | None:
-    """Return (task, step) of a metric that a `Probe` reported; None for any other."""
+    """Return (task, step) of a metric that a `LocalEvaluation` reported; None for any other."""
     match = _KEY.fullmatch(metric)
     return (int(match[1]), int(match[2])) if match else None
 
 
-class Probe(Plugin):
+class LocalEvaluation(Plugin):
     """Test the client's model on its own test samples of every task it has met, each ``every`` steps.
 
     Step 0 is the received model, the last one what is sent back. Training is what it would be without: nothing is
@@ -83,4 +83,4 @@ class Probe(Plugin):
         return float(correct(logits, y).double().mean())
 
 
-ProbeOf = Callable[[str, int, Sequence[Plugin]], Probe]
+LocalEvaluationOf = Callable[[str, int, Sequence[Plugin]], LocalEvaluation]

@@ -26,16 +26,16 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.experiment import resume, run
 from fedcl.server.arrivals import Arrivals, VirtualClock
 from fedcl.server.exchange import Exchange
+from fedcl.server.flower_strategy import FlowerAdapter
 from fedcl.server.loop import Server
 from fedcl.server.rounds import RoundOptions
 from fedcl.server.state import LoopOptions
-from fedcl.server.stock import Stock
 from fedcl.simulation.backend import open_backend
 from fedcl.simulation.compat import identity
 from fedcl.simulation.devices import DeviceProfile
 from fedcl.simulation.host import ClientHost, Failure
 
-Play = Callable[..., Path]
+RunExperiment = Callable[..., Path]
 ROUNDS = 3
 SMALL = ["num_clients=5", "scenario=class_incremental", "rounds_per_task=[2,1]", "scenario.num_tasks=2"]
 NODES = {str(i): 2 + i for i in range(5)}
@@ -79,7 +79,7 @@ class World:
     @contextmanager
     def server(self, strategy: Any) -> Iterator[Server]:
         with open_backend(self.cfg, self.dataset, self.partition) as backend:
-            stock = Stock(strategy, seed=0, nodes=backend.nodes, selected=5)
+            stock = FlowerAdapter(strategy, seed=0, nodes=backend.nodes, selected=5)
             stock.setup(self.model.spec)
             exchange = Exchange(backend.grid, backend.nodes, self.model.spec, Nothing(), cohorts=backend.cohorts)
             yield Server(
@@ -95,7 +95,7 @@ class World:
                 options=LoopOptions(rounds=RoundOptions(seed=0)),
             )
 
-    def play(self, strategy: Any) -> list[NDArray[np.float32]]:
+    def run(self, strategy: Any) -> list[NDArray[np.float32]]:
         """Return the global model after each round."""
         models = []
         with self.server(strategy) as server:
@@ -179,7 +179,7 @@ def start(world: World, strategy: Any) -> list[NDArray[np.float32]]:
 )
 def test_our_loop_and_flowers_own_give_the_same_bits(strategy: Callable[[], Any]) -> None:
     world = World()
-    ours, flowers = world.play(strategy()), start(world, strategy())
+    ours, flowers = world.run(strategy()), start(world, strategy())
     assert len(ours) == len(flowers) == ROUNDS
     for mine, theirs in zip(ours, flowers, strict=True):
         assert mine.dtype == theirs.dtype == np.float32
@@ -205,7 +205,7 @@ def test_krum_returns_one_clients_model() -> None:
 
 
 @pytest.mark.parametrize("choice", ["fedavg", "krum", "fedadam"])
-def test_a_run_over_a_stream_of_classes(choice: str, run_experiment: Play) -> None:
+def test_a_run_over_a_stream_of_classes(choice: str, run_experiment: RunExperiment) -> None:
     folder = run_experiment(choice, *SMALL, f"strategy=flower_{choice}", "evaluation.personal=true")
     finished = load(folder)
     assert finished.status == "done"
@@ -224,7 +224,7 @@ class Killed(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one(
     choice: str,
     tmp_path: Path,
-    run_experiment: Play,
+    run_experiment: RunExperiment,
     metrics_hash: Callable[[Path], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -257,7 +257,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 )
 def test_moments_survive_storage(make: Callable[[], Any], moments: list[str]) -> None:
     world = World()
-    whole = world.play(make())
+    whole = world.run(make())
     first, second = make(), make()
 
     class Stop(Exception):
@@ -312,7 +312,7 @@ def test_a_strategy_that_keeps_its_own_copy_of_the_model_sees_an_edit() -> None:
         assert float(server.global_model.abs().max()) < 1e-3  # a tiny step from the edited model, not from its own
 
 
-def test_replies_whose_metrics_differ_are_aggregated_by_what_they_share(run_experiment: Play) -> None:
+def test_replies_whose_metrics_differ_are_aggregated_by_what_they_share(run_experiment: RunExperiment) -> None:
     # some clients hold so little that they have no test samples of a task: they report no accuracy of their own
     folder = run_experiment(
         "run",
@@ -355,7 +355,7 @@ def test_a_strategy_that_could_never_start_is_refused_before_the_run(
 
 def test_what_is_no_strategy_is_refused() -> None:
     with pytest.raises(ValueError, match="ConfigRecord is not a flwr"):
-        Stock(ConfigRecord(), seed=0, nodes=NODES, selected=5)
+        FlowerAdapter(ConfigRecord(), seed=0, nodes=NODES, selected=5)
 
 
 def test_a_strategy_that_needs_more_of_its_clients_is_refused() -> None:
@@ -366,7 +366,7 @@ def test_a_strategy_that_needs_more_of_its_clients_is_refused() -> None:
         server.run(lambda server_round: None)
 
 
-def test_a_plugin_that_uploads_is_refused_with_a_stock_strategy(run_experiment: Play, tmp_path: Path) -> None:
+def test_a_plugin_that_uploads_is_refused_with_a_stock_strategy(run_experiment: RunExperiment, tmp_path: Path) -> None:
     (tmp_path / "learner").mkdir()
     (tmp_path / "learner" / "drift.yaml").write_text(
         "# Uploads.\ndrift:\n  _target_: clients.strategies.scaffold.Scaffold\n"
@@ -380,10 +380,10 @@ def test_flowers_sampling_leaves_pythons_random_stream_alone() -> None:
 
     world = World()
     random.seed(5)
-    first = world.play(FedAvg(fraction_train=0.5, fraction_evaluate=0.0))
+    first = world.run(FedAvg(fraction_train=0.5, fraction_evaluate=0.0))
     drawn = random.random()
     random.seed(5)
     assert random.random() == drawn
     random.seed(6)
-    second = world.play(FedAvg(fraction_train=0.5, fraction_evaluate=0.0))
+    second = world.run(FedAvg(fraction_train=0.5, fraction_evaluate=0.0))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -103,8 +103,8 @@ def _run(args: argparse.Namespace) -> None:
     cfg = compose(args.overrides, args.config_dir)
     from fedcl.runs import experiment, two_phase
 
-    play = experiment.run if cfg["protocol"]["name"] == "none" else two_phase.two_phase
-    print(play(cfg, args.overrides, args.config_dir, args.quiet), flush=True)
+    run_one = experiment.run if cfg["protocol"]["name"] == "none" else two_phase.two_phase
+    print(run_one(cfg, args.overrides, args.config_dir, args.quiet), flush=True)
 
 
 def _sweep(args: argparse.Namespace) -> None:
