@@ -29,11 +29,13 @@ from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.evaluation.predictions import accuracy, backdoor_success, predict
 from fedcl.models.flat import FlatModel
-from fedcl.runs.retrained import SilentRecord, make_unlearning
+from fedcl.runs.retrained import SilentRecord
 from fedcl.runs.setup import Setup, make_server
+from fedcl.runs.unlearning import make_unlearning
 from fedcl.server.loop import Server
+from fedcl.server.state import ServerData
 from fedcl.simulation.backend import open_backend
-from fedcl.unlearning.receipt import Receipt
+from fedcl.unlearning.certificate import Receipt
 
 AT, AFTER = 30, (3, 10)  # the round of the request, and how many rounds later its effect is looked at again
 BACKDOOR = 9  # the class that the leaver's marked samples are called
@@ -113,7 +115,7 @@ def requests(bench: Bench, kind: str, setup: Setup, seed: int) -> tuple[str, int
 
 @dataclass
 class Probe:
-    """What is measured of a model besides the panel: clean accuracy, and how often the trigger works."""
+    """What is measured of a model besides the unlearning metrics: clean accuracy, and how often the trigger works."""
 
     bench: Bench
     model: FlatModel
@@ -147,9 +149,9 @@ def trained(cfg: dict[str, Any], setup: Setup, work: Path) -> Any:
 
 
 def case(bench: Bench, cfg: dict[str, Any], setup: Setup, start: Any, work: Path, look: Look | None = None) -> Numbers:
-    """Serve the requests of ``cfg`` and play on; return all measurements.
+    """Process the requests of ``cfg`` and run on; return all measurements.
 
-    ``look`` is what else is measured of a model (P,) besides the panel, at once and later; :class:`Probe` by default.
+    ``look`` is what else is measured of a model (P,), at once and later; :class:`Probe` by default.
     """
     found: Numbers = {}
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
@@ -157,10 +159,8 @@ def case(bench: Bench, cfg: dict[str, Any], setup: Setup, start: Any, work: Path
     record: Any = SilentRecord()
     served = 0
     with open_backend(cfg, setup.dataset, setup.partition) as backend:
-        unlearning = make_unlearning(cfg, setup, backend, work)
-        server = make_server(cfg, setup, backend, record, unlearning=unlearning, evaluate=False)
 
-        def certify(receipt: Receipt) -> None:
+        def certify(receipt: Receipt, server: ServerData) -> None:
             nonlocal served
             served += 1
             prefix = f"{served}/" if len(cfg["unlearning"]["requests"]) > 1 else ""
@@ -168,7 +168,8 @@ def case(bench: Bench, cfg: dict[str, Any], setup: Setup, start: Any, work: Path
             found.update({f"{prefix}now/{name}": value for name, value in probe(server.global_model).items()})
             found.update({f"{prefix}cost/{name}": value for name, value in receipt.cost.items()})
 
-        unlearning.certify = certify
+        unlearning = make_unlearning(cfg, setup, backend, work, certify=certify)
+        server = make_server(cfg, setup, backend, record, unlearning=unlearning, evaluate=False)
         if start is not None and not make_unlearner(cfg).observes:
             state, states = clone(start, torch.device("cpu"))
             assert backend.states is not None

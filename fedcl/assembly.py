@@ -42,8 +42,8 @@ from fedcl.server.folding import Folding
 from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Pipeline, check_payloads
 from fedcl.server.validation import Expected, uploads
-from fedcl.unlearning.planned import planned_requests
 from fedcl.unlearning.queue import Bounds, RequestQueue
+from fedcl.unlearning.sources import RequestSource, planned_requests
 
 T = TypeVar("T")
 _ROLES: dict[str, type[Part]] = {
@@ -336,22 +336,29 @@ def check_unlearner(cfg: Config, model: FlatModel) -> None:
         )
 
 
-def make_queue(cfg: Config, stream: Stream, schedule: Schedule, dataset: Dataset) -> RequestQueue:
-    """Build the queue of unlearning requests with those that the configuration plans.
+def make_queue(
+    cfg: Config, stream: Stream, schedule: Schedule, dataset: Dataset, *sources: RequestSource, retrains: bool = True
+) -> RequestQueue:
+    """Build the queue of unlearning requests: those that the configuration plans, then those of ``sources``.
+
+    ``retrains`` says whether retraining is possible here.
 
     Raises
     ------
     ConfigError
-        If one of them could never be served.
+        If a planned one could never be processed.
     """
-    scopes, samples = make_unlearner(cfg).scopes, None if is_local(cfg) else len(dataset.train.y)
+    unlearner, samples = make_unlearner(cfg), None if is_local(cfg) else len(dataset.train.y)
+    scopes = frozenset() if unlearner.retrains and not retrains else unlearner.scopes
     bounds = Bounds(participants(cfg), dataset.num_classes, stream.num_tasks, scopes, samples)
     planned = planned_requests(cfg["unlearning"]["requests"], schedule)
-    for place, (_, request) in enumerate(planned):
+    if planned.requests and not scopes:
+        raise ConfigError("unlearner: retraining needs a simulation; choose another unlearner for devices")
+    for place, (_, request) in enumerate(planned.requests):
         why = bounds.refusal(request)
         if why is not None:
             raise ConfigError(f"unlearning.requests[{place}].{why}")
-    return RequestQueue(bounds, planned, window=cfg["unlearning"]["window"])
+    return RequestQueue(bounds, (planned, *sources), window=cfg["unlearning"]["window"])
 
 
 def make_devices(cfg: Config) -> Callable[[str], Device]:

@@ -29,7 +29,7 @@ from fedcl.client.state import NEVER
 from fedcl.config.compose import Config
 from fedcl.config.instantiate import add_plugin_paths, targets_in
 from fedcl.contracts.learner import State
-from fedcl.contracts.requests import ErasureOutcome, ForgetNote, outcomes_json
+from fedcl.contracts.requests import ErasureOutcome, ForgetInstruction, outcomes_json
 from fedcl.messages import CHANGES_STATE, Reply, Request, content_bytes, hello_reply, reply_content, requests
 from fedcl.messages.arrays import record_tensors, tensors_record
 
@@ -141,7 +141,7 @@ def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
         return Message(hello_reply(spec.client, held, __version__), reply_to=message)
     if request.client != spec.client:
         raise ValueError(f"the message is for client {request.client!r}, this is client {spec.client!r}")
-    if request.kind == "forget" and ForgetNote.from_json(request.note).leaves(spec.client):
+    if request.kind == "forget" and ForgetInstruction.from_json(request.note).leaves(spec.client):
         store.drop(spec.client)  # as often as it is told: the answer may have been lost
         erased = ErasureOutcome("client state", "erased", "the client has left")
         return Message(reply_content(Reply(0, note=outcomes_json([erased])), live=False), reply_to=message)

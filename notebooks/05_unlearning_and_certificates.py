@@ -128,7 +128,7 @@ for key in ("guarantee", "served_with", "server_round", "time", "previous", "sha
     print(f"{key:<13} {ticket[key]}")
 
 # %%
-pd.DataFrame(ticket["residuals"])
+pd.DataFrame(ticket["erasure"])
 
 # %% [markdown]
 # The table lists everything that remembers something: what was erased, what was computed again, and what keeps nothing

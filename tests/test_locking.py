@@ -193,8 +193,8 @@ def test_beside_a_living_run_nobody_else_writes_and_everybody_reads(
     assert main(["report", str(folder)]) == 0
     assert "(running)" in capsys.readouterr().out
     assert main(["export", str(folder), "--out", str(tmp_path / "model")]) == 0
-    assert main(["forget", str(folder), "--client", "2", "--id", "bob"]) == 0  # handed in: no second writer
-    assert "bob: handed in, to be served before the next round" in capsys.readouterr().out
+    assert main(["forget", str(folder), "--client", "2", "--id", "bob"]) == 0  # submitted: no second writer
+    assert "bob: submitted, to be processed before the next round" in capsys.readouterr().out
     gate.touch()
     assert run.wait(240) == 0
     served = load(folder).events.query("kind == 'request_served'")
@@ -211,7 +211,7 @@ def test_a_killed_run_is_held_by_nobody_and_asked_as_one_that_stopped(
     run.communicate()
     assert (folder / "STATUS").read_text() == "running\n"
     assert main(["forget", str(folder), "--client", "2", "--id", "bob"]) == 0
-    assert "bob: handed in, to be served when the run goes on" in capsys.readouterr().out
+    assert "bob: submitted, to be processed when the run goes on" in capsys.readouterr().out
     both = [started("-c", GATED, gate, "resume", "--quiet", folder) for _ in range(2)]
     deadline = time.monotonic() + 240
     while not [one for one in both if one.poll() is not None]:  # one of them is refused while the other one waits

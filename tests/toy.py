@@ -27,8 +27,8 @@ from fedcl.contracts.learner import Payload
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import PAYLOAD, VISIT
 from fedcl.messages.arrays import record_tensors
-from fedcl.runs.retrained import make_unlearning
 from fedcl.runs.setup import Setup, make_server
+from fedcl.runs.unlearning import make_unlearning
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import Backend, open_backend
 from tests.toy_files import write_sources

@@ -190,7 +190,7 @@ def told(folder: Path) -> dict[str, Any]:
         found["certificate"] = {
             "round": content["server_round"],
             "guarantee": content["guarantee"].partition(":")[0],
-            "residuals": [f"{row['part']}: {row['outcome']}" for row in content["residuals"]],
+            "residuals": [f"{row['part']}: {row['outcome']}" for row in content["erasure"]],
             "valid": verify(folder),
         }
     return found

@@ -124,7 +124,7 @@ class FPF(Plugin):
         if not self._changes:
             return erased
         self._changes = {}
-        if erased.outcome == "none":
+        if erased.outcome == "not applicable":
             return ErasureOutcome(erased.part, "reset", "the modules' changes mixed all samples: they start over")
         return replace(erased, why=f"{erased.why}; the modules' changes start over")
 

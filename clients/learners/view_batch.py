@@ -103,7 +103,7 @@ class ViewBatch(Plugin):
 
     def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
         """Keep the count: it says nothing about samples."""
-        return ErasureOutcome(type(self).__name__, "none", "counts epochs, and nothing else")
+        return ErasureOutcome(type(self).__name__, "not applicable", "counts epochs, and nothing else")
 
     def state(self) -> State:
         """Return how many epochs of the task have been trained."""

@@ -133,7 +133,7 @@ class FedEraser(Unlearner):
             self._local_tasks.drop(client)
             dropped += sum(steps.pop(client, None) is not None for steps in self._rounds.values())
         if not dropped:
-            return ErasureOutcome(name, "none", "stores no change of the clients that leave")
+            return ErasureOutcome(name, "not applicable", "stores no change of the clients that leave")
         others = "only their lengths are as before" if self.calibrate else "made from models that had seen it"
         return ErasureOutcome(
             name, "erased", f"{dropped} stored changes of those who leave; the others' stay, {others}"

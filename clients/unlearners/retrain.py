@@ -21,10 +21,10 @@ class Retrain(Unlearner):
     """
 
     guarantee = "exact"
-    replays = True
+    retrains = True
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Return the models of the run without the forget set."""
-        return view.replay()
+        return view.retrain()

@@ -183,11 +183,11 @@ class SIFU(Unlearner):
             self._local_tasks.drop(client)
         name = type(self).__name__
         if not self._path.models:
-            return ErasureOutcome(name, "none", "has seen no round yet")
+            return ErasureOutcome(name, "not applicable", "has seen no round yet")
         older = sum(0 < place < self._path.served_at for place in self._path.models)
         if older:
             why = f"{older} models of earlier rounds, on which the leavers' sensitivity is within the budget"
-            return ErasureOutcome(name, "remains", f"{why}: noise is added before one is used")
+            return ErasureOutcome(name, "retained", f"{why}: noise is added before one is used")
         return ErasureOutcome(
             name, "erased", "the leavers' sensitivities, and every model from after the rollback point"
         )

@@ -35,15 +35,15 @@ class Wrapper(Unlearner):
     Raises
     ------
     ValueError
-        If ``base`` replays: its models come with a whole run's state, of which nothing can be kept back.
+        If ``base`` retrains: its models come with the state of a whole run, which cannot be taken in part.
     """
 
     components: ClassVar[tuple[str, ...]] = ("base",)  # what the configuration's reader builds, too
     prefix: ClassVar[str]
 
     def __init__(self, *, base: Unlearner) -> None:
-        if base.replays:
-            raise ValueError(f"unlearner.base={type(base).__name__}: trains all over; it cannot be wrapped")
+        if base.retrains:
+            raise ValueError(f"unlearner.base={type(base).__name__}: retrains; it cannot be wrapped")
         self.base = base
         self.scopes = base.scopes  # type: ignore[misc]
         self.observes = base.observes  # type: ignore[misc]

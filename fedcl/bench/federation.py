@@ -18,8 +18,8 @@ from fedcl.bench.turns import Side
 from fedcl.bench.workload import Workload
 from fedcl.config.compose import compose
 from fedcl.results.recorder import Recorder
-from fedcl.runs.retrained import make_unlearning
 from fedcl.runs.setup import Setup, make_server
+from fedcl.runs.unlearning import make_unlearning
 from fedcl.server.loop import Server
 from fedcl.simulation.backend import open_backend
 

@@ -18,7 +18,7 @@ def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, gone: Tas
     """
     name = type(owner).__name__
     if not len(buffer):
-        return ErasureOutcome(name, "none", "holds no samples")
+        return ErasureOutcome(name, "not applicable", "holds no samples")
     if request.scope == "task":
         count = buffer.drop_where("task", request.tasks)
     else:
@@ -27,6 +27,6 @@ def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, gone: Tas
             return ErasureOutcome(name, "reset", "the memory's samples are held in another form: it starts over")
         count = buffer.drop_samples(given)
     if not count:
-        return ErasureOutcome(name, "none", "its memory holds none of the forget set")
+        return ErasureOutcome(name, "not applicable", "its memory holds none of the forget set")
     rest = "; logits kept with the others come from models that had seen them" if "logits" in buffer.held else ""
     return ErasureOutcome(name, "erased", f"samples in its memory{rest}")

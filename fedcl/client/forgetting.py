@@ -1,4 +1,4 @@
-"""A client's samples of all its tasks, parted into what is to be forgotten and what may stay."""
+"""A client's samples of all its tasks, split into what is to be forgotten and what may stay."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ import torch
 
 from fedcl.client.local_data import LocalData
 from fedcl.contracts.learner import TaskData
-from fedcl.contracts.requests import ForgetNote, Forgotten
+from fedcl.contracts.requests import ForgetInstruction, Forgotten
 from fedcl.contracts.unlearner import Samples
 from fedcl.scenario.task import Task
 
 # N = samples, C = logit columns
 
 
-def part(data: LocalData, client: str, note: ForgetNote, device: torch.device) -> list[tuple[Task, TaskData, TaskData]]:
-    """Return (task, to forget, to retain) for every task of ``note`` of which ``client`` holds something.
+def part(
+    data: LocalData, client: str, instruction: ForgetInstruction, device: torch.device
+) -> list[tuple[Task, TaskData, TaskData]]:
+    """Return (task, to forget, to retain) for every task of ``instruction`` of which ``client`` holds something.
 
     Raises
     ------
     ValueError
         If the data source cannot tell its samples apart.
     """
-    after = Forgotten(list(note.requests))
+    after = Forgotten(list(instruction.requests))
     parts = []
-    for task in note.tasks:
+    for task in instruction.tasks:
         held = data.train(client, task, device)
         if not len(held):
             continue
         nothing = torch.zeros(len(held), dtype=torch.bool)
-        if note.leaves(client):
+        if instruction.leaves(client):
             parts.append((task, held, _rows(held, nothing)))
             continue
         kept = data.train(client, after.task(client, task), device)
-        if kept is held:  # nothing of this task is asked for
+        if kept is held:  # no request concerns this task
             parts.append((task, _rows(held, nothing), held))
             continue
         if held.positions is None or kept.positions is None:

@@ -19,7 +19,7 @@ from fedcl.client.loop import accuracy, fit, ordered, owner
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.contracts.learner import EXCLUSIVE, Context, LocalTraining, Plugin, State, TaskData, overrides
-from fedcl.contracts.requests import ErasureOutcome, ForgetNote, outcomes_json
+from fedcl.contracts.requests import ErasureOutcome, ForgetInstruction, outcomes_json
 from fedcl.contracts.unlearner import UnlearnContext, Unlearner
 from fedcl.messages import Reply, Request
 from fedcl.models.chain import chain_of
@@ -240,7 +240,7 @@ class ClientRuntime:
         """Do one step of the unlearner on the client's samples; nothing of it stays here."""
         if request.model is None:
             raise ValueError("a message of kind 'unlearn' needs a model")
-        note, device = ForgetNote.from_json(request.note), self.model.device
+        note, device = ForgetInstruction.from_json(request.note), self.model.device
         self.model.load(request.model)
         parts = part(self.data, request.client, note, device)
         ctx = UnlearnContext(
@@ -264,7 +264,7 @@ class ClientRuntime:
 
     def _forget(self, request: Request, store: ClientStateStore) -> Reply:
         """Let the learner forget, or erase everything about a client that leaves."""
-        note = ForgetNote.from_json(request.note)
+        note = ForgetInstruction.from_json(request.note)
         if note.leaves(request.client):
             store.drop(request.client)
             self.data.drop(request.client)

@@ -32,7 +32,7 @@ class UnlearnerOverride(Unlearner):
             )
         self._own, self._chosen = own, chosen
         self._forgotten: dict[str, ErasureOutcome] = {}
-        for name in ("scopes", "guarantee", "replays", "takes_apart"):
+        for name in ("scopes", "guarantee", "retrains", "takes_apart"):
             setattr(self, name, getattr(chosen, name))
         self.observes = own.observes  # type: ignore[misc]
 
@@ -74,7 +74,7 @@ class UnlearnerOverride(Unlearner):
         """Let both forget, and say what became of the memory of the run's own, if it had any."""
         chosen = self._chosen.forget(request)
         own = self._forgotten.get(request.id, chosen)
-        return chosen if own.outcome == "none" else own
+        return chosen if own.outcome == "not applicable" else own
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run's own knows."""

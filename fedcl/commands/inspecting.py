@@ -30,7 +30,7 @@ def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
     about = "check a run's certificates of what was forgotten"
     verify = commands.add_parser("verify", help=about, parents=[configs])
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    verify.add_argument("--no-replay", action="store_true", help="do not train all over what exact ones claim")
+    verify.add_argument("--no-replay", action="store_true", help="do not retrain to verify exact ones")
     add_trust(verify)
     verify.set_defaults(command=_verify)
 
@@ -86,7 +86,7 @@ def _verify(args: argparse.Namespace) -> None:
     run_dir = run_folder(args.run_dir)
     from fedcl.runs.verify import verify
 
-    if not verify(run_dir, replay=not args.no_replay, trust=trust_of(args)):
+    if not verify(run_dir, retrain=not args.no_replay, trust=trust_of(args)):
         raise SystemExit(FAILED)
 
 

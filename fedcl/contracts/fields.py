@@ -170,4 +170,4 @@ REPLIES: Mapping[str, ReplyFields] = {
 }
 MAX_METRICS = 1 << 16  # of one reply
 MAX_NOTE = 1 << 16  # characters
-MAX_RESIDUALS = 256  # of one note
+MAX_OUTCOMES = 256  # of one note

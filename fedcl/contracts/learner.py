@@ -302,7 +302,7 @@ class Plugin:
         """
         name = type(self).__name__
         if not overrides(self, "state"):
-            return ErasureOutcome(name, "none", "keeps nothing between visits")
+            return ErasureOutcome(name, "not applicable", "keeps nothing between visits")
         return ErasureOutcome(name, "reset", "its state mixed all samples of the client: it starts over")
 
     def state(self) -> State:

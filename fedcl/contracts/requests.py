@@ -1,4 +1,4 @@
-"""What an owner may ask to have forgotten, what a run must leave out from then on, and what each part answers."""
+"""What an owner may ask to have forgotten, what a run must leave out from then on, and what each part reports."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from fedcl.contracts.fields import MAX_RESIDUALS, clean, shown
+from fedcl.contracts.fields import MAX_OUTCOMES, clean, shown
 from fedcl.scenario.task import Task
 
 Scope = Literal["client", "class", "sample", "task"]
-Outcome = Literal["erased", "recomputed", "reset", "remains", "none"]
+Outcome = Literal["erased", "recomputed", "reset", "retained", "not applicable"]
 MAX_PART = 120  # characters of a part's name
 NAMES: dict[Scope, str] = {"client": "clients", "class": "classes", "sample": "samples", "task": "tasks"}
 
@@ -20,9 +20,9 @@ NAMES: dict[Scope, str] = {"client": "clients", "class": "classes", "sample": "s
 class ForgetRequest:
     """An unlearning request: its ``scope``, and the clients, classes, samples or tasks it names.
 
-    With scope ``client`` the ``clients`` leave; with ``sample`` and ``task`` they narrow it down to what those clients
-    hold, and none means whoever holds it. ``samples`` are positions in the train half of the clients' data source: in a
-    simulation that is the shared array, on a device the device's own.
+    With scope ``client`` the ``clients`` leave. With ``sample`` and ``task`` they narrow the request down to what those
+    clients hold; without any it concerns everybody. ``samples`` are positions in the train half of the clients' data
+    source: the shared array in a simulation, the device's own data on a device.
     """
 
     id: str
@@ -50,7 +50,7 @@ class ForgetRequest:
 
 @dataclass(frozen=True, slots=True)
 class ErasureOutcome:
-    """What became of a part's memory of the forget set, and why: printed on the certificate when it ``remains``."""
+    """What became of a part's memory of the forget set, and why; the certificate lists all outcomes."""
 
     part: str
     outcome: Outcome
@@ -73,7 +73,7 @@ class Forgotten:
         self.requests.extend(requests)
 
     def task(self, client: str, task: Task) -> Task:
-        """Return ``task`` as ``client`` may still train it: the forget sets are no samples of it any more."""
+        """Return ``task`` as ``client`` may still train it: without the samples of the forget sets."""
         mine = [request for request in self.requests if request.scope != "client" and request.concerns(client)]
         if not mine:
             return task
@@ -98,10 +98,10 @@ class Forgotten:
 
 
 @dataclass(frozen=True)
-class ForgetNote:
-    """What a client is told with every step of serving requests.
+class ForgetInstruction:
+    """What a client receives with every step of processing requests.
 
-    ``tasks`` are those the client has met, with the samples it could train before ``requests``; ``args`` go to the
+    ``tasks`` are those the client has seen, with the samples it could train on before ``requests``; ``args`` go to the
     unlearner's step.
     """
 
@@ -114,12 +114,12 @@ class ForgetNote:
         return client in Forgotten(list(self.requests)).clients
 
     def to_json(self) -> str:
-        """Return the note as it travels in a message."""
+        """Return the instruction as the note of a message."""
         requests, tasks = [r.to_json() for r in self.requests], [task.to_json() for task in self.tasks]
         return json.dumps({"requests": requests, "tasks": tasks, "args": self.args}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> ForgetNote:
+    def from_json(cls, text: str) -> ForgetInstruction:
         """Read what :meth:`to_json` wrote.
 
         Raises
@@ -136,32 +136,32 @@ class ForgetNote:
 
 
 def outcomes_json(outcomes: Iterable[ErasureOutcome]) -> str:
-    """Return residuals as text."""
-    return json.dumps([asdict(residual) for residual in outcomes], separators=(",", ":"))
+    """Return outcomes as the note of a reply."""
+    return json.dumps([asdict(outcome) for outcome in outcomes], separators=(",", ":"))
 
 
 def outcomes_from(text: str) -> list[ErasureOutcome]:
-    """Read what :func:`outcomes_json` wrote; texts in it are cleaned and cut, as they go to events and certificates.
+    """Read what :func:`outcomes_json` wrote; its strings are cleaned and cut, as they go to events and certificates.
 
     Raises
     ------
     ValueError
-        If it is something else, naming what.
+        If it is something else, naming the fault.
     """
     try:
         rows = json.loads(text) if text else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"note is no JSON: {error}") from error
-    if not isinstance(rows, list) or len(rows) > MAX_RESIDUALS:
-        raise ValueError(f"note must be a list of at most {MAX_RESIDUALS} residuals")
-    return [_residual(row) for row in rows]
+        raise ValueError(f"note is not valid JSON: {error}") from error
+    if not isinstance(rows, list) or len(rows) > MAX_OUTCOMES:
+        raise ValueError(f"note must be a list of at most {MAX_OUTCOMES} outcomes")
+    return [_outcome(row) for row in rows]
 
 
-def _residual(row: Any) -> ErasureOutcome:
+def _outcome(row: Any) -> ErasureOutcome:
     if not isinstance(row, dict) or row.keys() != {"part", "outcome", "why"}:
-        raise ValueError("note: a residual must have part, outcome and why, and nothing else")
+        raise ValueError("note: an outcome must have part, outcome and why, and nothing else")
     if not all(isinstance(value, str) for value in row.values()):
-        raise ValueError("note: part, outcome and why of a residual must be texts")
+        raise ValueError("note: part, outcome and why must be strings")
     if row["outcome"] not in get_args(Outcome):
         raise ValueError(f"note: outcome {shown(row['outcome'])} must be one of {', '.join(get_args(Outcome))}")
     return ErasureOutcome(clean(row["part"], MAX_PART), row["outcome"], clean(row["why"]))

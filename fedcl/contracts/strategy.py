@@ -235,7 +235,7 @@ class Part:
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop what this part remembers of the forget set and say what became of it."""
-        return ErasureOutcome(type(self).__name__, "none", "keeps nothing about clients")
+        return ErasureOutcome(type(self).__name__, "not applicable", "keeps nothing about clients")
 
     def relearn(self, view: PastView) -> None:
         """Learn again, without the forget set, what :meth:`forget` promised: called when the models are edited."""

@@ -1,8 +1,8 @@
-"""What an unlearner is made of: a client half, which sees data, a server half, which sees models, and what it promises.
+"""The contract of an unlearner: a client half, which sees data, a server half, which sees models, and a promise.
 
-A request is served between two rounds. The server half asks clients, in as many steps as it likes, and returns the
-models to put in place of the run's; the core commits them past optimizer and projection, lets every part, store and
-device forget, plays recovery rounds and writes the certificate (:mod:`fedcl.unlearning.service`).
+A request is processed between two rounds. The server half asks clients, in as many steps as it likes, and returns the
+models to put in place of the run's. The core commits them past optimizer and projection, lets every part, store and
+device forget, runs recovery rounds and writes the certificate (:mod:`fedcl.unlearning.service`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVERYWHERE: frozenset[Scope] = frozenset(NAMES)
 class Samples:
     """Samples of several tasks: inputs (N, ...), target columns (N,), allowed columns bool (N, C) or None for all.
 
-    ``task`` (N,) is the id of the task that each was met in, where that is known.
+    ``task`` (N,) is the id of the task in which the client has seen each sample, where that is known.
     """
 
     x: Tensor
@@ -82,7 +82,7 @@ class UnlearnContext:
     """What the client half may use in one step.
 
     ``model`` holds the weights ``received`` (P,) that came with the message; ``forget`` and ``retain`` are the client's
-    samples of all tasks it has met, apart, to be read only; ``tensors`` and ``args`` came along.
+    samples of all tasks it has seen, to be read only; ``tensors`` and ``args`` came with the message.
     """
 
     model: FlatModel
@@ -110,23 +110,23 @@ class UnlearnContext:
         return torch_generator(self.seed, self.client, self.turn, "unlearn", ids, purpose)
 
     def other_model(self) -> FlatModel:
-        """Return a second model, for a teacher; its weights are anything."""
+        """Return a second model, for a teacher; its weights are arbitrary."""
         return self.model.copy() if self.copy_model is None else self.copy_model()
 
 
 class Local(NamedTuple):
-    """What a client answers to a step: how many samples it stands for (none: the answer is left out), and tensors."""
+    """A client's response to a step: its number of samples (0: the response is left out), and tensors."""
 
     num_examples: int
     tensors: dict[str, Tensor]
 
 
 class Sums(Protocol):
-    """What the server has added up of clients' statistics; :class:`fedcl.server.statistics.Statistics` is one."""
+    """The sums of clients' statistics at the server; :class:`fedcl.server.statistics.Statistics` is one."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The queries whose answers are added up."""
+        """The queries whose responses are added up."""
         ...
 
     def sums(self, name: str) -> dict[str, Tensor]:
@@ -134,13 +134,13 @@ class Sums(Protocol):
         ...
 
     def consumed(self, name: str) -> dict[str, tuple[Task, ...]]:
-        """Return, by client, the tasks whose samples are in the sums of query ``name``, one for each time they were."""
+        """Return, by client, the tasks whose samples are in the sums of query ``name``, as often as they were added."""
         ...
 
     def replace(
         self, name: str, sums: dict[str, Tensor], holders: Collection[str], requests: Sequence[ForgetRequest]
     ) -> None:
-        """Put sums in place that hold only what ``holders`` may keep after ``requests``, so that none is forgotten."""
+        """Replace the sums by ones that hold only what ``holders`` may keep after ``requests``."""
         ...
 
     def solve(self, models: Mapping[Target, Tensor]) -> dict[Target, Tensor]:
@@ -149,7 +149,7 @@ class Sums(Protocol):
 
 
 class UnlearnView(Protocol):
-    """What the server half may know and do."""
+    """What the server half may know and do; :class:`fedcl.unlearning.view.UnlearningView` is one."""
 
     @property
     def spec(self) -> Spec:
@@ -173,12 +173,12 @@ class UnlearnView(Protocol):
 
     @property
     def server_round(self) -> int:
-        """The round that would be played next."""
+        """The next round."""
         ...
 
     @property
     def statistics(self) -> Sums:
-        """What the server has added up of clients' statistics, for unlearners that can take sums apart."""
+        """The sums of clients' statistics, for unlearners that can take sums apart."""
         ...
 
     @property
@@ -205,17 +205,17 @@ class UnlearnView(Protocol):
     ) -> list[Response]:
         """Let the clients in ``models``, each with its vector (P,), do ``step`` of :meth:`Unlearner.local`.
 
-        ``response`` declares every tensor of an answer: one that is anything else is rejected.
-        Each sees its samples of ``tasks``, by client; None is all tasks it has met, as they were before the requests.
-        Returns the answers of those whose ``num_examples`` is not zero, in the order of ``models``. A client that fails
-        costs its own answer and an event.
+        ``response`` declares every tensor of a response; any other response is rejected. Each client sees its samples
+        of ``tasks``, by client; None stands for all tasks it has seen, as they were before the requests. Returns the
+        responses whose ``num_examples`` is not zero, in the order of ``models``. A client that fails is left out, with
+        an event.
         """
         ...
 
-    def replay(self) -> dict[Target, Tensor]:
-        """Return the models that the run would have now had nobody ever held the forget set: training all over.
+    def retrain(self) -> dict[Target, Tensor]:
+        """Return the models of the retrained reference: the run in which nobody ever held the forget set.
 
-        Everything else the run keeps (moments, bases, personal models, clients' states) takes that run's value too.
+        Everything else the run keeps (moments, bases, personal models, clients' states) takes its value from there too.
         """
         ...
 
@@ -223,16 +223,16 @@ class UnlearnView(Protocol):
 class Unlearner:
     """Makes models as if a forget set had never been there, or nearly. Keyword-only constructors, nothing more.
 
-    ``scopes`` are the requests it can serve, ``guarantee`` what it promises. ``observes`` says that it must see every
-    round from the first, so that a run launched without it cannot be served by it. ``replays`` says that it returns
-    what :meth:`UnlearnView.replay` gives and the core need not forget: that run never knew. ``takes_apart`` names the
-    sums over clients (:attr:`fedcl.contracts.learner.Plugin.sums`) that it needs the run's learner to have.
+    ``scopes`` are the requests it supports, ``guarantee`` what it promises. ``observes``: it must see every round from
+    the first, so it cannot be chosen for a run that began without it. ``retrains``: it returns the models of
+    :meth:`UnlearnView.retrain`, and nothing else has to forget. ``takes_apart`` names the sums over clients
+    (:attr:`fedcl.contracts.learner.Plugin.sums`) that the run's learner must have.
     """
 
     scopes: ClassVar[frozenset[Scope]] = EVERYWHERE
     guarantee: ClassVar[Guarantee] = "approximate"
     observes: ClassVar[bool] = False
-    replays: ClassVar[bool] = False
+    retrains: ClassVar[bool] = False
     takes_apart: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: FlatModel) -> None:
@@ -247,7 +247,7 @@ class Unlearner:
     def bind(self, work: LocalWork) -> None:
         """Learn how clients train, the architecture, and of which shape one sample is.
 
-        Called once at the server, before the first round. The model's weights are anything, not to be changed.
+        Called once at the server, before the first round. The model's weights are arbitrary and must not be changed.
         """
 
     def promise(self) -> str:
@@ -269,15 +269,15 @@ class Unlearner:
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Return the models (P,) to put in place of ``models``; a target that is left out keeps its model."""
-        raise TypeError(f"{type(self).__name__} serves no request")
+        raise TypeError(f"{type(self).__name__} processes no request")
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last request took or chose (selected share, steps): printed on the certificate."""
+        """Return numbers on the last request (selected share, steps) for the certificate."""
         return {}
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop what the server half remembers of the forget set."""
-        return ErasureOutcome(type(self).__name__, "none", "keeps nothing about clients")
+        return ErasureOutcome(type(self).__name__, "not applicable", "keeps nothing about clients")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything of the server half that must survive: nested dicts of tensors, numbers, strings, lists."""

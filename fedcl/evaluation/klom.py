@@ -2,8 +2,8 @@
 
 Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", 2024, with the constants of the code
 of RoyRin/data-unlearning-bench: for every sample the margins of many unlearned models form one distribution, those of
-many retrained models (oracles) another, and the divergence between them is the score. It is the only number of the
-panel that compares distributions over training runs, and needs runs accordingly.
+many retrained models (oracles) another, and the divergence between them is the score. It is the only
+unlearning metric that compares distributions over training runs, and it needs as many runs.
 """
 
 # U = unlearned models, O = oracles, N = samples, B = bins

@@ -1,9 +1,9 @@
-"""What is left inside a model whose outputs no longer show it: how soon it relearns, and what a linear probe finds.
+"""What a model still holds although its outputs do not show it: how soon it relearns, what a linear classifier finds.
 
-A model can be made to answer nothing of a class by removing one column, with everything it knew of it still in place.
-These measures look behind the outputs, and like all others mean something only next to the retrained reference's:
-features that transfer let a model that never saw a class learn it soon, and separate it linearly, too.
-Every function works on a copy and leaves the model given as it was.
+Removing one column stops a model from predicting a class, while everything it knew about the class stays in place.
+These metrics look behind the outputs. Like all others they mean something only next to those of the retrained
+reference: with features that transfer, a model that never saw a class also learns it soon and separates it linearly.
+Every function works on a copy and leaves the given model unchanged.
 """
 
 # N = samples, P = length of the flat vector, F = features, C = classes

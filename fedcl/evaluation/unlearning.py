@@ -1,4 +1,4 @@
-"""The unlearning panel: what a model that was asked to forget still knows, and how it differs from a retrained one.
+"""Unlearning metrics: what a model that was asked to forget still knows, and how it differs from a retrained one.
 
 Four sets of samples: the forget and the retain set, of each the training samples and the test samples that are like
 them (of a forgotten class, its test samples; of a client that left, its own). A retrained model, the reference, is the
@@ -28,7 +28,7 @@ HOLDOUTS: tuple[Holdout, ...] = get_args(Holdout)
 _AVERAGED = ("forget_train_accuracy", "retain_train_accuracy", "test_accuracy", "mia_entropy")
 
 
-def panel(
+def metrics(
     targets: Tensors,
     unlearned: Tensors,
     *,
@@ -39,7 +39,7 @@ def panel(
     holdout: Holdout = "forget_test",
     fpr: float = 0.01,
 ) -> dict[str, float]:
-    """Return every number of the panel that can be had from the logits given, by name; ``docs/metrics.md`` lists them.
+    """Return every number that can be computed from the given logits, by name; ``docs/metrics.md`` lists them.
 
     Names that compare with the reference are absent without it, and those that need a set that is absent or empty are
     absent too. For the reference's own numbers, give its logits as ``unlearned``.

@@ -1,18 +1,24 @@
-"""What of a run can be known to mislead before it begins: said once, and written down with the run."""
+"""What in a run will mislead, as far as it is known before the run begins: printed once, and recorded with the run."""
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcl.assembly import learner_factories
 from fedcl.client.buffer import ReplayBuffer
+from fedcl.config.checks import is_local
 from fedcl.config.compose import Config
 from fedcl.contracts.learner import Plugin
+from fedcl.data import partition
+from fedcl.results import schema
 from fedcl.results.caveats import named
+from fedcl.results.recorder import Recorder
 from fedcl.runs.setup import Setup
 from fedcl.scenario.materialise import materialise, targets
 from fedcl.scenario.task import Stream
@@ -21,12 +27,35 @@ Columns = NDArray[np.int64]  # (N,), the logit column that is right for each tes
 
 
 def cautions(cfg: Config, stream: Stream, rights: Sequence[Columns]) -> list[str]:
-    """Return a sentence for each thing that makes numbers of this run say something else than they seem to.
+    """Return a sentence for each thing that makes numbers of this run misleading.
 
     ``rights`` are the run's :func:`right_columns`.
     """
     plugins = {place: build() for place, build in learner_factories(cfg).items()}
     return [*_untested(rights), *_trivial(stream, rights), *_buffers(plugins)]
+
+
+def report_partition(cfg: Config, setup: Setup, rights: Sequence[Columns], recorder: Recorder, *, quiet: bool) -> None:
+    """Record how the samples were assigned to clients, with the run's cautions; print what needs attention."""
+    report = partition.report(setup.partition, setup.dataset.train.y)
+    stream = setup.stream
+    begin: dict[str, Any] = {"round": -1, "virtual_time": 0.0}
+    if setup.notes:
+        report["notes"] = list(setup.notes)
+    recorder.event(
+        "partition",
+        **begin,
+        **report,
+        tasks=[list(stream.train_task(k).classes) for k in range(stream.num_tasks)],
+        test_samples=[len(right) for right in rights],
+        constant_accuracy=constant_accuracy(stream, rights),
+    )
+    for text in cautions(cfg, stream, rights):
+        recorder.event(schema.WARNING, **begin, text=text)
+        if not quiet:
+            print(f"fedcl: warning: {text}", file=sys.stderr)
+    if report["coverage"] < 1.0 and not quiet and not is_local(cfg):
+        print(f"the clients hold {report['coverage']:.1%} of the train samples", file=sys.stderr)
 
 
 def right_columns(setup: Setup) -> list[Columns]:
@@ -37,7 +66,7 @@ def right_columns(setup: Setup) -> list[Columns]:
 
 
 def constant_accuracy(stream: Stream, rights: Sequence[Columns]) -> float:
-    """Return the best average accuracy of a model that always gives one answer: what a number must exceed to say much.
+    """Return the best average accuracy of a model that always predicts the same class.
 
     Tasks that choose among the same columns share the answer. NaN without test samples.
     """
@@ -68,7 +97,7 @@ def _untested(rights: Sequence[Columns]) -> list[str]:
 
 
 def _trivial(stream: Stream, rights: Sequence[Columns]) -> list[str]:
-    """Tell tasks on which one constant answer is always right, so that 100 % says nothing was learned."""
+    """Report tasks on which one constant prediction is always right, so that 100 % does not show learning."""
     present: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for task, right in enumerate(rights):
         present[_choices(stream, task)].update(right.tolist())
@@ -88,7 +117,7 @@ def _trivial(stream: Stream, rights: Sequence[Columns]) -> list[str]:
 
 
 def _buffers(plugins: Mapping[str, Plugin]) -> list[str]:
-    """Tell learners that keep samples besides each other: memory and replay are then the sum of both."""
+    """Report learners that each keep samples: memory and replay are then the sum of both."""
     held = {
         place.removeprefix("learner."): f"{value.budget.amount} {'bytes' if value.budget.in_bytes else 'samples'}"
         for place, plugin in plugins.items()

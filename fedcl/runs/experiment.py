@@ -30,7 +30,7 @@ from fedcl.runs.session import run_session
 from fedcl.runs.setup import Setup
 from fedcl.runs.unlearning_metrics import marked
 from fedcl.simulation.backend import FlowerGrid
-from fedcl.unlearning.submitted import Line, lines
+from fedcl.unlearning.sources import Line, lines
 
 REFERENCE = schema.REFERENCE
 _SERVING = (
@@ -214,7 +214,7 @@ def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[st
         if not resuming:
             folder.mkdir(exist_ok=True)
             begin(reference, folder, launch)
-        run_session(reference, Setup.of(reference), folder, quiet=quiet, resuming=resuming, inbox=run_dir)
+        run_session(reference, Setup.of(reference), folder, quiet=quiet, resuming=resuming, requests_from=run_dir)
     if reference is not None:
         mend(folder)
         add_reference(run_dir, folder)

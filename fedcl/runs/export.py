@@ -33,7 +33,7 @@ from fedcl.runs.retrained import SilentRecord, inline
 from fedcl.runs.setup import Setup, make_server
 from fedcl.scenario.task import Stream
 from fedcl.simulation.backend import open_backend
-from fedcl.unlearning.receipt import model_digest
+from fedcl.unlearning.certificate import model_digest
 
 FORMAT = "fedcl-model-1"
 _HEADER = "fedcl"  # the one key of the file's metadata; its value is JSON

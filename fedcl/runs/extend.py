@@ -32,7 +32,7 @@ from fedcl.runs.experiment import begin, finish, new_folder, reference_config
 from fedcl.runs.session import run_session
 from fedcl.runs.setup import Setup
 from fedcl.server.strategy import Pipeline
-from fedcl.unlearning.submitted import lines
+from fedcl.unlearning.sources import lines
 
 _MAY_CHANGE = ("rounds_per_task", "scenario")
 _NOT_COMPARED = ("run_dir", "trusted_packages")

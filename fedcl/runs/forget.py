@@ -1,4 +1,4 @@
-"""Asking a run to forget: checked, handed in, and served at once where no round comes any more."""
+"""Asking a run to forget: a request is checked, submitted, and processed at once where no further round comes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fedcl.results.launches import Launched, Trust, launched
 from fedcl.results.locking import Held, hold, holder
 from fedcl.runs.experiment import go_on, with_unlearner
 from fedcl.runs.setup import Setup
-from fedcl.unlearning import certificate
-from fedcl.unlearning.queue import RequestQueue
-from fedcl.unlearning.submitted import alone, hand_in, lines
+from fedcl.unlearning.certificate import FOLDER
+from fedcl.unlearning.sources import exclusive, lines, planned_requests, submit
+from fedcl.unlearning.verification import read
 
 _PAUSE = 0.2  # seconds between two looks at a run that is finishing
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; several kinds at once are refused, but for clients that narrow a request down."""
+    """What the command line asks for: one kind of thing, perhaps with clients that narrow the request down."""
 
     clients: tuple[str, ...] = ()
     classes: tuple[int, ...] = ()
@@ -66,23 +66,23 @@ def forget(
     quiet: bool = False,
     trust: Trust | None = None,
 ) -> list[str]:
-    """Hand a request in to a run, serve it if the run is over, and return lines that say what was done.
+    """Submit a request to a run, process it if the run is over, and return lines that say what was done.
 
-    A process that holds the run's folder is at work in it, whatever ``STATUS`` says: while it plays rounds it is handed
-    the request, and when these are over it is waited for. Whoever asks the same run meanwhile waits
-    (:func:`fedcl.unlearning.submitted.alone`). ``force`` serves also where code or settings have changed since the run.
-    ``quiet`` returns the certificate's path. ``trust`` says whose code the folder may run besides fedcl's.
+    A process that holds the run's folder is at work in it, whatever ``STATUS`` says: while it runs rounds it finds the
+    request, and after them it is waited for. Other requests to the same run wait meanwhile
+    (:func:`fedcl.unlearning.sources.exclusive`). ``force`` ignores changes of code or settings since the run. ``quiet``
+    returns only the certificate's path. ``trust`` says whose code the folder may run besides fedcl's.
 
     Raises
     ------
     ConfigError
-        If the request can be refused by now; nothing has been written then.
+        If the request is refused; nothing has been written then.
     """
     request = asked.request()
     run = launched(run_dir, trust, checked=False, force=force)
-    told = False
+    waiting = False
     while True:
-        with alone(run_dir), ExitStack() as stack:
+        with exclusive(run_dir), ExitStack() as stack:
             status = reading.status(run_dir)
             try:
                 stack.enter_context(hold(run_dir))
@@ -90,9 +90,9 @@ def forget(
                 status = "interrupted" if status == "running" else status  # it was killed
             except Held:
                 status = status if status == "done" else "running"
-                if status == "done" and not told:
+                if status == "done" and not waiting:
                     print(f"{run_dir}: {holder(run_dir)} is at work there, waiting for it", file=sys.stderr, flush=True)
-                    told = True
+                    waiting = True
             else:
                 return _forget(run, request, status, overrides, force=force, quiet=quiet)
             if status == "running":
@@ -105,46 +105,50 @@ def _forget(
 ) -> list[str]:
     run_dir, cfg = run.run_dir, run.cfg
     if overrides and status != "done":
-        raise ConfigError(f"{overrides[0]}: another unlearner can serve a run that is over; this one is {status}")
-    serving = with_unlearner(run, overrides)
+        raise ConfigError(f"{overrides[0]}: needs a run that is over; this one is {status}")
+    chosen = with_unlearner(run, overrides)
     over = status == "done"
     if over:
-        _refuse_over(cfg, serving, run_dir)
+        _refuse_over(cfg, chosen, run_dir)
     if not force:
         (run.refuse_changes if over else run.refuse_damage)()
-    if _answered_before(serving, run_dir, request, status):
-        return [f"{request.id}: was asked before, nothing is done again", *_told(run_dir, request)]
-    hand_in(run_dir, request, overrides)
+    if _submitted_before(chosen, run_dir, request, status):
+        return [f"{request.id}: was submitted before, nothing is done again", *_certified(run_dir, request)]
+    submit(run_dir, request, overrides)
     if not over:
         when = "before the next round" if status == "running" else "when the run goes on"
-        return [f"{request.id}: handed in, to be served {when} (after a stop: fedcl resume {run_dir})"]
+        return [f"{request.id}: submitted, to be processed {when} (after a stop: fedcl resume {run_dir})"]
     go_on(run, force=force, quiet=True)
-    told = _told(run_dir, request)
-    if not told:
-        raise RuntimeError(f"{request.id}: was not served; {run_dir / 'events.jsonl'} says why")
-    return told[-1:] if quiet else told
+    certified = _certified(run_dir, request)
+    if not certified:
+        raise RuntimeError(f"{request.id}: was not processed; {run_dir / 'events.jsonl'} says why")
+    return certified[-1:] if quiet else certified
 
 
-def _refuse_over(cfg: Config, serving: Config, run_dir: Path) -> None:
+def _refuse_over(cfg: Config, chosen: Config, run_dir: Path) -> None:
     """Refuse what cannot be done to a run that is over."""
     if cfg["backend"]["name"] == "flower":
-        raise ConfigError("backend=flower: its clients are not in reach any more; hand requests in while it runs")
+        raise ConfigError("backend=flower: its clients cannot be reached any more; submit requests while it runs")
     if not Checkpoints(run_dir).begun():
         raise ConfigError(f"{run_dir}: keeps no checkpoint (checkpoint.every=0), so there is nothing to change")
-    if serving is not cfg:
+    if chosen is not cfg:
         try:
-            UnlearnerOverride(make_unlearner(cfg), make_unlearner(serving))
+            UnlearnerOverride(make_unlearner(cfg), make_unlearner(chosen))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
 
-def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status: str) -> bool:
-    """Say whether the very request came before; refuse it where the run would.
+def _submitted_before(cfg: Config, run_dir: Path, request: ForgetRequest, status: str) -> bool:
+    """Whether the same request came before; refuse it where the run would.
 
-    A run that is going on is not looked into: there, what has left meanwhile is refused as an event.
+    A running run is not looked into: it refuses by an event what names clients that have left meanwhile.
     """
-    setup = Setup.of(cfg)
-    queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset)
+    setup, submitted = Setup.of(cfg), lines(run_dir)
+    planned = planned_requests(cfg["unlearning"]["requests"], setup.schedule).requests
+    if request in [*(one for _, one in planned), *(line.request for line in submitted if line.fault is None)]:
+        return True
+    found = [*((line.request, line.fault) for line in submitted), (request, None)]
+    queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset, lambda _: found)
     forgotten, next_round = Forgotten(), -1
     if status != "running" and Checkpoints(run_dir).begun():
         state = Checkpoints(run_dir).load()[0]["server"]
@@ -152,33 +156,25 @@ def _answered_before(cfg: Config, run_dir: Path, request: ForgetRequest, status:
         if "unlearning" in state:
             queue.load_state_dict(state["unlearning"]["queue"])
             forgotten = Forgotten.of(state["unlearning"]["forgotten"])
-    text = request.to_json()
-    before = _seen(queue, run_dir)
-    if any(text == one.to_json() for one in before) or text in queue.state_dict()["answered"]:
+    if queue.knows(request):
         return True
-    queue.inbox = lambda _: [*((line.request, line.fault) for line in lines(run_dir)), (request, None)]
-    why = {one.to_json(): reason for one, reason in queue.take(next_round, forgotten)}[text]
+    why = dict(queue.take(next_round, forgotten))[request]
     if why is not None:
         raise ConfigError(why)
     return False
 
 
-def _seen(queue: RequestQueue, run_dir: Path) -> list[ForgetRequest]:
-    """Return the requests that are planned or handed in."""
-    return [*(one for _, one in queue.planned), *(line.request for line in lines(run_dir) if line.fault is None)]
-
-
-def _told(run_dir: Path, request: ForgetRequest) -> list[str]:
+def _certified(run_dir: Path, request: ForgetRequest) -> list[str]:
     """Return what the certificate of a request says, in a few lines; nothing if there is none."""
-    for finding in certificate.read(run_dir):
+    for finding in read(run_dir):
         content: dict[str, Any] = finding.content
         if content and content["request"]["id"] == request.id:
-            remains = [row for row in content["residuals"] if row["outcome"] == "remains"]
+            retained = [row for row in content["erasure"] if row["outcome"] == "retained"]
             return [
-                f"{request.id}: served before round {content['server_round']} by {content['unlearner']['name']}",
+                f"{request.id}: processed before round {content['server_round']} by {content['unlearner']['name']}",
                 f"guarantee: {content['guarantee']}",
-                *(f"remains: {row['part']}: {row['why']}" for row in remains),
+                *(f"retained: {row['part']}: {row['why']}" for row in retained),
                 f"cost: {content['cost'].get('seconds', 0.0):.1f} s, {content['cost'].get('bytes', 0.0):.0f} bytes",
-                str(run_dir / certificate.FOLDER / finding.name),
+                str(run_dir / FOLDER / finding.name),
             ]
     return []

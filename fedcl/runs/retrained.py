@@ -1,4 +1,4 @@
-"""Training all over without a forget set: the retrained reference, the same rounds in a run that never held it."""
+"""The retrained reference: the same rounds in a run in which nobody ever held the forget set."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,20 @@ from fedcl.assembly import make_queue, make_unlearner
 from fedcl.base.tree import clone
 from fedcl.client.state import NEVER
 from fedcl.config.compose import Config
-from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import ForgetRequest, Forgotten
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.contracts.unlearner import Unlearner
 from fedcl.results.checkpoint import CheckpointError, Checkpoints
 from fedcl.runs.setup import Setup, make_server
-from fedcl.runs.unlearning_metrics import SimulatedPanel, marked
 from fedcl.server.arrivals import VirtualClock
 from fedcl.server.state import ServerData
 from fedcl.simulation.backend import Backend, open_backend
 from fedcl.unlearning.queue import Bounds, RequestQueue
 from fedcl.unlearning.service import Unlearning, UnlearningOptions
+from fedcl.unlearning.sources import PlannedRequests
 from fedcl.unlearning.view import Saved
 
-# what does not change a run's models: references are shared by runs that differ in nothing else
+# settings without influence on the models: runs that differ in nothing else share references
 _IRRELEVANT = (
     "name",
     "run_dir",
@@ -54,21 +54,21 @@ def inline(cfg: Config, **changes: Any) -> Config:
 
 
 class SilentRecord:
-    """Takes note of nothing: what a reference does is not part of the run."""
+    """Records nothing: what a reference does is not part of the run."""
 
     def row(self, **fields: Any) -> None:
-        """Leave out a measurement."""
+        """Ignore a measurement."""
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Leave out an event."""
+        """Ignore an event."""
 
     def timing(self, server_round: int, name: str, seconds: float) -> None:
-        """Leave out a timing."""
+        """Ignore a timing."""
 
 
 @dataclass
 class SimulatedReference:
-    """Plays references in this process, and keeps them under ``cache`` by what they depend on."""
+    """Runs references in this process, and keeps them under ``cache`` by what they depend on."""
 
     cfg: Config
     setup: Setup
@@ -94,11 +94,11 @@ class SimulatedReference:
 
     @staticmethod
     def _kept(kept: Checkpoints) -> tuple[Any, dict[str, tuple[int, Any]]]:
-        """Return a reference that was played before, or None: one that is damaged is played again."""
+        """Return a reference that was run before, or None: a damaged one is run again."""
         try:
             return kept.load() if kept.begun() else (None, {})
         except CheckpointError:
-            warnings.warn(f"{kept.folder.parent}: a reference that is damaged is played again", stacklevel=3)
+            warnings.warn(f"{kept.folder.parent}: a damaged reference is run again", stacklevel=3)
             return None, {}
 
     def prune(self, forgotten: Forgotten, until: int) -> None:
@@ -143,12 +143,12 @@ class SimulatedReference:
     def _key(self, forgotten: Forgotten, until: int) -> str:
         relevant = {name: value for name, value in self.cfg.items() if name not in _IRRELEVANT}
         relevant["data/content"] = self._content()
-        gone = [_anonymous(text) for text in forgotten.state()]
-        text = json.dumps([relevant, sorted(gone), until, torch.__version__], sort_keys=True, default=str)
+        requests = [_anonymous(text) for text in forgotten.state()]
+        text = json.dumps([relevant, sorted(requests), until, torch.__version__], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _content(self) -> str:
-        """Return a hash of the samples and of who holds which: one name of a data set may stand for several."""
+        """Return a hash of the samples and of who holds which: data sets of one name may differ."""
         digest = hashlib.sha256()
         half = self.setup.dataset.train
         for array in (half.x, half.y, *self.setup.partition.train):
@@ -164,10 +164,10 @@ def _anonymous(request: str) -> str:
 
 @dataclass
 class SimulatedEnsemble:
-    """Plays the run and its references from other seeds: same samples, clients and requests, other draws.
+    """The run and its references from other seeds: same samples, clients and requests, other draws.
 
-    ``count`` models of each kind for comparing distributions, the run's own among them; ``shadows`` references for
-    attacks, without the run's own. What both have in common is played once.
+    ``count`` is the number of models of each kind for comparing distributions, including the run's own; ``shadows`` is
+    the number of references for attacks, without the run's own. References that both need are run once.
     """
 
     cfg: Config
@@ -175,79 +175,51 @@ class SimulatedEnsemble:
     cache: Path
     count: int = 0
     shadows: int = 0
-    _served: list[tuple[int, ForgetRequest]] = field(default_factory=list, init=False)
+    _processed: list[tuple[int, ForgetRequest]] = field(default_factory=list, init=False)
 
     def others(
         self, requests: Sequence[ForgetRequest], earlier: Forgotten, until: int
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Return other seeds' global models (P,) after ``requests`` before round ``until``: served, retrained.
+        """Return other seeds' global models (P,) after ``requests`` before round ``until``: unlearned, retrained.
 
-        None if not asked for, or where an earlier request was served before this process began: it is not known when.
+        None without ``count``, or if an earlier request was processed before this process began: the round is unknown.
         """
-        known = {request.to_json() for _, request in self._served}
+        known = {request.to_json() for _, request in self._processed}
         if not self.count or any(request.to_json() not in known for request in earlier.requests):
             return None
-        self._served += [(until, request) for request in requests]
-        gone = Forgotten([*earlier.requests, *requests])
+        self._processed += [(until, request) for request in requests]
+        forgotten = Forgotten([*earlier.requests, *requests])
         unlearned, retrained = [], []
         for more in range(1, self.count):
-            cfg = self._other(more)
-            with open_backend(cfg, self.setup.dataset, self.setup.partition) as backend:
-                replay = SimulatedReference(cfg, self.setup, backend, self.cache)
-                retrained.append(replay.run(gone, until)[0]["models"][GLOBAL])
-                unlearned.append(self._serve(cfg, backend, replay, until))
+            with self._other(more) as (cfg, backend, reference):
+                retrained.append(reference.run(forgotten, until)[0]["models"][GLOBAL])
+                unlearned.append(self._unlearned(cfg, backend, reference, until))
         return unlearned, retrained
 
     def references(self, forgotten: Forgotten, until: int) -> list[Tensor]:
         """Return ``shadows`` global models (P,) of other seeds that never held what is ``forgotten``."""
         found = []
         for more in range(1, self.shadows + 1):
-            cfg = self._other(more)
-            with open_backend(cfg, self.setup.dataset, self.setup.partition) as backend:
-                replay = SimulatedReference(cfg, self.setup, backend, self.cache)
-                found.append(replay.run(forgotten, until)[0]["models"][GLOBAL])
+            with self._other(more) as (_, _, reference):
+                found.append(reference.run(forgotten, until)[0]["models"][GLOBAL])
         return found
 
-    def _other(self, more: int) -> Config:
-        """Return the run with a seed ``more`` further, and no requests."""
+    @contextmanager
+    def _other(self, more: int) -> Iterator[tuple[Config, Backend, SimulatedReference]]:
+        """Open the run with a seed ``more`` further, and without requests."""
         options = {**self.cfg["unlearning"], "requests": [], "window": 0}
-        return inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
+        cfg = inline(self.cfg, seed=self.cfg["seed"] + more, unlearning=options)
+        with open_backend(cfg, self.setup.dataset, self.setup.partition) as backend:
+            yield cfg, backend, SimulatedReference(cfg, self.setup, backend, self.cache)
 
-    def _serve(self, cfg: Config, backend: Backend, replay: SimulatedReference, until: int) -> Tensor:
-        queue = make_queue(cfg, self.setup.stream, self.setup.schedule, self.setup.dataset)
-        queue.planned = list(self._served)
+    def _unlearned(self, cfg: Config, backend: Backend, reference: SimulatedReference, until: int) -> Tensor:
+        requests, setup = PlannedRequests(list(self._processed)), self.setup
+        queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset, requests)
         record: Any = SilentRecord()
         settings = cfg["unlearning"]
         options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], reference=False)
-        unlearning = Unlearning(queue, make_unlearner(cfg), options, replay=replay)
-        server = make_server(cfg, self.setup, backend, record, unlearning=unlearning, evaluate=False)
+        unlearning = Unlearning(queue, make_unlearner(cfg), options, reference=reference)
+        server = make_server(cfg, setup, backend, record, unlearning=unlearning, evaluate=False)
         server.run(lambda _: None, until)
         server.process_requests(until, ends=True)
         return server.global_model
-
-
-def make_unlearning(cfg: Config, setup: Setup, backend: Backend, run_dir: Path) -> Unlearning:
-    """Wire what serves unlearning requests in a run.
-
-    Raises
-    ------
-    ConfigError
-        If a planned request cannot be served by the unlearner, or not on this backend, or ``unlearning.klom`` or
-        ``unlearning.trigger`` cannot be measured.
-    """
-    settings, unlearner = cfg["unlearning"], make_unlearner(cfg)
-    cache = Path(settings["cache"]) if settings["cache"] else run_dir / "references"
-    replay = None if backend.states is None else SimulatedReference(cfg, setup, backend, cache)
-    if settings["klom"] == 1:
-        raise ConfigError("unlearning.klom=1: must be 0 or >= 2, as one model has no distribution")
-    marked(setup.dataset, settings["trigger"])
-    queue = make_queue(cfg, setup.stream, setup.schedule, setup.dataset)
-    if replay is None and unlearner.replays:
-        if queue.planned:
-            raise ConfigError("unlearner: training all over needs a simulation; choose another unlearner for devices")
-        queue.bounds = replace(queue.bounds, scopes=frozenset())
-    options = UnlearningOptions(settings["in_flight"], settings["recovery_rounds"], settings["reference"])
-    models = settings["klom"], settings["references"]
-    ensemble = SimulatedEnsemble(cfg, setup, cache, *models) if any(models) else None
-    panel = None if replay is None else SimulatedPanel(cfg, setup, ensemble)
-    return Unlearning(queue, unlearner, options, replay=replay, panel=panel)

@@ -1,11 +1,11 @@
-"""The unlearning panel of a simulation, which sees what no server does: every client's samples, apart or together."""
+"""The unlearning metrics of a simulation, which sees what no server does: the samples of every client."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,43 +17,31 @@ from fedcl.client.forgetting import part
 from fedcl.config.compose import Config
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import TaskData
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, Forgotten
-from fedcl.contracts.strategy import GLOBAL, Target
+from fedcl.contracts.requests import ForgetInstruction, ForgetRequest, Forgotten
+from fedcl.contracts.strategy import GLOBAL
 from fedcl.data.dataset import Dataset, Indices
 from fedcl.evaluation import relearning
 from fedcl.evaluation.klom import ensemble_distance
 from fedcl.evaluation.predictions import accuracy, margins, predict
-from fedcl.evaluation.unlearning import PARTS, Part, backdoor, panel
+from fedcl.evaluation.unlearning import PARTS, Part, backdoor, metrics
 from fedcl.models.flat import FlatModel
+from fedcl.runs.retrained import SimulatedEnsemble
 from fedcl.runs.setup import Setup
 from fedcl.scenario.task import Task
+from fedcl.unlearning.service import Edit
 
 Pairs = list[tuple[Task, TaskData]]
 Sets = dict[Part, Pairs]
-RETAINED = 2000  # retain samples that are looked at: enough for a rate to half a percent
-
-
-class Ensemble(Protocol):
-    """Models of the same run from other seeds (``unlearning.klom``)."""
-
-    def others(
-        self, requests: Sequence[ForgetRequest], earlier: Forgotten, until: int
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Return unlearned and retrained global models (P,), or None where they cannot be had."""
-        ...
-
-    def references(self, forgotten: Forgotten, until: int) -> list[Tensor]:
-        """Return retrained global models (P,) of other seeds (``unlearning.references``)."""
-        ...
+MAX_RETAINED = 2000  # retain samples that are measured: enough for a rate to half a percent
 
 
 @dataclass
-class SimulatedPanel:
+class SimulatedMetrics:
     """Measures the global model on the forget and the retain set of requests, train and test halves apart."""
 
     cfg: Config
     setup: Setup
-    ensemble: Ensemble | None = None
+    ensemble: SimulatedEnsemble
     _alike: dict[tuple[str, tuple[int, ...]], Pairs] = field(default_factory=dict, init=False, repr=False)
 
     # models are built when a request is measured: most runs never do
@@ -69,46 +57,37 @@ class SimulatedPanel:
         other = {**self.cfg, "seed": self.cfg["seed"] + 1}
         return make_model(other, self.setup.dataset, self.setup.stream, torch.device("cpu")).vector()
 
-    def measure(
-        self,
-        requests: Sequence[ForgetRequest],
-        before: Mapping[Target, Tensor],
-        after: Mapping[Target, Tensor],
-        reference: Mapping[Target, Tensor] | None,
-        seen: Sequence[int],
-        earlier: Forgotten,
-        server_round: int,
-    ) -> dict[str, float]:
-        """Return the panel of the model ``after``, and with prefixes the original's and the reference's own numbers."""
-        if not seen:
+    def measure(self, edit: Edit) -> dict[str, float]:
+        """Return the metrics of the edited model, and with prefixes the original's and the reference's own numbers."""
+        if not edit.seen:
             return {}
-        sets = self._sets(requests, seen, earlier)
+        requests, earlier, reference = edit.requests, edit.earlier, edit.reference
+        after, before = edit.after[GLOBAL], edit.before[GLOBAL]
+        sets = self._sets(requests, edit.seen, earlier)
         targets: dict[Part, Tensor] = {
             name: torch.cat([data.y for _, data in data_of]) for name, data_of in sets.items() if data_of
         }
-        now, was, random = (self._logits(sets, vector) for vector in (after[GLOBAL], before[GLOBAL], self.random))
+        now, was, random = (self._logits(sets, vector) for vector in (after, before, self.random))
         ideal = None if reference is None else self._logits(sets, reference[GLOBAL])
-        models = {"": after[GLOBAL], "original/": before[GLOBAL]}
+        models = {"": after, "original/": before}
         attack: dict[str, Any] = {
-            "shadows": self._shadows(sets, Forgotten([*earlier.requests, *requests]), server_round),
+            "shadows": self._shadows(sets, Forgotten([*earlier.requests, *requests]), edit.server_round),
             "holdout": "forget_test" if sets["forget_test"] else "retain_test",
         }
-        numbers = panel(targets, now, original=was, reference=ideal, random=random, **attack)
-        numbers |= {f"original/{name}": value for name, value in panel(targets, was, **attack).items()}
+        numbers = metrics(targets, now, original=was, reference=ideal, random=random, **attack)
+        numbers |= {f"original/{name}": value for name, value in metrics(targets, was, **attack).items()}
         if ideal is not None and reference is not None:
             models["reference/"] = reference[GLOBAL]
-            own = panel(targets, ideal, original=was, random=random, **attack)
+            own = metrics(targets, ideal, original=was, random=random, **attack)
             numbers |= {f"reference/{name}": value for name, value in own.items()}
         for prefix, vector in models.items():
             behind = self._behind(requests, sets, vector, numbers.get("original/forget_test_accuracy"))
             numbers |= {f"{prefix}{name}": value for name, value in behind.items()}
-        numbers |= self._backdoor(models, seen, earlier)
+        numbers |= self._backdoor(models, edit.seen, earlier)
         numbers |= _gaps(numbers, ("relearn_steps", "retain_relearned", "linear_probe", "backdoor"))
-        if self.ensemble is not None and reference is not None:
-            others = self.ensemble.others(requests, earlier, server_round)
-            if others is not None:
-                unlearned, retrained = [after[GLOBAL], *others[0]], [reference[GLOBAL], *others[1]]
-                numbers |= self._klom(sets, targets, unlearned, retrained)
+        others = None if reference is None else self.ensemble.others(requests, earlier, edit.server_round)
+        if reference is not None and others is not None:
+            numbers |= self._klom(sets, targets, [after, *others[0]], [reference[GLOBAL], *others[1]])
         return {name: value for name, value in numbers.items() if not np.isnan(value)}
 
     def revival(self, requests: Sequence[ForgetRequest], model: Tensor, seen: Sequence[int]) -> dict[str, float]:
@@ -116,7 +95,7 @@ class SimulatedPanel:
         found = {}
         for request in requests:
             key = (request.id, tuple(seen))
-            if key not in self._alike:  # asked at every evaluation, and the same until another task is met
+            if key not in self._alike:  # used at every evaluation, and the same until the next task
                 sets = self._sets([request], seen, Forgotten())
                 self._alike[key] = sets["forget_test"] or sets["forget_train"]
             if pairs := self._alike[key]:
@@ -134,9 +113,9 @@ class SimulatedPanel:
         data = simulated_data(setup.dataset, setup.partition, tuple(ids))
         sets: Sets = {name: [] for name in PARTS}
         for client in (client for client in ids if client not in earlier.clients):
-            note = ForgetNote(tuple(requests), tuple(earlier.task(client, task) for task in tasks))
-            for task, gone, kept in part(data, client, note, device):
-                sets["forget_train"].append((task, gone))
+            note = ForgetInstruction(tuple(requests), tuple(earlier.task(client, task) for task in tasks))
+            for task, forgotten, kept in part(data, client, note, device):
+                sets["forget_train"].append((task, forgotten))
                 sets["retain_train"].append((task, kept))
         for task in tasks:
             like, other = self._test(task, requests, earlier, device)
@@ -177,10 +156,10 @@ class SimulatedPanel:
     def _fewer(self, pairs: list[tuple[Task, TaskData]]) -> list[tuple[Task, TaskData]]:
         """Return a random part of many samples, always the same."""
         total = sum(len(data) for _, data in pairs)
-        if total <= RETAINED:
+        if total <= MAX_RETAINED:
             return pairs
         kept = np.zeros(total, bool)
-        kept[numpy_generator(self.cfg["seed"], "panel").choice(total, RETAINED, replace=False)] = True
+        kept[numpy_generator(self.cfg["seed"], "panel").choice(total, MAX_RETAINED, replace=False)] = True
         fewer, start = [], 0
         for task, data in pairs:
             rows = torch.from_numpy(kept[start : start + len(data)]).to(data.y.device)
@@ -199,20 +178,18 @@ class SimulatedPanel:
         }
 
     def _shadows(self, sets: Sets, forgotten: Forgotten, server_round: int) -> list[dict[Part, Tensor]]:
-        vectors = [] if self.ensemble is None else self.ensemble.references(forgotten, server_round)
-        return [self._logits(sets, vector) for vector in vectors]
+        return [self._logits(sets, vector) for vector in self.ensemble.references(forgotten, server_round)]
 
     def _behind(
         self, requests: Sequence[ForgetRequest], sets: Sets, vector: Tensor, original: float | None
     ) -> dict[str, float]:
-        """Return what outputs do not show of forgotten classes: steps to relearn, accuracy of a linear probe."""
-        pairs = sets["forget_test"]
-        if original is None or not pairs or any(request.scope != "class" for request in requests):
+        """Return what outputs do not show of forgotten classes: accuracy of a linear classifier, steps to relearn."""
+        if original is None or not sets["forget_test"] or any(request.scope != "class" for request in requests):
             return {}
         features = {
             name: relearning.Samples(
                 torch.cat([predict(self.model, vector, data.x).features for _, data in sets[name]]),
-                torch.cat([data.y for _, data in sets[name]]),
+                _samples(sets[name]).y,
             )
             for name in PARTS
             if sets[name]
@@ -220,40 +197,39 @@ class SimulatedPanel:
         train = [features[name] for name in ("forget_train", "retain_train") if name in features]
         joined = relearning.Samples(torch.cat([s.x for s in train]), torch.cat([s.y for s in train]))
         numbers = {"linear_probe": relearning.linear_probe(joined, features["forget_test"])}
-        forget, test = (
-            relearning.Samples(torch.cat([d.x for _, d in sets[name]]), torch.cat([d.y for _, d in sets[name]]))
-            for name in ("forget_train", "forget_test")
-        )
-        masks = {task.mask for task, _ in pairs}
-        if len(masks) == 1:  # else no one set of columns is right for all
-            generator = torch_generator(self.cfg["seed"], "relearn")
-            training = relearning.Training(columns=masks.pop())
-            relearned = relearning.relearn_steps(
-                self.model, vector, forget, test, original_accuracy=original, generator=generator, training=training
-            )
-            numbers["relearn_steps"] = float(relearned.steps)
-            if sets["retain_train"]:
-                retain = relearning.Samples(*(torch.cat(v) for v in zip(*self._raw(sets["retain_train"]), strict=True)))
-                generator = torch_generator(self.cfg["seed"], "relearn from retain")
-                curve = relearning.relearn_from_retain(
-                    self.model, vector, retain, test, generator=generator, training=training
-                )
-                numbers["retain_relearned"] = curve[-1]
-        return numbers
+        masks = {task.mask for task, _ in sets["forget_test"]}
+        # where tasks have several masks, no one set of columns is right for all samples
+        return numbers | (self._relearned(sets, vector, original, masks.pop()) if len(masks) == 1 else {})
 
-    @staticmethod
-    def _raw(pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-        return [(data.x, data.y) for _, data in pairs]
+    def _relearned(
+        self, sets: Sets, vector: Tensor, original: float, columns: tuple[int, ...] | None
+    ) -> dict[str, float]:
+        seed, training = self.cfg["seed"], relearning.Training(columns=columns)
+        forget, test = _samples(sets["forget_train"]), _samples(sets["forget_test"])
+        steps = relearning.relearn_steps(
+            self.model,
+            vector,
+            forget,
+            test,
+            original_accuracy=original,
+            generator=torch_generator(seed, "relearn"),
+            training=training,
+        ).steps
+        if not sets["retain_train"]:
+            return {"relearn_steps": float(steps)}
+        retain, generator = _samples(sets["retain_train"]), torch_generator(seed, "relearn from retain")
+        curve = relearning.relearn_from_retain(self.model, vector, retain, test, generator=generator, training=training)
+        return {"relearn_steps": float(steps), "retain_relearned": curve[-1]}
 
     def _backdoor(self, models: Mapping[str, Tensor], seen: Sequence[int], earlier: Forgotten) -> dict[str, float]:
-        """Return how often a trigger works (``unlearning.trigger``), and what of its victims' accuracy is recovered."""
+        """Return how often ``unlearning.trigger`` works, and how much of the accuracy on its victims is recovered."""
         trigger = self.cfg["unlearning"]["trigger"]
         if not trigger["pixels"]:
             return {}
         dataset = marked(self.setup.dataset, trigger)
         everything: Indices = np.arange(len(dataset.test.y))
-        gone = [label for request in earlier.requests for label in request.classes]
-        everything = everything[~np.isin(dataset.test.y, gone)]
+        removed = [label for request in earlier.requests for label in request.classes]
+        everything = everything[~np.isin(dataset.test.y, removed)]
         tasks = [self._task(task_id, seen) for task_id in seen]
         pairs = [(task, self._held(everything, task, self.model.device, dataset)) for task in tasks]
         sets: Sets = {"retain_test": [pair for pair in pairs if len(pair[1])]}
@@ -273,6 +249,10 @@ class SimulatedPanel:
             both.append({name: torch.stack([margins(one[name], targets[name]) for one in logits]) for name in targets})
         unlearned_margins, oracle_margins = ({str(name): m for name, m in one.items()} for one in both)
         return ensemble_distance(unlearned_margins, oracle_margins)
+
+
+def _samples(pairs: Pairs) -> relearning.Samples:
+    return relearning.Samples(torch.cat([data.x for _, data in pairs]), torch.cat([data.y for _, data in pairs]))
 
 
 def _gaps(numbers: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -262,7 +262,7 @@ class FlowerAdapter:
 
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Say what a stock strategy may still hold."""
-        return [ErasureOutcome(type(self.strategy).__name__, "remains", "a stock strategy cannot forget its moments")]
+        return [ErasureOutcome(type(self.strategy).__name__, "retained", "a stock strategy cannot forget its moments")]
 
     def relearn(self, view: PastView) -> None:
         """Learn nothing again: it has kept what it had."""

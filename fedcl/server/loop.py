@@ -97,7 +97,7 @@ class Server(ServerData):
 
         ``ends`` says that no round comes any more, so that nothing can wait.
         """
-        done = self.unlearning is not None and self.unlearning.begin(self, server_round, self.recover, ends=ends)
+        done = self.unlearning is not None and self.unlearning.process(self, server_round, self.recover, ends=ends)
         if done:
             self.measurement.edited()
         return done

@@ -74,7 +74,7 @@ class BetweenRounds(Protocol):
         """Whether :meth:`observe` must see every update of a round by itself."""
         ...
 
-    def begin(
+    def process(
         self, server: ServerData, server_round: int, recover: Callable[[int], int], *, ends: bool = False
     ) -> bool:
         """Do what is due before ``server_round``; return whether anything was.
@@ -219,12 +219,12 @@ class ServerData:
         state.visited.difference_update(departing_clients)
         state.late.difference_update(departing_clients)
         if self.exchange.erase is None:
-            return [ErasureOutcome("devices", "remains", "the client's own device keeps its state: it was not told")]
+            return [ErasureOutcome("devices", "retained", "the client's own device keeps its state: it was not told")]
         away = self.exchange.erase(departing_clients)
         state.pending_notice.difference_update(departing_clients)
         if away:
             state.pending_notice.update(away)
-            return [ErasureOutcome("devices", "remains", f"client(s) {', '.join(away)} {OUT_OF_REACH}")]
+            return [ErasureOutcome("devices", "retained", f"client(s) {', '.join(away)} {OUT_OF_REACH}")]
         return [ErasureOutcome("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
 
     def cancel(self, clients: Sequence[str]) -> None:

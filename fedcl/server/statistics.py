@@ -122,7 +122,7 @@ class Statistics:
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Drop the sums that still hold the forget set: nobody's share can be told apart."""
         if not any(self._sums.values()):
-            return ErasureOutcome("Statistics", "none", "keeps no sums")
+            return ErasureOutcome("Statistics", "not applicable", "keeps no sums")
         mixed = [name for name in self._owners if (name, request.id) not in self._settled]
         for name in mixed:
             self._sums[name], self._consumed[name] = {}, {}

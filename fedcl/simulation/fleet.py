@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.fields import clean, shown
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, outcomes_from
+from fedcl.contracts.requests import ForgetInstruction, ForgetRequest, outcomes_from
 from fedcl.messages import MESSAGE_TYPE, Request, content_bytes, hello_content, instruction, read_hello, read_reply
 from fedcl.server.selection import client_order
 from fedcl.simulation.compat import NODE_UNAVAILABLE, message_with, set_source
@@ -340,7 +340,7 @@ class FleetGrid(Grid):
         kind = MESSAGE_TYPE["forget"]
         messages = []
         for client in clients:
-            note = ForgetNote((ForgetRequest("leave", "client", (client,)),), ())
+            note = ForgetInstruction((ForgetRequest("leave", "client", (client,)),), ())
             request = Request("forget", client, LEAVING, -1, -1, 0, None, note=note.to_json())
             messages.append(Message(instruction([request], None, None), self.nodes[client], kind))
         replies = self.send_and_receive(messages, timeout=ERASE_SECONDS)

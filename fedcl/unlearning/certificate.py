@@ -1,6 +1,6 @@
-"""Certificates: what was asked to be forgotten, what was done, what remains, and a chain that shows changes later.
+"""Certificates: what was to be forgotten, what was done, what is retained, and a chain that reveals later changes.
 
-``certificates/0001-ID.json`` is written when a request has been served. Its ``sha256`` is that of its canonical JSON
+``certificates/0001-ID.json`` is written when a request has been processed. Its ``sha256`` is that of its canonical JSON
 (keys sorted, no spaces, UTF-8) without this key, and ``previous`` is that of the certificate before it. Samples appear
 as salted digests of their positions only; the salt is in ``certificates/salt``, which stays with the operator.
 """
@@ -13,61 +13,93 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from fedcl.base.files import sync_folder, write_atomic
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.contracts.strategy import Target
+from fedcl.server.state import ServerData
 
-if TYPE_CHECKING:
-    from fedcl.unlearning.receipt import Receipt
-
-FOLDER, SALT, FORMAT = "certificates", "salt", "fedcl-certificate-1"
+FOLDER, SALT, FORMAT = "certificates", "salt", "fedcl-certificate-2"
 _NAME = re.compile(r"(\d{4,})-([A-Za-z0-9._-]{1,64})\.json")
 _HASH = re.compile(r"[0-9a-f]{64}")
-_FIELDS = {
-    "format": str,
-    "index": int,
-    "request": dict,
-    "served_with": list,
-    "unlearner": dict,
-    "options": dict,
-    "run": dict,
-    "versions": dict,
-    "server_round": int,
-    "model": dict,
-    "guarantee": str,
-    "residuals": list,
-    "measurements": dict,
-    "cost": dict,
-    "time": str,
-    "previous": str,
-    "sha256": str,
-}
 
 
 @dataclass(frozen=True)
 class About:
     """What is the same on all certificates that a process writes.
 
-    ``unlearner`` is its node of the configuration with ``replays``, ``options`` how requests are served, ``run`` which
-    run it is, ``versions`` the packages that decide its bits.
+    ``unlearner`` is its node of the configuration with ``retrains``, ``options`` are those of ``unlearning.*``, ``run``
+    identifies the run, ``versions`` are those of the packages that decide its bits. ``files`` says what becomes of the
+    files that the run writes besides.
     """
 
     unlearner: Mapping[str, Any]
     options: Mapping[str, Any]
     run: Mapping[str, Any]
     versions: Mapping[str, str]
+    files: Sequence[ErasureOutcome] = ()
 
 
-def write(run_dir: Path, receipt: Receipt, about: About, outcomes: Iterable[ErasureOutcome] = ()) -> list[Path]:
+@dataclass
+class Receipt:
+    """What processing some requests together did: all that a certificate says, except for the chain.
+
+    ``first`` is the number of the first of them among all that were ever processed, from 1.
+    """
+
+    first: int
+    requests: list[ForgetRequest]
+    server_round: int
+    promise: str
+    before: str
+    after: str
+    model_epoch: int
+    outcomes: list[ErasureOutcome]
+    measurements: dict[str, float]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Certification:
+    """Certifies processed requests, so that a kill at any moment leaves each of them processed once.
+
+    Certificates come first, under names that are the same when they are written again; then ``save`` writes the
+    checkpoint that knows the requests as processed; then ``purge`` removes what the run's folder still holds of the
+    forget set. A run killed before the purge purges when it is resumed.
+    """
+
+    run_dir: Path
+    about: About
+    save: Callable[[ServerData], None]
+    purge: Callable[[ServerData], None]
+
+    def __call__(self, receipt: Receipt, server: ServerData) -> None:
+        """Certify, save, purge."""
+        for path, request in zip(write(self.run_dir, receipt, self.about), receipt.requests, strict=True):
+            server.record.event(
+                "request_certified",
+                round=receipt.server_round,
+                virtual_time=server.now,
+                request=request.id,
+                certificate=path.name,
+                sha256=recorded(path),
+            )
+        self.save(server)
+        self.purge(server)
+
+
+def write(run_dir: Path, receipt: Receipt, about: About) -> list[Path]:
     """Write a certificate for each request of ``receipt`` and return their files.
 
-    A run that was killed in serving them serves them again: the same files are replaced, and what a run that went
-    another way has left in their place is removed. ``outcomes`` come behind the receipt's own.
+    A run that was killed while it processed requests processes them again: the same files are replaced, and files that
+    a run with another course has left in their place are removed.
 
     Raises
     ------
@@ -81,13 +113,13 @@ def write(run_dir: Path, receipt: Receipt, about: About, outcomes: Iterable[Eras
         content = {
             "format": FORMAT,
             "index": index,
-            "request": _asked(request, folder),
-            "served_with": [other.id for other in receipt.requests if other.id != request.id],
+            "request": _anonymous(request, folder),
+            "processed_with": [other.id for other in receipt.requests if other.id != request.id],
             **{name: dict(getattr(about, name)) for name in ("unlearner", "options", "run", "versions")},
             "server_round": receipt.server_round,
             "model": {"before": receipt.before, "after": receipt.after, "epoch": receipt.model_epoch},
             "guarantee": receipt.promise,
-            "residuals": [asdict(residual) for residual in (*receipt.outcomes, *outcomes)],
+            "erasure": [asdict(outcome) for outcome in (*receipt.outcomes, *about.files)],
             "measurements": dict(receipt.measurements),
             "cost": dict(receipt.cost),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,24 +146,32 @@ def recorded(path: Path) -> str:
     return str(json.loads(path.read_text())["sha256"])
 
 
+def model_digest(models: Mapping[Target, Tensor]) -> str:
+    """Return the SHA-256 of models, target by target: how a certificate identifies a state of the run."""
+    digest = hashlib.sha256()
+    for target in sorted(models):
+        digest.update(target.encode() + b"\0" + models[target].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def sample_digest(salt: str, position: int) -> str:
     """Return what a certificate shows of a sample: whoever has the salt can tell whether it is a given position's."""
     return hashlib.sha256(f"{salt}:{position}".encode()).hexdigest()
 
 
-def _asked(request: ForgetRequest, folder: Path) -> dict[str, Any]:
-    asked = asdict(request)
+def _anonymous(request: ForgetRequest, folder: Path) -> dict[str, Any]:
+    content = asdict(request)
     if request.samples:
         salt = _salt(folder)
-        asked["samples"] = sorted(sample_digest(salt, position) for position in request.samples)
-    return asked
+        content["samples"] = sorted(sample_digest(salt, position) for position in request.samples)
+    return content
 
 
 def _salt(folder: Path) -> str:
-    """Return the run's salt, made when it is first needed, for its owner's eyes only."""
+    """Return the run's salt, made when it is first needed, readable by its owner only."""
     path = folder / SALT
     if not path.is_file() or not _HASH.fullmatch(path.read_text().strip()):
-        path.unlink(missing_ok=True)  # cut short by a kill: nothing rests on it yet
+        path.unlink(missing_ok=True)  # cut short by a kill: nothing depends on it yet
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
@@ -143,7 +183,7 @@ def _salt(folder: Path) -> str:
 
 def _previous(folder: Path, index: int) -> str:
     """Return the hash that the certificate before ``index`` carries, empty where there is none."""
-    for at, _, path in _files(folder):
+    for at, _, path in files(folder):
         if at == index - 1:
             try:
                 return recorded(path)
@@ -153,12 +193,12 @@ def _previous(folder: Path, index: int) -> str:
 
 
 def _clear(folder: Path, index: int, name: str) -> None:
-    for at, _, path in _files(folder):
+    for at, _, path in files(folder):
         if at > index or (at == index and path.name != name):
             path.unlink()
 
 
-def _files(folder: Path) -> list[tuple[int, str, Path]]:
+def files(folder: Path) -> list[tuple[int, str, Path]]:
     """Return (index, request id, path) of the files that are named like certificates, in order."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -177,87 +217,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value
-
-
-@dataclass
-class Finding:
-    """A certificate as it lies in the folder, and everything that is wrong with it; ``content`` where it is whole."""
-
-    name: str
-    content: dict[str, Any] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-
-def read(run_dir: Path) -> list[Finding]:
-    """Return a run's certificates in order, each checked by itself and against the one before it."""
-    findings: list[Finding] = []
-    before, expected = "", 1
-    for index, request_id, path in _files(run_dir / FOLDER):
-        for missing in range(expected, index):
-            findings.append(Finding(f"{missing:04d}", faults=["is missing"]))
-        finding = _check(path, index, request_id)
-        if index < expected:
-            finding.faults.append(f"there are two with the number {index}")
-        if finding.content and finding.content["previous"] != before:
-            finding.faults.append("previous: is not the certificate before it")
-        findings.append(finding)
-        before, expected = str(finding.content.get("sha256", "")), max(expected, index + 1)
-    return findings
-
-
-def _check(path: Path, index: int, request_id: str) -> Finding:
-    finding = Finding(path.name)
-    try:
-        content = json.loads(path.read_bytes())
-        kinds = {name: type(value) for name, value in content.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        finding.faults.append(f"cannot be read: {error}")
-        return finding
-    wrong = sorted(name for name in kinds.keys() | _FIELDS.keys() if kinds.get(name) is not _FIELDS.get(name))
-    if wrong or content["format"] != FORMAT:
-        finding.faults.append(f"is no certificate of format {FORMAT}: {', '.join(wrong) or 'format'}")
-        return finding
-    finding.content = content
-    try:
-        if digest(content) != content["sha256"]:
-            finding.faults.append("sha256: its content was changed")
-    except ValueError:  # a number that canonical JSON does not have
-        finding.faults.append("sha256: its content was changed")
-    if (content["index"], content["request"].get("id")) != (index, request_id):
-        finding.faults.append("its file bears another number or request")
-    return finding
-
-
-def against_run(
-    findings: list[Finding], served: Sequence[str] | None, noted: Mapping[str, str], last: tuple[int, str] | None
-) -> None:
-    """Add to ``findings`` what is missing, and what contradicts the rest of the run's folder.
-
-    Parameters
-    ----------
-    served
-        Ids of the requests that the checkpoint says were served, in order; None without a checkpoint.
-    noted
-        Hash by request id, as the events noted them when they were written.
-    last
-        (round that would be played next, hash of the models) in the checkpoint, if there is one.
-    """
-    by_id = {finding.content["request"].get("id"): finding for finding in findings if finding.content}
-    for request_id in dict.fromkeys([*(served or ()), *noted]):
-        if request_id not in by_id:
-            findings.append(Finding(request_id, faults=["its certificate is missing"]))
-    for request_id, finding in by_id.items():
-        if request_id not in noted:
-            finding.faults.append("events.jsonl does not know of it")
-        elif noted[request_id] != finding.content["sha256"]:
-            finding.faults.append("events.jsonl noted another one when it was written")
-        if served is not None and request_id not in served:
-            finding.faults.append("the checkpoint has not served this request")
-    if served is not None and findings and last is not None and served:
-        finding = by_id.get(served[-1], Finding(""))
-        if finding.content and finding.content["server_round"] == last[0] and _after(finding) != last[1]:
-            finding.faults.append("model.after: the checkpoint holds other models, and no round followed")
-
-
-def _after(finding: Finding) -> Any:
-    return finding.content["model"].get("after")

@@ -1,4 +1,4 @@
-"""What an unlearner may know and ask while it serves requests, and how clients are told to forget."""
+"""What an unlearner may know and ask while requests are processed, and how clients are made to forget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.fields import Form
-from fedcl.contracts.requests import ErasureOutcome, ForgetNote, ForgetRequest, Forgotten, outcomes_from
+from fedcl.contracts.requests import ErasureOutcome, ForgetInstruction, ForgetRequest, Forgotten, outcomes_from
 from fedcl.contracts.strategy import Query, Response, Target
 from fedcl.contracts.unlearner import Value
 from fedcl.messages import Reply
@@ -24,9 +24,9 @@ Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, a
 
 
 class RetrainedReference(Protocol):
-    """Trains all over without a forget set, and can put the result in the run's place.
+    """Retrains without a forget set, and can put the result in the run's place.
 
-    ``spent`` is what the last such training took when it was played: seconds, rounds, bytes, clients.
+    ``spent`` is what the last such training took when it was run: seconds, rounds, bytes, clients.
     """
 
     spent: dict[str, float]
@@ -48,8 +48,8 @@ class UnlearningView:
     requests: Sequence[ForgetRequest]
     server_round: int
     forgotten: Forgotten
-    trainer: RetrainedReference | None
-    replayed: Saved | None = None
+    reference: RetrainedReference | None = None
+    retrained: Saved | None = None
     asked: set[str] = field(default_factory=set)
     steps: int = 0
 
@@ -69,7 +69,7 @@ class UnlearningView:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """The clients that may hold some of the forget set, those that leave among them."""
+        """The clients that may hold some of the forget set, including those that leave."""
         leaving = Forgotten(list(self.requests)).clients
         mine = [one for one in self.requests if one.scope != "client"]
         return tuple(
@@ -85,7 +85,7 @@ class UnlearningView:
 
     @property
     def statistics(self) -> Statistics:
-        """What the server has added up of clients' statistics."""
+        """The sums of clients' statistics at the server."""
         return self.server.statistics
 
     @property
@@ -120,11 +120,11 @@ class UnlearningView:
             self.server_round,
             self.server.version,
             kind="unlearn",
-            note_of=lambda client: self._note(client, dict(args), None if tasks is None else tasks[client]),
+            note_of=lambda client: self._instruction(client, dict(args), None if tasks is None else tasks[client]),
         )
 
     def ask_past(self, query: Query, server_round: int) -> list[Response]:
-        """Put ``query`` to clients with what they may still use of the tasks they had in ``server_round``."""
+        """Query clients on what they may still use of the tasks they had in ``server_round``."""
         tasks = {c: self.server.curriculum.whole_task(c, server_round) for c in query.models if c in self.clients}
         present = {client: model for client, model in query.models.items() if tasks.get(client) is not None}
         self.asked |= present.keys()
@@ -133,63 +133,68 @@ class UnlearningView:
             replace(query, models=present), lambda c: tasks[c], self.server_round, self.server.version
         )
 
-    def replay(self) -> dict[Target, Tensor]:
+    def retrain(self) -> dict[Target, Tensor]:
         """Return the models of a run without the forget set."""
-        if self.trainer is None:
-            raise RuntimeError("unlearner: training all over needs a simulation, or a new run with `exclude`")
-        self.replayed = self.trainer.run(self.forgotten, self.server_round)
-        return dict(self.replayed[0]["models"])
+        if self.reference is None:
+            raise RuntimeError("unlearner: retraining needs a simulation, or a new run with `exclude`")
+        self.retrained = self.reference.run(self.forgotten, self.server_round)
+        return dict(self.retrained[0]["models"])
 
     def forget(self, departing_clients: Sequence[str]) -> list[ErasureOutcome]:
-        """Tell the clients that stay and may hold some of the forget set to drop it."""
-        replies, silent = self.tell([client for client in self.owners if client not in departing_clients])
+        """Make the clients that stay and may hold some of the forget set drop it."""
+        replies, silent = self.notify([client for client in self.owners if client not in departing_clients])
         found: dict[ErasureOutcome, int] = {}
         for reply in replies.values():
-            for residual in outcomes_from(reply.note):
-                found[residual] = found.get(residual, 0) + 1
+            for outcome in outcomes_from(reply.note):
+                found[outcome] = found.get(outcome, 0) + 1
         outcomes = [
-            ErasureOutcome(f"{residual.part} at {count} client(s)", residual.outcome, residual.why)
-            for residual, count in found.items()
-            if residual.outcome != "none"
+            ErasureOutcome(f"{one.part} at {count} client(s)", one.outcome, one.why)
+            for one, count in found.items()
+            if one.outcome != "not applicable"
         ]
-        return [*outcomes, *self._begin_anew(silent)]
+        return [*outcomes, *self._reset(silent)]
 
-    def tell(self, clients: Sequence[str]) -> tuple[dict[str, Reply], list[str]]:
-        """Tell ``clients`` to drop the forget set; return the replies by client, and the clients that gave none."""
+    def notify(self, clients: Sequence[str]) -> tuple[dict[str, Reply], list[str]]:
+        """Make ``clients`` drop the forget set; return the replies by client, and the clients without one."""
         self.server.cancel(clients)  # what they are computing comes from the forget set
         rounds = max(self.server_round - 1, 0)
         tasks = {client: self._last_task(client, rounds) for client in clients}
         present = [client for client in clients if tasks[client] is not None]
         outgoing = [Outgoing(client, "", self.server.model_of(client)) for client in present]
         replies = self.server.exchange.tell(
-            "forget", outgoing, lambda client: tasks[client], rounds, self.server.version, lambda c: self._note(c, {})
+            "forget",
+            outgoing,
+            lambda client: tasks[client],
+            rounds,
+            self.server.version,
+            lambda c: self._instruction(c, {}),
         )
         self.server.cancel(clients)  # a worker may still have the state as it was before
         return replies, [client for client in present if client not in replies]
 
-    def _begin_anew(self, silent: Sequence[str]) -> list[ErasureOutcome]:
-        """Never use again the state of clients that could not be told: it may hold some of the forget set."""
+    def _reset(self, silent: Sequence[str]) -> list[ErasureOutcome]:
+        """Discard the state of clients that could not be notified: it may hold some of the forget set."""
         if not silent:
             return []
         exchange, names = self.server.exchange, ", ".join(silent)
         for client in silent:
             exchange.committed.pop(client, None)
-        if exchange.commit_state is not None and exchange.erase is not None:  # their states lie on this side
+        if exchange.commit_state is not None and exchange.erase is not None:  # their states are on this side
             exchange.erase(silent)
-            return [ErasureOutcome("client states", "reset", f"client(s) {names} gave no answer, and begin again")]
+            return [ErasureOutcome("client states", "reset", f"client(s) {names} did not reply, and begin again")]
         self.server.state.pending_notice.update(silent)
-        return [ErasureOutcome("devices", "remains", f"client(s) {names} {OUT_OF_REACH}; they begin again")]
+        return [ErasureOutcome("devices", "retained", f"client(s) {names} {OUT_OF_REACH}; they begin again")]
 
     def _last_task(self, client: str, server_round: int) -> Task | None:
-        """Return the task a client is in or, if it takes no part just now, the last that it met."""
+        """Return the present task of a client or, if it takes no part now, the last one that it has seen."""
         curriculum = self.server.curriculum
         task, seen = curriculum.whole_task(client, server_round), curriculum.schedule.seen(client, server_round)
         return curriculum.seen_task(client, seen[-1], server_round) if task is None and seen else task
 
-    def _note(self, client: str, args: dict[str, Any], tasks: Sequence[Task] | None = None) -> str:
+    def _instruction(self, client: str, args: dict[str, Any], tasks: Sequence[Task] | None = None) -> str:
         if tasks is None:
             tasks = self._seen(client)
-        return ForgetNote(tuple(self.requests), tuple(tasks), args).to_json()
+        return ForgetInstruction(tuple(self.requests), tuple(tasks), args).to_json()
 
     def _seen(self, client: str) -> list[Task]:
         curriculum, last = self.server.curriculum, self.server_round - 1

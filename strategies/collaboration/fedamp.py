@@ -92,11 +92,11 @@ class FedAMP(Collaboration):
         dropped = [client for client in named if self._models.pop(client, None) is not None]
         name = type(self).__name__
         if not dropped:
-            return ErasureOutcome(name, "none", "keeps no model of the clients concerned")
+            return ErasureOutcome(name, "not applicable", "keeps no model of the clients concerned")
         why = f"the last model of {', '.join(dropped)} is dropped; mixtures follow at the next aggregation"
         if self._models:
             return ErasureOutcome(
-                name, "remains", f"{why}; those of other clients, trained from mixtures with it, stay"
+                name, "retained", f"{why}; those of other clients, trained from mixtures with it, stay"
             )
         return ErasureOutcome(name, "reset", why)
 

@@ -238,10 +238,10 @@ class FedCAC(Collaboration):
             del self._packed[client], self._seen[client]
         name = type(self).__name__
         if not dropped:
-            return ErasureOutcome(name, "none", "keeps no model of the clients concerned")
+            return ErasureOutcome(name, "not applicable", "keeps no model of the clients concerned")
         why = f"model and mask of {', '.join(dropped)} are dropped; customised models follow at the next aggregation"
         if self._models:
-            return ErasureOutcome(name, "remains", f"{why}; other clients' stay, trained from mixtures with them")
+            return ErasureOutcome(name, "retained", f"{why}; other clients' stay, trained from mixtures with them")
         return ErasureOutcome(name, "reset", why)
 
     def metrics(self) -> dict[str, float]:

@@ -160,7 +160,7 @@ class IFCA(FedAvg):
         dropped = [client for client in named if self._choices.pop(client, None) is not None]
         name = type(self).__name__
         if not dropped:
-            return ErasureOutcome(name, "none", "keeps no choice of the clients concerned")
+            return ErasureOutcome(name, "not applicable", "keeps no choice of the clients concerned")
         why = f"latest cluster of {', '.join(dropped)}; the clusters' models are targets"
         return ErasureOutcome(name, "erased" if request.clients else "reset", why)
 

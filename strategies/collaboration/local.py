@@ -51,4 +51,4 @@ class Local(Collaboration):
         """Drop the names of clients that leave: a client's model is its target, which an unlearner edits."""
         if request.scope == "client":
             self._clients = [client for client in self._clients if client not in request.clients]
-        return ErasureOutcome(type(self).__name__, "none", "keeps no model besides the targets")
+        return ErasureOutcome(type(self).__name__, "not applicable", "keeps no model besides the targets")

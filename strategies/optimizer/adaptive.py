@@ -97,7 +97,7 @@ class Adaptive(ServerOptimizer):
         """Start the moments over: they are sums over clients."""
         name = type(self).__name__
         if not self._m:
-            return ErasureOutcome(name, "none", "keeps nothing about clients")
+            return ErasureOutcome(name, "not applicable", "keeps nothing about clients")
         self._m.clear()
         self._v.clear()
         return ErasureOutcome(name, "reset", "the moments are sums over clients: they start over")

@@ -67,6 +67,6 @@ class SGD(ServerOptimizer):
         """Start the velocities over: they are sums over clients."""
         name = type(self).__name__
         if not self._velocity:
-            return ErasureOutcome(name, "none", "keeps nothing about clients")
+            return ErasureOutcome(name, "not applicable", "keeps nothing about clients")
         self._velocity.clear()
         return ErasureOutcome(name, "reset", "the velocity is a sum over clients: it starts over")

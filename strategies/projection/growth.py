@@ -146,12 +146,12 @@ class GrowingBases(Projection):
             self._stale = True
             return ErasureOutcome(name, "recomputed", WHY[mode])
         if mode == "keep":
-            return ErasureOutcome(name, "remains", WHY[mode])
+            return ErasureOutcome(name, "retained", WHY[mode])
         concerned = set(request.clients)
         if not concerned:
-            return ErasureOutcome(name, "remains", f"{WHY['keep']}; unlearn_basis=recompute asks for them again")
+            return ErasureOutcome(name, "retained", f"{WHY['keep']}; unlearn_basis=recompute asks for them again")
         if not concerned & self._memory.contributors():
-            return ErasureOutcome(name, "none", "the clients concerned have no share in the bases")
+            return ErasureOutcome(name, "not applicable", "the clients concerned have no share in the bases")
         return self._rebuild(concerned) if mode == "keep_grams" else self._drop(concerned)
 
     def _rebuild(self, concerned: set[str]) -> ErasureOutcome:
@@ -171,7 +171,7 @@ class GrowingBases(Projection):
         why = f"directions of {gone} extensions are dropped, and with them what they protected"
         if later:
             why = f"{why}; later extensions stay, whose directions were looked for outside of the dropped ones"
-            return ErasureOutcome(type(self).__name__, "remains", why)
+            return ErasureOutcome(type(self).__name__, "retained", why)
         return ErasureOutcome(type(self).__name__, "reset", why)
 
     def relearn(self, view: PastView) -> None:

@@ -290,7 +290,7 @@ class GradientInversion(Staleness):
         name, why = type(self).__name__, "samples made up for late clients are dropped, and errors seen in hindsight"
         if self._clients:
             return ErasureOutcome(
-                name, "remains", f"{why}; those of other clients stay, made with models that had seen it"
+                name, "retained", f"{why}; those of other clients stay, made with models that had seen it"
             )
         return ErasureOutcome(name, "reset", why)
 

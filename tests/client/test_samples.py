@@ -7,7 +7,7 @@ import torch
 
 from fedcl.client.forgetting import part
 from fedcl.client.local_data import PartitionedData
-from fedcl.contracts.requests import ForgetNote, ForgetRequest
+from fedcl.contracts.requests import ForgetInstruction, ForgetRequest
 from fedcl.contracts.unlearner import Samples
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 from fedcl.scenario.task import Task
@@ -60,12 +60,12 @@ def test_only_what_is_asked_for_is_parted() -> None:
     halves = (np.array([0, 1, 2]), np.array([3, 4]))
     data = PartitionedData(dataset, Partition(halves, halves), ("0", "1"))
     task = Task(0, (0, 1), (0, 1))
-    note = ForgetNote((ForgetRequest("a", "class", classes=(0,)),), (task,))
+    note = ForgetInstruction((ForgetRequest("a", "class", classes=(0,)),), (task,))
     [(_, gone, kept)] = part(data, "0", note, CPU)
     assert (gone.x[:, 0].tolist(), kept.x[:, 0].tolist()) == ([0.0, 2.0], [1.0])
     [(_, gone, kept)] = part(data, "1", note, CPU)
     assert (gone.x[:, 0].tolist(), kept.x[:, 0].tolist()) == ([], [3.0, 4.0])
-    leaving = ForgetNote((ForgetRequest("b", "client", clients=("1",)),), (task,))
+    leaving = ForgetInstruction((ForgetRequest("b", "client", clients=("1",)),), (task,))
     [(_, gone, kept)] = part(data, "1", leaving, CPU)
     assert (gone.x[:, 0].tolist(), kept.x[:, 0].tolist()) == ([3.0, 4.0], [])
     [(_, gone, kept)] = part(data, "0", leaving, CPU)

@@ -19,8 +19,8 @@ from fedcl.assembly import load_dataset, make_model
 from fedcl.base.randomness import numpy_generator
 from fedcl.config.compose import compose
 from fedcl.data.dataset import Dataset
-from fedcl.runs.retrained import make_unlearning
 from fedcl.runs.setup import Setup, make_server
+from fedcl.runs.unlearning import make_unlearning
 from fedcl.simulation.backend import open_backend
 from tests.toy import Diary
 
@@ -59,7 +59,14 @@ def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) ->
     overrides = ["data=digits", "data/partition=dirichlet", "data.partition.alpha=0.5", "num_clients=10"]
     overrides += ["scenario=joint", "rounds_per_task=30", "model=mlp", "model.hidden=[256,128]", "client.epochs=2"]
     overrides += ["client.optimizer.lr=0.05", "client.batch_size=32", "strategy/projection=none", "backend=inline"]
-    overrides += ["evaluation.every=0", "compare_with=null", "device=cpu", f"unlearner={unlearner}", f"seed={seed}"]
+    overrides += [
+        "evaluation.every=0",
+        "compare_with=null",
+        "device=cpu",
+        "unlearning.reference=false",
+        f"unlearner={unlearner}",
+        f"seed={seed}",
+    ]
     overrides += [f"unlearning.cache={folder}", *extra]
     setup = Setup.of(cfg := compose(overrides))
     sizes = [len(part) for part in setup.partition.train]
@@ -72,15 +79,14 @@ def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) ->
     models = {}
     with open_backend(cfg, setup.dataset, setup.partition) as backend:
         unlearning = make_unlearning(cfg, setup, backend, folder)
-        unlearning.options = replace(unlearning.options, reference=False)
         server = make_server(cfg, setup, backend, diary, unlearning=unlearning)
-        begin = unlearning.begin
+        process = unlearning.process
 
         def note(*args: Any, **kwargs: Any) -> bool:
             models["before"] = server.global_model.clone()
-            return begin(*args, **kwargs)
+            return process(*args, **kwargs)
 
-        unlearning.begin = note  # type: ignore[method-assign]
+        unlearning.process = note  # type: ignore[method-assign]
         server.run(lambda _: None)
         models["after"] = server.global_model
     assert diary.faults == []

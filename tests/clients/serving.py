@@ -98,7 +98,7 @@ class Serving:
             tensors=tensors or {}, args=args or {},
         )  # fmt: skip
 
-    def replay(self) -> dict[Target, Tensor]:
+    def retrain(self) -> dict[Target, Tensor]:
         raise RuntimeError("clients in this process have no history")
 
     def serve(self, vector: Tensor | None = None) -> Tensor:

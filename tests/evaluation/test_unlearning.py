@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedcl.evaluation import membership, predictions
-from fedcl.evaluation.unlearning import PARTS, Part, h_mean, panel, recovery, revival, tug_of_war
+from fedcl.evaluation.unlearning import PARTS, Part, h_mean, metrics, recovery, revival, tug_of_war
 
 Logits = dict[Part, Tensor]
 SIZES: dict[Part, int] = {"forget_train": 8, "forget_test": 4, "retain_train": 10, "retain_test": 5}
@@ -33,7 +33,7 @@ def one_hot(*wrong: int) -> Logits:
 
 
 UNLEARNED, ORIGINAL, REFERENCE, RANDOM = one_hot(6, 3, 1, 1), one_hot(0, 1, 0, 0), one_hot(8, 4, 0, 1), logits(3, 0)
-FULL = panel(TARGETS, UNLEARNED, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
+FULL = metrics(TARGETS, UNLEARNED, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
 
 
 def test_accuracies_gaps_and_what_is_made_of_them_by_hand() -> None:
@@ -60,7 +60,7 @@ def test_accuracies_gaps_and_what_is_made_of_them_by_hand() -> None:
 
 def test_each_name_is_the_function_on_the_documented_sets() -> None:
     mine, reference, random = logits(0, 3), logits(1, 2), logits(2, 0)
-    numbers = panel(TARGETS, mine, reference=reference, random=random)
+    numbers = metrics(TARGETS, mine, reference=reference, random=random)
     test = torch.cat([mine["forget_test"], mine["retain_test"]])
     pairs = {
         "kl_forget": predictions.kl_divergence(reference["forget_train"], mine["forget_train"]),
@@ -77,7 +77,7 @@ def test_each_name_is_the_function_on_the_documented_sets() -> None:
     assert numbers["gap/zrf"] == pytest.approx(zrf_gap)
     never = {part: predictions.margins(reference[part], TARGETS[part])[None] for part in PARTS}
     for holdout in ("forget_test", "retain_test"):
-        numbers = panel(TARGETS, mine, reference=reference, holdout=holdout, fpr=0.2)
+        numbers = metrics(TARGETS, mine, reference=reference, holdout=holdout, fpr=0.2)
         u, r = (
             membership.loss_auc(m["forget_train"], TARGETS["forget_train"], m[holdout], TARGETS[holdout])
             for m in (mine, reference)
@@ -101,17 +101,17 @@ def test_the_likelihood_ratio_of_two_shadows_by_hand() -> None:
     attacked, reference = model([3, 1.5], [0.4, -1]), model([0, 0], [3, 3])
     shadows = [model([0, 1], [-1, 0]), model([2, 1], [1, 0])]
     # (m - mean) / 1: 2 and 0.5 of the forgotten, 0.4 and -1 of the others
-    numbers = panel(targets, attacked, shadows=shadows, fpr=0.0)
+    numbers = metrics(targets, attacked, shadows=shadows, fpr=0.0)
     assert (numbers["lira_auc"], numbers["lira_tpr"], numbers["lira_references"]) == (1.0, 1.0, 2.0)
     # by the first alone: 3 and 0.5 against 1.4 and -1, so one pair of four is in the wrong order
-    alone = panel(targets, attacked, shadows=shadows[:1], fpr=0.0)
+    alone = metrics(targets, attacked, shadows=shadows[:1], fpr=0.0)
     assert (alone["lira_auc"], alone["lira_tpr"], alone["lira_references"]) == (0.75, 0.5, 1.0)
     # the reference is attacked by the shadows too: -1 and -1 against 3 and 3; nothing is fitted to it
-    both = panel(targets, attacked, reference=reference, shadows=shadows, fpr=0.0)
+    both = metrics(targets, attacked, reference=reference, shadows=shadows, fpr=0.0)
     assert (both["lira_auc"], both["gap/lira_auc"], both["gap/lira_tpr"]) == (1.0, 1.0, 1.0)
     assert "gap/lira_references" not in both
     # without shadows it is all there is: 3 and 1.5 against -2.6 and -4, and it cannot be attacked itself
-    one = panel(targets, attacked, reference=reference, fpr=0.0)
+    one = metrics(targets, attacked, reference=reference, fpr=0.0)
     assert (one["lira_auc"], one["lira_references"], "gap/lira_auc" in one) == (1.0, 1.0, False)
 
 
@@ -123,7 +123,7 @@ def test_every_name_is_explained() -> None:
 
 
 def test_the_reference_itself_has_no_gap() -> None:
-    numbers = panel(TARGETS, REFERENCE, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
+    numbers = metrics(TARGETS, REFERENCE, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
     assert numbers.keys() == FULL.keys()
     zero = [name for name in numbers if name.startswith(("gap/", "kl_"))] + ["activation_distance", "priv_leak"]
     assert {name: numbers[name] for name in zero} == pytest.approx(dict.fromkeys(zero, 0.0), abs=1e-12)
@@ -131,13 +131,13 @@ def test_the_reference_itself_has_no_gap() -> None:
 
 
 def test_without_a_reference_nothing_is_compared_with_one() -> None:
-    numbers = panel(TARGETS, UNLEARNED, original=ORIGINAL, random=RANDOM)
+    numbers = metrics(TARGETS, UNLEARNED, original=ORIGINAL, random=RANDOM)
     assert set(FULL) - set(numbers) == {
         *(name for name in FULL if name.startswith(("gap/", "kl_", "lira_"))),
         *("tow", "tow_mia", "priv_leak", "activation_distance"),
     }
     assert numbers == {name: FULL[name] for name in numbers}
-    alone = panel(TARGETS, UNLEARNED)
+    alone = metrics(TARGETS, UNLEARNED)
     assert set(numbers) - set(alone) == {"h_mean", "zrf", "zrf_train", "zrf_legacy", "zrf_train_legacy"}
 
 
@@ -145,35 +145,35 @@ def test_sets_without_samples_leave_out_what_needs_them() -> None:
     def without(values: Logits) -> Logits:
         return values | {"forget_test": values["forget_test"][:0]}
 
-    numbers = panel(
+    numbers = metrics(
         without(TARGETS), without(UNLEARNED), original=ORIGINAL | without(ORIGINAL), reference=without(REFERENCE)
     )
     assert not [name for name in numbers if name in ("forget_test_accuracy", "h_mean", "auc_loss", "lira_auc")]
     assert numbers["test_accuracy"] == numbers["retain_test_accuracy"] == 4 / 5
-    assert "lira_auc" in panel(
+    assert "lira_auc" in metrics(
         without(TARGETS), without(UNLEARNED), reference=without(REFERENCE), holdout="retain_test"
     )
-    assert panel(TARGETS, {}) == {}
+    assert metrics(TARGETS, {}) == {}
 
 
 def test_a_diverged_model_has_no_numbers_rather_than_good_ones() -> None:
     broken: Logits = {part: torch.full_like(values, math.nan) for part, values in UNLEARNED.items()}
-    numbers = panel(TARGETS, broken, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
+    numbers = metrics(TARGETS, broken, original=ORIGINAL, reference=REFERENCE, random=RANDOM)
     assert numbers.keys() == FULL.keys()
     assert all(math.isnan(value) for name, value in numbers.items() if name != "lira_references"), numbers
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="'test'"):
-        panel(TARGETS, {"test": torch.zeros(1, 3)})  # type: ignore[dict-item]
+        metrics(TARGETS, {"test": torch.zeros(1, 3)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="unlearned: set 'forget_train' must have targets"):
-        panel({}, UNLEARNED)
+        metrics({}, UNLEARNED)
     with pytest.raises(ValueError, match=r"targets of shape \(8,\)"):
-        panel(TARGETS, UNLEARNED | {"forget_train": torch.zeros(7, 3)})
+        metrics(TARGETS, UNLEARNED | {"forget_train": torch.zeros(7, 3)})
     with pytest.raises(ValueError, match=r"lacks \['forget_test'\]"):
-        panel(TARGETS, UNLEARNED, reference={part: REFERENCE[part] for part in PARTS if part != "forget_test"})
+        metrics(TARGETS, UNLEARNED, reference={part: REFERENCE[part] for part in PARTS if part != "forget_test"})
     with pytest.raises(ValueError, match="holdout='forget_train'"):
-        panel(TARGETS, UNLEARNED, holdout="forget_train")  # type: ignore[arg-type]
+        metrics(TARGETS, UNLEARNED, holdout="forget_train")  # type: ignore[arg-type]
 
 
 def test_tug_of_war_h_mean_and_recovery() -> None:

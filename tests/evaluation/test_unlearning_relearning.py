@@ -21,7 +21,7 @@ from fedcl.evaluation.relearning import (
     relearn_from_retain,
     relearn_steps,
 )
-from fedcl.evaluation.unlearning import PARTS, Part, panel
+from fedcl.evaluation.unlearning import PARTS, Part, metrics
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 
@@ -85,13 +85,13 @@ def digits() -> Digits:
     return Digits(model, sets, initial, original, trained(model, initial, *sets["retain_train"]), hidden)
 
 
-def test_the_panel_reads_as_it_should_on_a_forgotten_class(digits: Digits) -> None:
+def test_the_metrics_are_right_on_a_forgotten_class(digits: Digits) -> None:
     targets = {part: digits.sets[part].y for part in PARTS}
     vectors = {"original": digits.original, "retrained": digits.retrained, "hidden": digits.hidden}
     logits = {name: digits.logits(vector) for name, vector in vectors.items()}
     random = digits.logits(digits.initial)
     numbers = {
-        name: panel(targets, made, original=logits["original"], reference=logits["retrained"], random=random)
+        name: metrics(targets, made, original=logits["original"], reference=logits["retrained"], random=random)
         for name, made in logits.items()
     }
     original, retrained, hidden = numbers["original"], numbers["retrained"], numbers["hidden"]

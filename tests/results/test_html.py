@@ -17,8 +17,7 @@ from fedcl.results.html.elements import Cell, esc, table
 from fedcl.results.html.svg import inline
 from fedcl.results.recorder import Recorder, write_launch
 from fedcl.results.run import load
-from fedcl.unlearning.certificate import About, write
-from fedcl.unlearning.receipt import Receipt
+from fedcl.unlearning.certificate import About, Receipt, write
 from tests.results.rich_run import NAMES, write_run
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>\x00\u202e"
@@ -77,7 +76,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
         requests=(request,), first=1, server_round=2, before="0", after="1", model_epoch=1, promise=EVIL, outcomes=(),
         measurements={}, cost={"seconds": 0.5},
     )  # fmt: skip
-    write(folder, receipt, About({"name": "a.B", "parameters": {}, "replays": False}, {}, {}, {}))
+    write(folder, receipt, About({"name": "a.B", "parameters": {}, "retrains": False}, {}, {}, {}))
     path = html.write(load(folder), defaults=compose([]))
     assert path == folder / "report.html"
     assert path.stat().st_size < 1_500_000

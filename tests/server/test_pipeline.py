@@ -181,7 +181,7 @@ class Tally(Projection):
         return {"count": float(self.count)}
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
-        return ErasureOutcome("Tally", "remains", "counts only")
+        return ErasureOutcome("Tally", "retained", "counts only")
 
 
 def test_state_metrics_and_forgetting_reach_every_part() -> None:
@@ -195,7 +195,7 @@ def test_state_metrics_and_forgetting_reach_every_part() -> None:
     other.load_state_dict(state)
     assert other.metrics() == {"projection/count": 5.0}
     outcomes = pipeline.forget(ForgetRequest("r", "client", clients=("0",)))
-    assert [r.outcome for r in outcomes] == ["none", "none", "none", "remains"]
+    assert [r.outcome for r in outcomes] == ["not applicable"] * 3 + ["retained"]
 
 
 UP = Payload("sum", "up", MODEL)

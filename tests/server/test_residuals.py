@@ -23,7 +23,7 @@ LATE = ["async.buffer=2", "devices=trace"]
 CASES = [(group, name) for group in PARTS for name, _ in list_choices(group)]
 CLIENT = f"{{id: a, scope: client, clients: ['3'], at: {{round: {AT}}}}}"
 CLASS = f"{{id: a, scope: class, classes: [1], at: {{round: {AT}}}}}"
-HONEST = {"remains", "reset", "recomputed"}
+HONEST = {"retained", "reset", "recomputed"}
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_who_was_away_when_asked_to_forget_is_told_when_it_is_back(tmp_path: Pat
     grid.push_messages = watched
     folder = on_devices(grid, overrides)
     for file in sorted((folder / "certificates").glob("0*.json")):
-        remains = [row["why"] for row in json.loads(file.read_text())["residuals"] if row["outcome"] == "remains"]
+        remains = [row["why"] for row in json.loads(file.read_text())["erasure"] if row["outcome"] == "retained"]
         assert any(text.startswith("client(s) 1 were not in reach: their devices are told") for text in remains)
         assert any(text.startswith("client(s) 2 were") and text.endswith("they begin again") for text in remains)
     assert verify(folder)

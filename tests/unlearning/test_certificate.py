@@ -14,8 +14,8 @@ from fedcl.cli import main
 from fedcl.results import sums
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.verify import verify
-from fedcl.unlearning.certificate import FOLDER, SALT, digest, read, sample_digest
-from fedcl.unlearning.receipt import model_digest
+from fedcl.unlearning.certificate import FOLDER, SALT, digest, model_digest, sample_digest
+from fedcl.unlearning.verification import read
 
 RunExperiment = Callable[..., Path]
 REQUESTS = (
@@ -56,9 +56,9 @@ def test_what_a_certificate_says(folder: Path) -> None:
     assert [path.name for path in _paths(folder)] == ["0001-bob.json", "0002-c2.json", "0003-few.json"]
     bob, c2, few = (json.loads(path.read_text()) for path in _paths(folder))
     assert bob["request"]["clients"] == ["3"]
-    assert bob["served_with"] == ["c2"]
+    assert bob["processed_with"] == ["c2"]
     assert (bob["server_round"], c2["server_round"], few["server_round"]) == (1, 1, 2)
-    assert bob["unlearner"] == {"name": "clients.unlearners.retrain.Retrain", "parameters": {}, "replays": True}
+    assert bob["unlearner"] == {"name": "clients.unlearners.retrain.Retrain", "parameters": {}, "retrains": True}
     assert bob["guarantee"].startswith("exact:")
     assert bob["previous"] == ""
     assert (c2["previous"], few["previous"]) == (bob["sha256"], c2["sha256"])
@@ -105,7 +105,7 @@ def test_each_field_that_is_changed_is_noticed(place: int, folder: Path) -> None
 def test_a_changed_certificate_that_was_signed_again_breaks_the_next(folder: Path) -> None:
     _edit(_paths(folder)[0], sign=True, guarantee="exact: promised")
     assert [bool(finding.faults) for finding in read(folder)] == [False, True, False]
-    assert not verify(folder, replay=False)
+    assert not verify(folder, retrain=False)
 
 
 def test_the_last_one_signed_again_contradicts_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_the_last_one_signed_again_contradicts_the_run(folder: Path, capsys: pyt
     assert main(["verify", str(folder), "--no-replay"]) == 1
     out = capsys.readouterr().out
     assert "model.after: the checkpoint holds other models" in out
-    assert "events.jsonl noted another one" in out
+    assert "events.jsonl recorded another hash" in out
 
 
 def test_models_that_training_all_over_does_not_give_are_noticed(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_models_that_training_all_over_does_not_give_are_noticed(folder: Path) -
             row["sha256"] = hashes[row["request"]]
     events.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sums.finalize(folder)
-    assert verify(folder, replay=False)
+    assert verify(folder, retrain=False)
     assert not verify(folder)
 
 
@@ -149,7 +149,7 @@ def test_a_removed_certificate_is_noticed(gone: int, folder: Path, capsys: pytes
 
 def test_all_certificates_removed_are_noticed(folder: Path) -> None:
     shutil.rmtree(folder / FOLDER)
-    assert not verify(folder, replay=False)
+    assert not verify(folder, retrain=False)
 
 
 def test_certificates_in_another_order_are_noticed(folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_certificates_in_another_order_are_noticed(folder: Path) -> None:
     (folder / FOLDER / "0002-bob.json").write_text(a)
     assert [bool(finding.faults) for finding in read(folder)][:2] == [True, True]
     (folder / FOLDER / "0002-c2.json").write_text(b)
-    assert any("two with the number 2" in fault for finding in read(folder) for fault in finding.faults)
+    assert any("two certificates with the number 2" in fault for finding in read(folder) for fault in finding.faults)
 
 
 def test_rubbish_in_the_folder_does_not_stop_the_check(folder: Path) -> None:

@@ -17,10 +17,10 @@ from fedcl.assembly import load_dataset, split_dataset
 from fedcl.cli import main
 from fedcl.config.compose import compose
 from fedcl.results import load
-from fedcl.runs.certification import AfterServing
 from fedcl.runs.experiment import run
 from fedcl.server.loop import Server
 from fedcl.simulation.grid import BaseGrid
+from fedcl.unlearning.certificate import Certification
 from fedcl.unlearning.service import Unlearning
 
 MARK = bytes(range(201, 217)) + bytes(range(240, 256))  # in every image that client 1 holds, twice
@@ -75,7 +75,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     Before the last round it must have been there, or the search would prove nothing.
     """
     seen: list[tuple[str, bool]] = []
-    serve, served = Unlearning._serve, AfterServing.__call__
+    serve, served = Unlearning._process, Certification.__call__
 
     def grid_of(server: Server) -> Any:
         grid = server.exchange.grid
@@ -94,12 +94,12 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         look(server, "before")
         serve(self, server, *args)
 
-    def serving(self: AfterServing, receipt: Any) -> None:
-        served(self, receipt)
-        look(self._server, "after")
+    def serving(self: Certification, receipt: Any, server: Server) -> None:
+        served(self, receipt, server)
+        look(server, "after")
 
-    monkeypatch.setattr(Unlearning, "_serve", serving_begins)
-    monkeypatch.setattr(AfterServing, "__call__", serving)
+    monkeypatch.setattr(Unlearning, "_process", serving_begins)
+    monkeypatch.setattr(Certification, "__call__", serving)
     return seen
 
 
@@ -181,7 +181,7 @@ def test_references_that_are_shared_remain_and_the_certificate_says_so(data: Pat
     settings += ["unlearning.requests=[{id: other, scope: client, clients: [2], at: {round: 2}}]"]
     folder = run(compose(settings), settings, [], quiet=True)
     [path] = (folder / "certificates").glob("*.json")
-    remains = [row for row in json.loads(path.read_text())["residuals"] if row["outcome"] == "remains"]
+    remains = [row for row in json.loads(path.read_text())["erasure"] if row["outcome"] == "retained"]
     assert [row["part"] for row in remains] == ["references"]
     assert _files_with_mark(shared)
 
@@ -228,18 +228,18 @@ def test_no_worker_keeps_a_copy(
         futures = [server.compute(_worker_bears, os.getpid()) for _ in range(8)]
         found[moment] = {future.result() for future in futures}
 
-    serve, served = Unlearning._serve, AfterServing.__call__
+    serve, served = Unlearning._process, Certification.__call__
 
     def serving_begins(self: Unlearning, server: Server, *args: Any) -> None:
         ask(server, "before")
         serve(self, server, *args)
 
-    def serving(self: AfterServing, receipt: Any) -> None:
-        served(self, receipt)
-        ask(self._server, "after")
+    def serving(self: Certification, receipt: Any, server: Server) -> None:
+        served(self, receipt, server)
+        ask(server, "after")
 
-    monkeypatch.setattr(Unlearning, "_serve", serving_begins)
-    monkeypatch.setattr(AfterServing, "__call__", serving)
+    monkeypatch.setattr(Unlearning, "_process", serving_begins)
+    monkeypatch.setattr(Certification, "__call__", serving)
     settings = _settings(data, tmp_path / "a", "backend=ray", "backend.workers=2", "unlearner=continue_without")
     settings += [_request(scope, data), "unlearning.reference=false"]
     folder = run(compose(settings), settings, [], quiet=True)

@@ -30,7 +30,7 @@ def test_a_finished_run_serves_at_once(finished: Path, capsys: pytest.CaptureFix
     before = load(finished)
     assert main(["forget", str(finished), "--client", "1", "--id", "bob"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "bob: served before round 4 by clients.unlearners.retrain.Retrain"
+    assert out[0] == "bob: processed before round 4 by clients.unlearners.retrain.Retrain"
     assert out[1].startswith("guarantee: exact:")
     assert Path(out[-1]) == finished / "certificates" / "0002-bob.json"
     assert Path(out[-1]).is_file()
@@ -83,7 +83,7 @@ def test_each_scope(arguments: list[str], request_: dict[str, Any], finished: Pa
         (["--client", "1", "--unlearner", "nothing"], "unlearner=nothing: no such choice"),
         (["--client", "1", "--unlearner", "federaser"], "must see every round from the first"),
         (["--class", "1", "--unlearner", "federaser"], "must see every round from the first"),
-        (["--class", "1", "--unlearner", "pgd"], "scope=class: this unlearner serves client"),
+        (["--class", "1", "--unlearner", "pgd"], "scope=class: this unlearner supports client"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_written(
@@ -101,7 +101,7 @@ def test_the_same_again_changes_nothing(finished: Path, capsys: pytest.CaptureFi
     assert main(["forget", str(finished), "--client", "1", "--id", "bob"]) == 0
     before = _files(finished)
     assert main(["forget", str(finished), "--client", "1", "--id", "bob"]) == 0
-    assert "was asked before" in capsys.readouterr().out
+    assert "was submitted before" in capsys.readouterr().out
     assert _files(finished) == before
     assert main(["forget", str(finished), "--client", "2", "--id", "bob"]) == 2
     assert _files(finished) == before
@@ -174,7 +174,7 @@ def test_a_running_run_serves_before_its_next_round(
     [served] = events_of(folder, "request_served")
     assert (served["round"], served["requests"]) == (2, ["bob"])
     [refused] = events_of(folder, "request_refused")
-    assert refused["reason"].startswith("requests.jsonl line 1: is no JSON")
+    assert refused["reason"].startswith("requests.jsonl line 1: is not valid JSON")
     assert [path.name for path in (folder / "certificates").glob("*.json")] == ["0001-bob.json"]
     assert verify(folder)
 
@@ -183,17 +183,17 @@ def test_a_request_at_the_very_end_is_served(
     run_small: RunExperiment, monkeypatch: pytest.MonkeyPatch, events_of: Events
 ) -> None:
     """It comes while the last planned one is being served: no round follows, and yet it is not left lying."""
-    from fedcl.runs.certification import AfterServing
+    from fedcl.unlearning.certificate import Certification
 
-    served = AfterServing.__call__
+    served = Certification.__call__
 
-    def asking(self: AfterServing, receipt: Any) -> None:
-        folder = self._run_dir
+    def asking(self: Certification, receipt: Any, server: Any) -> None:
+        folder = self.run_dir
         if not (folder / "requests.jsonl").exists():
             assert main(["forget", str(folder), "--client", "2", "--id", "late"]) == 0
-        served(self, receipt)
+        served(self, receipt, server)
 
-    monkeypatch.setattr(AfterServing, "__call__", asking)
+    monkeypatch.setattr(Certification, "__call__", asking)
     folder = run_small("a", requests="{id: planned, scope: client, clients: [1], at: end}")
     assert [event["requests"] for event in events_of(folder, "request_served")] == [["planned"], ["late"]]
     assert verify(folder)

@@ -12,10 +12,10 @@ import pytest
 from fedcl.results import load, schema
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.verify import verify
-from fedcl.unlearning.submitted import alone
+from fedcl.unlearning.sources import exclusive
 
-HOLD = "import sys, time; from pathlib import Path; from fedcl.unlearning.submitted import alone\n"
-HOLD += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+HOLD = "import sys, time; from pathlib import Path; from fedcl.unlearning.sources import exclusive\n"
+HOLD += "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
@@ -34,10 +34,10 @@ def line_of(stream: object) -> str:
     return str(stream.readline())
 
 
-def test_who_holds_the_run_holds_it_alone(finished: Path) -> None:
+def test_who_holds_the_run_holds_it_exclusive(finished: Path) -> None:
     before = (finished / schema.CONFIG).stat().st_mtime_ns
     with (finished / schema.CONFIG).open("rb") as other:
-        with alone(finished), pytest.raises(BlockingIOError):
+        with exclusive(finished), pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert (finished / schema.CONFIG).stat().st_mtime_ns == before
@@ -52,7 +52,7 @@ def test_two_at_once_are_both_served_one_after_the_other(finished: Path) -> None
     assert served in (["0002-c0.json", "0003-c1.json"], ["0002-c1.json", "0003-c0.json"])
     assert load(finished).status == "done"
     assert {"0", "1", "3"}.isdisjoint(Checkpoints(finished).load()[0]["server"]["committed"])
-    assert verify(finished, replay=False)
+    assert verify(finished, retrain=False)
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_who_waits_says_so_and_a_killed_process_leaves_no_lock(finished: Path) -
     try:
         assert line_of(holder.stdout) == "held\n"
         waiting = asking(finished, "1")
-        assert line_of(waiting.stderr) == f"{finished}: another request is being served, waiting for it\n"
+        assert line_of(waiting.stderr) == f"{finished}: another request is being processed, waiting for it\n"
         assert waiting.poll() is None
         assert not (finished / "requests.jsonl").exists()  # nothing is handed in before it is its turn
     finally:
@@ -70,4 +70,4 @@ def test_who_waits_says_so_and_a_killed_process_leaves_no_lock(finished: Path) -
     out, error = waiting.communicate(timeout=300)
     assert waiting.returncode == 0, error
     assert Path(out.strip()).name == "0002-c1.json"
-    assert verify(finished, replay=False)
+    assert verify(finished, retrain=False)

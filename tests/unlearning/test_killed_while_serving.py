@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import fedcl.runs.certification as served_module
+import fedcl.runs.unlearning as unlearning_module
 from fedcl.cli import main
 from fedcl.config.compose import compose
 from fedcl.contracts.requests import ForgetRequest
@@ -23,7 +23,7 @@ from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
 from fedcl.unlearning import certificate
 from fedcl.unlearning.service import Unlearning
-from fedcl.unlearning.submitted import hand_in
+from fedcl.unlearning.sources import submit
 from fedcl.unlearning.view import UnlearningView
 
 RunExperiment = Callable[..., Path]
@@ -70,7 +70,7 @@ def _named_served(*args: Any, **kwargs: Any) -> bool:
 
 
 POINTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "admitted": (Unlearning, "_serve", {}),
+    "admitted": (Unlearning, "_process", {}),
     "asked": (UnlearningView, "forget", {}),
     "expelled": (Server, "remove_clients", {"after": True}),
     "edited": (Server, "edit", {"after": True}),
@@ -83,7 +83,7 @@ POINTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "checkpoint not named": (checkpoint, "write_atomic", {"when": _named_served}),
     "checkpoint named": (checkpoint, "write_atomic", {"after": True, "when": _named_served}),
     "saved": (Checkpoints, "save", {"after": True, "when": _alone}),
-    "purged": (served_module.AfterServing, "purge", {"after": True}),
+    "purged": (unlearning_module, "purge", {"after": True}),
 }
 
 
@@ -123,7 +123,7 @@ def _equal(cut: Path, whole: Path, metrics_hash: Hash) -> None:
     names = [path.name for path in sorted((cut / "certificates").glob("*.json"))]
     assert names == ["0001-bob.json", "0002-c2.json", "0003-few.json"]
     assert [_timeless(c) for c in _certificates(cut)] == [_timeless(c) for c in _certificates(whole)]
-    assert verify(cut, replay=False)
+    assert verify(cut, retrain=False)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_request_that_came_while_a_round_ran_comes_in_the_same_round_again(
     def asking(self: Server, server_round: int, arrived: Any) -> None:
         folder = self.record.run_dir  # type: ignore[attr-defined]
         if server_round == 1 and not (folder / "requests.jsonl").exists():
-            hand_in(folder, asked)
+            submit(folder, asked)
         aggregate(self, server_round, arrived)
 
     monkeypatch.setattr(Server, "_aggregate", asking)

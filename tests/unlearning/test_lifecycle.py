@@ -16,7 +16,7 @@ from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.verify import verify
 from fedcl.server.loop import Server
-from fedcl.unlearning.submitted import hand_in
+from fedcl.unlearning.sources import submit
 
 RunExperiment = Callable[..., Path]
 Events = Callable[..., list[dict[str, Any]]]
@@ -99,7 +99,7 @@ def test_two_in_one_window_are_served_together(run_small: RunExperiment, events_
     folder = run_small("a", "unlearning.window=2", "unlearner=retrain", requests=requests)
     [served] = events_of(folder, "request_served")
     assert (served["round"], served["requests"]) == (3, ["a", "b"])
-    assert [(c["index"], c["request"]["id"], c["served_with"]) for c in _certificates(folder)] == [
+    assert [(c["index"], c["request"]["id"], c["processed_with"]) for c in _certificates(folder)] == [
         (1, "a", ["b"]),
         (2, "b", ["a"]),
     ]
@@ -140,10 +140,10 @@ def test_the_same_request_again_and_another_under_its_name(
         folder = self.record.run_dir  # type: ignore[attr-defined]
         client = {0: "1", 1: "1", 2: "2"}.get(server_round)
         if client is not None:
-            hand_in(folder, ForgetRequest("bob", "client", clients=(client,)))
+            submit(folder, ForgetRequest("bob", "client", clients=(client,)))
         if server_round == 0:
-            hand_in(folder, ForgetRequest("nobody", "client", clients=("77",)))
-            hand_in(folder, ForgetRequest("nothing", "class", clients=("1",)))
+            submit(folder, ForgetRequest("nobody", "client", clients=("77",)))
+            submit(folder, ForgetRequest("nothing", "class", clients=("1",)))
         aggregate(self, server_round, arrived)
 
     monkeypatch.setattr(Server, "_aggregate", asking)

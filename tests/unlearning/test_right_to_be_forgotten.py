@@ -33,8 +33,8 @@ def test_each_request_has_its_certificate(forgotten: Path) -> None:
     for one in contents:
         assert one["model"]["before"] != one["model"]["after"]
         assert one["guarantee"].startswith("approximate")
-        bases = [row for row in one["residuals"] if row["part"] == "FOT"]
-        assert [row["outcome"] for row in bases] == ["recomputed"], one["residuals"]
+        bases = [row for row in one["erasure"] if row["part"] == "FOT"]
+        assert [row["outcome"] for row in bases] == ["recomputed"], one["erasure"]
         # next to the reference: a run of its own without the forget set
         assert {"gap/average", "reference/test_accuracy"} <= one["measurements"].keys()
     rounds = [one["server_round"] for one in contents]

@@ -16,7 +16,7 @@ from fedcl.results.html import elements as e
 from fedcl.results.html.elements import Cell
 from fedcl.results.report import event_counts
 from fedcl.results.run import Run
-from fedcl.unlearning import certificate
+from fedcl.unlearning.verification import Finding, read
 
 _MAX_ROWS = 500
 _PLACES = ("run_dir", "name", "trusted_packages")  # depend on where one stands, not on what was run
@@ -81,9 +81,9 @@ def events(run: Run) -> str:
 
 def certificates(run: Run) -> str:
     """Return the certificates of what was forgotten, each checked against itself and the one before it."""
-    findings = certificate.read(run.path)
+    findings = read(run.path)
     if not findings:
-        return e.section("certificates", "Certificates", e.paragraph("No request to forget was served."))
+        return e.section("certificates", "Certificates", e.paragraph("No request to forget was processed."))
     parts = [
         e.paragraph(
             "Checked here against their own hashes and the chain of them; fedcl verify also checks them against the "
@@ -95,7 +95,7 @@ def certificates(run: Run) -> str:
     return e.section("certificates", "Certificates", *parts)
 
 
-def _certificate(finding: certificate.Finding) -> str:
+def _certificate(finding: Finding) -> str:
     content = finding.content
     wrong = "".join(f'<p class="note">{e.esc(fault)}</p>' for fault in finding.faults)
     if not content:
@@ -109,12 +109,12 @@ def _certificate(finding: certificate.Finding) -> str:
         ("before round", int(content["server_round"]) + 1),
         ("by", str(unlearner.get("name", "")).rpartition(".")[2]),
         ("promises", content["guarantee"]),
-        ("served with", ", ".join(map(str, content["served_with"])) or "no other"),
+        ("processed with", ", ".join(map(str, content["processed_with"])) or "no other"),
         ("cost", "; ".join(f"{key} {_plain(value)}" for key, value in content["cost"].items())),
         ("written", content["time"]),
         ("SHA-256", content["sha256"]),
     ]
-    outcomes = [tuple(str(one.get(key, "")) for key in ("part", "outcome", "why")) for one in content["residuals"]]
+    outcomes = [tuple(str(one.get(key, "")) for key in ("part", "outcome", "why")) for one in content["erasure"]]
     caption = f"What became of everything that remembers: {request.get('id')}"
     table = e.table(caption, ("part", "outcome", "why"), outcomes)
     return f"<h3>{e.esc(finding.name)}</h3>\n{wrong}{e.pairs(rows)}\n{e.details('What remains', table)}"

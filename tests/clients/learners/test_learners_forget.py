@@ -22,7 +22,7 @@ from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.erasing import erase
 from fedcl.config.compose import compose, list_choices
 from fedcl.contracts.learner import Plugin, TaskData
-from fedcl.contracts.requests import ForgetNote, ForgetRequest, Scope, outcomes_from
+from fedcl.contracts.requests import ForgetInstruction, ForgetRequest, Scope, outcomes_from
 from fedcl.data.dataset import Dataset
 from fedcl.messages import Request
 from fedcl.scenario.streams import ClassIncremental, DomainPermuted
@@ -57,7 +57,7 @@ def contains(tree: Any, wanted: Tensor) -> bool:
 def ask(client: Any, request: ForgetRequest) -> list[Any]:
     """Send a request to the client as the server does, with the tasks it has met."""
     tasks = tuple(client.stream.train_task(task) for task in range(2))
-    note = ForgetNote((request,), tasks)
+    note = ForgetInstruction((request,), tasks)
     model = client.runtime.model.vector()
     message = Request(
         "forget", "0", client.visit, client.committed, 0, 0, tasks[-1], model=model, note=note.to_json()
@@ -131,7 +131,7 @@ def test_every_learner_answers_and_goes_on(blobs: Dataset, make_client: Callable
     client = make_client(blobs, made, _factories(name))
     list(client.run(SCRIPT))
     outcomes = ask(client, ForgetRequest("r", "class", classes=(made.train_task(0).classes[0],)))
-    keeps = [r for r in outcomes if r.outcome != "none"]
+    keeps = [r for r in outcomes if r.outcome != "not applicable"]
     assert all(r.outcome in ("erased", "reset", "recomputed") for r in keeps)
     models = list(client.run([("train", 1), ("train", 2), ("task_end", 2)]))
     assert all(bool(torch.isfinite(model).all()) for model in models)
@@ -157,7 +157,7 @@ def test_samples_in_another_form_cannot_be_told(blobs: Dataset) -> None:
     assert len(buffer) == 4
     known = TaskData(x, torch.zeros(1, dtype=torch.long), raw[:1])
     assert erase(buffer, ER(), request, known).outcome == "erased"
-    assert erase(buffer, ER(), request, known).outcome == "none"
+    assert erase(buffer, ER(), request, known).outcome == "not applicable"
     assert buffer.held["x"].tolist() == raw[1:].tolist()
     with pytest.raises(ValueError, match=r"torch\.float32 \(2,\) are given"):
         buffer.drop_samples(x)

@@ -217,7 +217,7 @@ def test_calibration_turns_what_the_leaver_has_not_touched_the_least() -> None:
         expected += share * calibrated(clients.spec, update.delta, trained.double() - start.float().double())
     torch.testing.assert_close(erased.double(), expected, rtol=1e-5, atol=1e-6)
     residual = resumed.forget(request("c"))
-    assert (residual.outcome, resumed.forget(request("c")).outcome) == ("erased", "none")
+    assert (residual.outcome, resumed.forget(request("c")).outcome) == ("erased", "not applicable")
     assert "2 stored changes" in residual.why
     assert all("c" not in steps for steps in resumed.state_dict()["rounds"].values())
     # the history is that of the erased run now: serving nobody more ends where it ended
@@ -344,7 +344,7 @@ def test_requests_one_after_another() -> None:
     assert torch.equal(clients.sent[0], start)
     assert len(method._path.rounds) == 6  # all lost rounds played again ...
     assert clients.asked == [("a", "c")] * (6 - place)  # ... by those who stay
-    assert method.forget(request("b")).outcome in ("erased", "remains")
+    assert method.forget(request("b")).outcome in ("erased", "retained")
     assert all("b" not in one.distances for one in method._path.rounds)
     assert method._path.sensitivity("b") == 0.0
     before = method._path.sensitivity("c")
@@ -387,8 +387,8 @@ def test_without_a_round_there_is_nothing_to_forget() -> None:
     method = SIFU()
     clients: Any = world(method, CONVEX)
     assert method.unlearn([request("a")], {GLOBAL: clients.initial}, clients) == {}
-    assert method.forget(request("a")).outcome == "none"
-    assert FedEraser().forget(request("a")).outcome == "none"
+    assert method.forget(request("a")).outcome == "not applicable"
+    assert FedEraser().forget(request("a")).outcome == "not applicable"
 
 
 def test_which_models_are_convex_and_where_noise_goes() -> None:

@@ -210,7 +210,7 @@ def test_everything_else_is_the_bases(wrap: Any) -> None:
     assert int(wrapper.local(None, "abc").tensors["step"]) == 3
     with pytest.raises(TypeError, match="has no step 'abc'"):
         wrapper.local(None, f"{wrapper.prefix}/abc")
-    with pytest.raises(ValueError, match=r"unlearner.base=Retrain: trains all over"):
+    with pytest.raises(ValueError, match=r"unlearner.base=Retrain: retrains"):
         wrap(base=Retrain())
 
 

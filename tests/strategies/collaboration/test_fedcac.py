@@ -343,9 +343,9 @@ def test_state_survives_storage() -> None:
 def test_forgetting() -> None:
     _, part, view = system(beta=2)
     part.combine(round_of([0, 1, 2]), view)  # type: ignore[arg-type]
-    assert part.forget(ForgetRequest("r", "client", clients=("7",))).outcome == "none"
+    assert part.forget(ForgetRequest("r", "client", clients=("7",))).outcome == "not applicable"
     residual = part.forget(ForgetRequest("r", "client", clients=("2",)))
-    assert residual.outcome == "remains"
+    assert residual.outcome == "retained"
     assert part.message_for("2", view)[0] == GLOBAL  # type: ignore[arg-type]
     models = part.combine(round_of([0, 1]), view)  # type: ignore[arg-type]
     assert set(models) == {GLOBAL, "0", "1"}

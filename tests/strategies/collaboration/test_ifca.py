@@ -144,7 +144,7 @@ def test_forgetting_drops_choices() -> None:
     run_toy(part, view, {"0": (1.0, 1, 1), "1": (1.0, 1, 1)})
     assert part.forget(ForgetRequest("r", "client", clients=("0",))).outcome == "erased"
     assert [part.message_for(c, view)[0] for c in "01"] == ["cluster-0", "cluster-1"]  # type: ignore[arg-type]
-    assert part.forget(ForgetRequest("r", "client", clients=("0",))).outcome == "none"
+    assert part.forget(ForgetRequest("r", "client", clients=("0",))).outcome == "not applicable"
     assert part.forget(ForgetRequest("r", "class")).outcome == "reset"
 
 

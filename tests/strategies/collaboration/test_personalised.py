@@ -71,7 +71,7 @@ def test_local_remembers_who_has_a_model() -> None:
     other = Local()
     other.load_state_dict(unpack(*pack(federation.part.state_dict())))
     assert other.message_for("0", federation)[0] == "0"  # type: ignore[arg-type]
-    assert other.forget(ForgetRequest("r", "client")).outcome == "none"
+    assert other.forget(ForgetRequest("r", "client")).outcome == "not applicable"
 
 
 # -- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -283,9 +283,9 @@ def test_fedamp_survives_and_forgets() -> None:
     other = FedAMP()
     other.load_state_dict(state)
     assert equal(other.state_dict(), state)
-    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "remains"
+    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "retained"
     assert list(other.state_dict()["models"]) == ["0", "2"]
-    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "none"
+    assert other.forget(ForgetRequest("r", "client", clients=("1",))).outcome == "not applicable"
     assert other.forget(ForgetRequest("r", "class", classes=(1,))).outcome == "reset"
     assert other.state_dict()["models"] == {}
 

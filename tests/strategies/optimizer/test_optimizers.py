@@ -134,7 +134,7 @@ def test_buffers_move_as_they_are_told(make: Callable[[], ServerOptimizer]) -> N
 def test_forgetting_starts_over(make: Callable[[], ServerOptimizer]) -> None:
     optimizer, fresh = ready(make()), ready(make())
     request = ForgetRequest("r", "client", clients=("0",))
-    assert optimizer.forget(request).outcome == "none"
+    assert optimizer.forget(request).outcome == "not applicable"
     first, second = changes(2)
     optimizer.step(GLOBAL, first)
     assert optimizer.forget(request).outcome == "reset"

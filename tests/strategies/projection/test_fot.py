@@ -712,8 +712,8 @@ def test_state_survives_a_round_trip_through_a_checkpoint() -> None:
 
 def test_a_basis_cannot_forget_and_says_so() -> None:
     request = ForgetRequest("r", "client", clients=("a",))
-    assert setup(0).forget(request).outcome == "none"
-    assert setup(2).forget(request).outcome == "remains"
+    assert setup(0).forget(request).outcome == "not applicable"
+    assert setup(2).forget(request).outcome == "retained"
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------------

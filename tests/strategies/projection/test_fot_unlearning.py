@@ -116,7 +116,7 @@ def test_grams_give_the_bases_of_a_run_without_the_client(departing_client: str)
         else b"?"
     )
     assert not any(needle in tensor.numpy().tobytes() for tensor in pack(resumed.state_dict())[1].values())
-    assert resumed.forget(request(departing_client)).outcome == "none"
+    assert resumed.forget(request(departing_client)).outcome == "not applicable"
 
 
 def test_grams_cost_what_the_metrics_say() -> None:
@@ -164,7 +164,7 @@ def test_directions_of_a_task_are_dropped(departing_client: str) -> None:
     assert part.metrics()["extensions"] == len(stay)
     assert part.epsilon == pytest.approx(0.6 + 0.05 * len(stay))
     # what was found after, and outside of, something that is gone still tells of it
-    assert residual.outcome == ("remains" if stay else "reset")
+    assert residual.outcome == ("retained" if stay else "reset")
     assert f"{4 - len(stay)} extensions are dropped" in residual.why
 
 
@@ -200,13 +200,13 @@ def test_asked_again_the_bases_are_those_of_today() -> None:
 
 @pytest.mark.parametrize("mode", ["keep", "drop_task", "keep_grams", "recompute"])
 def test_what_it_answers(mode: Any) -> None:
-    assert FOT(unlearn_basis=mode).forget(request("a")).outcome == "none"
+    assert FOT(unlearn_basis=mode).forget(request("a")).outcome == "not applicable"
     by_class = grown(mode, WHO).forget(request(scope="class", classes=(1,)))
-    assert by_class.outcome == ("recomputed" if mode == "recompute" else "remains")
+    assert by_class.outcome == ("recomputed" if mode == "recompute" else "retained")
     stranger = grown(mode, WHO).forget(request("z"))
-    assert stranger.outcome == {"keep": "remains", "recompute": "recomputed"}.get(mode, "none")
+    assert stranger.outcome == {"keep": "retained", "recompute": "recomputed"}.get(mode, "not applicable")
     of_some = grown(mode, WHO).forget(request("b", scope="sample", samples=(3,)))
-    assert of_some.outcome != "none"
+    assert of_some.outcome != "not applicable"
     if mode in ("drop_task", "keep_grams"):
         assert "unlearn_basis=recompute" in by_class.why
 

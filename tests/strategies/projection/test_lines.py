@@ -68,7 +68,7 @@ def test_the_first_task_of_an_untrained_model_is_let_be() -> None:
 def test_forgetting_begins_the_task_again() -> None:
     made, server = part(first_task=True), view()
     request = ForgetRequest("r", "client", clients=("2",))
-    assert made.forget(request).outcome == "none"
+    assert made.forget(request).outcome == "not applicable"
     change(made, server, GLOBAL, 2.0)
     assert made.forget(request).outcome == "reset"
     change(made, server, GLOBAL, 1.0)
