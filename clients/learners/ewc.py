@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
 from fedcl.client.loop import masked_cross_entropy
+from fedcl.client.sample_gradients import add_to, summed_over_samples
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.flat import FlatModel
@@ -149,39 +149,20 @@ def fisher_diagonal(
 
     The model is left in evaluation mode: no dropout, running statistics. ``batch`` matters to ``per_batch`` alone.
     """
+    if kind == "per_sample":
+
+        def loss(logits: Tensor, column: Tensor) -> Tensor:
+            if mask is not None:
+                logits = logits.masked_fill(~mask, float("-inf"))
+            return F.cross_entropy(logits, column[None])
+
+        total = summed_over_samples(model, loss, torch.square, x, y, chunk_elements=_CHUNK_ELEMENTS)
+        return (total / len(y)).float()
     model.eval()
     total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
-    if kind == "per_batch":
-        batches = range(0, len(y), batch)
-        for start in batches:
-            part = Batch(x[start : start + batch], y[start : start + batch], mask)
-            grads = torch.autograd.grad(
-                masked_cross_entropy(model(part.x), part), model.trainable, materialize_grads=True
-            )
-            _accumulate(model, total, [g.square() for g in grads])
-        return (total / len(batches)).float()
-    step = max(1, _CHUNK_ELEMENTS // max(1, model.num_parameters))
-    for start in range(0, len(y), step):
-        _accumulate(model, total, _squared_gradients(model, x[start : start + step], y[start : start + step], mask))
-    return (total / len(y)).float()
-
-
-def _squared_gradients(model: FlatModel, x: Tensor, y: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Return, for each trainable parameter, the sum over samples of its squared gradient."""
-    trainable = {name: p.detach() for name, p in model.module.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in model.module.named_parameters() if not p.requires_grad}
-
-    def negative_log_likelihood(params: dict[str, Tensor], sample: Tensor, column: Tensor) -> Tensor:
-        logits = functional_call(model.module, {**fixed, **params}, (sample[None],)).logits
-        if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
-        return F.cross_entropy(logits, column[None])
-
-    grads = vmap(grad(negative_log_likelihood), in_dims=(None, 0, 0))(trainable, x, y)
-    return [grads[name].square().sum(0) for name in trainable]
-
-
-def _accumulate(model: FlatModel, total_P: Tensor, values: list[Tensor]) -> None:
-    specs = [s for p, s in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
-    for spec, value in zip(specs, values, strict=True):
-        total_P[spec.start : spec.stop] += value.flatten()
+    batches = range(0, len(y), batch)
+    for start in batches:
+        part = Batch(x[start : start + batch], y[start : start + batch], mask)
+        grads = torch.autograd.grad(masked_cross_entropy(model(part.x), part), model.trainable, materialize_grads=True)
+        add_to(total, model, [g.square() for g in grads])
+    return (total / len(batches)).float()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
+from fedcl.client.sample_gradients import summed_over_samples
 from fedcl.client.scope import check_scope, in_scope
 from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
 from fedcl.models.flat import FlatModel
@@ -120,20 +120,10 @@ def sensitivity(model: FlatModel, x: Tensor, columns: tuple[int, ...]) -> Tensor
 
     The model is left in evaluation mode: no dropout, running statistics.
     """
-    model.eval()
-    pairs = list(zip(model.module.named_parameters(), model.parameter_specs, strict=True))
-    trainable = {name: p.detach() for (name, p), _ in pairs if p.requires_grad}
-    fixed = {name: p.detach() for (name, p), _ in pairs if not p.requires_grad}
-    slices = {name: slice(spec.start, spec.stop) for (name, _), spec in pairs}
     chosen = list(columns)
 
-    def squared_norm(params: dict[str, Tensor], sample: Tensor) -> Tensor:
-        logits: Tensor = functional_call(model.module, {**fixed, **params}, (sample[None],)).logits
+    def squared_norm(logits: Tensor) -> Tensor:
         return logits[0, chosen].square().sum()
 
-    total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
-    for part in torch.split(x, max(1, _CHUNK_ELEMENTS // max(1, model.num_parameters))):
-        grads = vmap(grad(squared_norm), in_dims=(None, 0))(trainable, part)
-        for name, gradient in grads.items():
-            total[slices[name]] += gradient.abs().sum(0).flatten()
+    total = summed_over_samples(model, squared_norm, torch.abs, x, chunk_elements=_CHUNK_ELEMENTS)
     return (total / len(x)).float()

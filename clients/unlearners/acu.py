@@ -18,53 +18,53 @@ from torch import Tensor
 
 from clients.learners.closed_form import features_of
 from clients.learners.ranpac import GRAM, GRAM_SUMS, gram_sums
+from clients.unlearners.averaging import summed
 from fedcl.contracts.fields import Form
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response, Target
+    from fedcl.contracts.strategy import Target
 
 Way = Literal["subtract", "rebuild"]
 Sums = dict[str, Tensor]
-# of who holds none of what is asked for, none of them
-_ANSWER: Form = {name: replace(field, counts=False, group="sums") for name, field in GRAM_SUMS.items()}
+# clients without the samples in question leave all of them out
+_RESPONSE: Form = {name: replace(field, counts=False, group="sums") for name, field in GRAM_SUMS.items()}
 _HEADS = ("head.", "heads.")
 _PROMISES = {
-    "unserved": "exact for the head, if the network below it has the weights that the run began with",
+    "initial": "exact for the head, if the network below it has the weights that the run began with",
     "exact": "exact for the head: it is that of a run without the forget set; the network below it has the weights "
     "that the run began with, so no client's data are in it",
     "head": "approximate: the head is solved from what stays, in the present features; the network below it was "
     "trained on clients' data, the forget set among them, and nothing of that is taken back",
     "nothing": "none: no head has been solved yet, and what training made of the forget set is not taken back",
-    "partly": "approximate: some clients did not answer, and what they hold is not in the head any more",
+    "partly": "approximate: some clients did not respond, and what they hold is no longer in the head",
 }
 
 
 class ACU(Unlearner):
-    """Solve RanPAC's head again without the forget set. Whoever holds some of it is asked once, for sums.
+    """Solve RanPAC's head again without the forget set. Clients that hold some of it are asked once, for sums.
 
     Parameters
     ----------
     sums
-        ``subtract``: who holds some of the forget set sends its sums, to be taken out. That is only right while the
-        network below the head is the one that the sums were made with: where it was trained, or where an owner does not
-        answer, everything is rebuilt. ``rebuild``: the clients that stay always send the sums of what they keep.
+        ``subtract``: clients that hold some of the forget set send its sums, which are subtracted. That is only right
+        while the network below the head is the one that the sums were made with: where it was trained, or where an
+        owner does not respond, everything is rebuilt. ``rebuild``: the clients that stay always send the sums of what
+        they keep.
 
     Raises
     ------
     ValueError
-        If ``sums`` is something else, or (when a request is served) the learner adds up no Gram matrices.
+        When a request is processed, if the learner adds up no Gram matrices.
     """
 
     takes_apart = (GRAM,)
 
     def __init__(self, *, sums: Way = "subtract") -> None:
-        if sums not in ("subtract", "rebuild"):
-            raise ValueError(f"unlearner.sums={sums}: must be one of subtract, rebuild")
         self.sums = sums
-        self._outcome = "unserved"
+        self._outcome = "initial"
         self._metrics: dict[str, float] = {}
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
@@ -73,7 +73,7 @@ class ACU(Unlearner):
             return super().local(ctx, step)
         part = ctx.forget if ctx.args["part"] == "forget" else ctx.retain
         sums = gram_sums(features_of(ctx.model, part.x, part.y), ctx.num_columns) if len(part) else {}
-        # who holds nothing of it has answered all the same
+        # a client that holds nothing of it has responded all the same
         return Local(len(ctx.forget) + len(ctx.retain), sums)
 
     def unlearn(
@@ -102,27 +102,29 @@ class ACU(Unlearner):
         return solved
 
     def _subtracted(self, before: Sums, models: Mapping[Target, Tensor], view: UnlearnView) -> Sums | None:
-        """Return the sums without what owners say, or None if one of them does not answer."""
+        """Return the sums without what owners say, or None if one of them does not respond."""
         tasks = view.statistics.consumed(GRAM)
         owners = [client for client in view.owners if client in tasks]
         model = next(iter(models.values()))  # all have the same features
-        responses = view.ask(GRAM, dict.fromkeys(owners, model), _ANSWER, tasks=tasks, part="forget") if owners else []
+        responses = (
+            view.ask(GRAM, dict.fromkeys(owners, model), _RESPONSE, tasks=tasks, part="forget") if owners else []
+        )
         out_of_reach = set(tasks) - set(view.clients) - set(owners)
         if out_of_reach or len(responses) < len(owners):
             return None
-        gone = total(responses)
-        return {name: value - gone[name] if name in gone else value for name, value in before.items()}
+        removed = summed(responses)
+        return {name: value - removed[name] if name in removed else value for name, value in before.items()}
 
     def _rebuilt(self, before: Sums, view: UnlearnView) -> tuple[Sums, set[str]]:
         """Return the sums of what the clients that stay retain, each in the features of its model, and who they are."""
         tasks = view.statistics.consumed(GRAM)
         stay = [client for client in view.clients if client in tasks]
         asked = {client: view.model_of(client) for client in stay}
-        responses = view.ask(GRAM, asked, _ANSWER, tasks=tasks, part="retain") if stay else []
+        responses = view.ask(GRAM, asked, _RESPONSE, tasks=tasks, part="retain") if stay else []
         if len(responses) < len(stay):
             self._outcome = "partly"
         self._metrics["rebuilt"] = 1.0
-        kept = total(responses)
+        kept = summed(responses)
         return {name: kept.get(name, torch.zeros_like(value)) for name, value in before.items()}, {
             response.client for response in responses
         }
@@ -134,15 +136,6 @@ class ACU(Unlearner):
     def metrics(self) -> dict[str, float]:
         """Return how many samples left the sums, and whether these were made again."""
         return dict(self._metrics)
-
-
-def total(responses: Sequence[Response]) -> Sums:
-    """Return the sums over clients of equally named tensors."""
-    sums: Sums = {}
-    for response in responses:
-        for name, tensor in response.tensors.items():
-            sums[name] = sums[name] + tensor if name in sums else tensor
-    return sums
 
 
 def same_below_heads(spec: Spec, one: Tensor, other: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.steps import check, responses_of
+from clients.unlearners.steps import responses_of
 from fedcl.contracts.fields import Form
 from fedcl.contracts.requests import ForgetRequest, Forgotten
 from fedcl.contracts.strategy import GLOBAL
@@ -29,6 +29,15 @@ def moved(model: Tensor, responses: Sequence[Response]) -> Tensor:
     for response in responses:
         mean += response.tensors["change"].double() * (response.num_examples / total)
     return (model.double() + mean).float()
+
+
+def summed(responses: Sequence[Response]) -> dict[str, Tensor]:
+    """Return the float64 sums over clients of equally named tensors."""
+    sums: dict[str, Tensor] = {}
+    for response in responses:
+        for name, tensor in response.tensors.items():
+            sums[name] = sums[name] + tensor if name in sums else tensor.double()
+    return sums
 
 
 def num_parameters(spec: Spec) -> int:
@@ -57,7 +66,7 @@ def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView)
 class Averaged(Unlearner):
     """Rounds in which clients move a model on their own samples, and the server adds the mean of their changes.
 
-    The same procedure serves every target: the global model, and each personal or cluster model.
+    The same procedure is used for every target: the global model, and each personal or cluster model.
 
     Parameters
     ----------
@@ -66,13 +75,12 @@ class Averaged(Unlearner):
     """
 
     def __init__(self, *, rounds: int) -> None:
-        check(rounds=rounds)
         self.rounds = rounds
         self._metrics: dict[str, float] = {}
 
     @property
     def response(self) -> Form:
-        """What clients answer in a round: their change and how many steps they took, unless a subclass says more."""
+        """What clients send in a round: their change and their number of steps, unless a subclass says more."""
         return responses_of("steps")
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
@@ -127,25 +135,19 @@ class Together(Averaged):
         ``adam``, or ``sgd`` with the client's momentum and weight decay.
     everyone
         Whether clients that hold nothing of F take part.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range or ``optimizer`` unknown.
     """
 
     def __init__(
         self,
         *,
-        rounds: int,
-        epochs: int,
-        lr: float | None,
-        batch_size: int | None,
-        optimizer: str,
-        everyone: bool,
+        rounds: int = 1,
+        epochs: int = 3,
+        lr: float | None = 0.001,
+        batch_size: int | None = None,
+        optimizer: str = "adam",
+        everyone: bool = True,
     ) -> None:
         super().__init__(rounds=rounds)
-        check(epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer)
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
         self.optimizer, self.everyone = optimizer, everyone
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clients.unlearners.averaging import Together
-from clients.unlearners.steps import BATCH, allowed, answered, gradients, optimizer, settings
+from clients.unlearners.steps import BATCH, allowed, change_of, gradients, optimizer, settings
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
 from fedcl.models.flat import FlatModel
 
@@ -33,11 +33,6 @@ class BadTeacher(Together):
         Of all three softmaxes, above 0.
     everyone
         Whether clients that hold nothing of F imitate the full teacher in the same rounds.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range or ``optimizer`` unknown.
     """
 
     def __init__(
@@ -55,10 +50,6 @@ class BadTeacher(Together):
         super().__init__(
             rounds=rounds, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, everyone=everyone
         )
-        if not 0 <= retain_share <= 1:
-            raise ValueError(f"unlearner.retain_share={retain_share}: must be in [0, 1]")
-        if not temperature > 0:
-            raise ValueError(f"unlearner.temperature={temperature}: must be > 0")
         self.retain_share, self.temperature = retain_share, temperature
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
@@ -76,12 +67,11 @@ class BadTeacher(Together):
         steps = 0
         ctx.model.train()
         for _ in range(training.epochs):
-            order = torch.randperm(len(samples), generator=batches).to(samples.y.device)
-            for rows in torch.split(order, training.batch_size):
+            for rows in samples.drawn(training.batch_size, batches):
                 log_p = log_probabilities(ctx.model, samples.x[rows], allowed_NC[rows], self.temperature)
                 move(gradients(ctx.model, divergence(taught_NC[rows], log_p)))
                 steps += 1
-        return answered(ctx, len(samples), steps=steps)
+        return change_of(ctx, len(samples), steps=steps)
 
     def enclosed(self, original: Tensor, view: UnlearnView, number: int) -> dict[str, Tensor]:
         """Send the bad teacher, and the full one where it is not the model that is sent anyway."""

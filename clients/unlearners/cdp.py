@@ -1,4 +1,4 @@
-"""CDP: prune the channels that tell a class apart, found by a tf-idf score of channels over classes.
+"""CDP: prune the channels that discriminate a class, found by a tf-idf score of channels over classes.
 
 Wang, Guo, Xie, Qi, "Federated Unlearning via Class-Discriminative Pruning", WWW 2022 (arXiv 2110.11794): classes are
 documents, channels words, and a channel's activation on a class its frequency. With A[c, h] the mean activation of
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from clients.unlearners.averaging import summed
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, Target
+    from fedcl.contracts.strategy import LocalWork, Target
 
 STEP = "activations"
 _FORGET, _RETAIN = "forget", "retain"
@@ -43,19 +44,17 @@ class CDP(Unlearner):
     ----------
     sparsity
         Share of a layer's channels to prune for each forgotten class, in (0, 1), rounded up. A channel whose score is
-        not above 0, because it does not tell classes apart, is never pruned.
+        not above 0, because it does not discriminate classes, is never pruned.
 
     Raises
     ------
     ValueError
-        If ``sparsity`` is out of range, or (in :meth:`check`) the model has no layer to prune or has attention.
+        In :meth:`check`, if the model has no layer to prune or has attention.
     """
 
     scopes = frozenset({"class"})
 
     def __init__(self, *, sparsity: float = 0.1) -> None:
-        if not 0 < sparsity < 1:
-            raise ValueError(f"unlearner.sparsity={sparsity}: must be in (0, 1)")
         self.sparsity = sparsity
         self._response: dict[str, TensorField] = {}
         self._metrics: dict[str, float] = {}
@@ -65,7 +64,7 @@ class CDP(Unlearner):
         prunable(model.module)
 
     def bind(self, work: LocalWork) -> None:
-        """Find out which layers clients answer for, and how many channels each has."""
+        """Find out for which layers clients send sums, and how many channels each has."""
         model = work.model.copy()
         model.eval()
         with torch.no_grad(), outputs(model.module) as put_out:
@@ -78,7 +77,7 @@ class CDP(Unlearner):
                 )
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Return, by layer, the sums of channels' mean activations by column, apart for what goes and what stays."""
+        """Return, by layer, sums of channels' mean activations by column, separately for forget and retain set."""
         if step != STEP:
             return super().local(ctx, step)
         tensors: dict[str, Tensor] = {}
@@ -96,7 +95,7 @@ class CDP(Unlearner):
         edited: dict[Target, Tensor] = {}
         pruned = channels = 0
         for target, model in models.items():
-            sums = added(view.ask(STEP, dict.fromkeys(view.clients, model), self._response))
+            sums = summed(view.ask(STEP, dict.fromkeys(view.clients, model), self._response))
             if f"{_FORGET}/" not in sums:
                 continue
             edited[target] = model.clone()
@@ -110,8 +109,8 @@ class CDP(Unlearner):
 
     def select(self, sums: Mapping[str, Tensor], layer: str) -> Tensor:
         """Return which channels of a layer to prune, bool (H,)."""
-        gone = means(sums, _FORGET, layer)
-        score_GH = scores(torch.cat([gone, means(sums, _RETAIN, layer)]))[: len(gone)]
+        forgotten = means(sums, _FORGET, layer)
+        score_GH = scores(torch.cat([forgotten, means(sums, _RETAIN, layer)]))[: len(forgotten)]
         count = math.ceil(self.sparsity * score_GH.shape[1])
         chosen = torch.zeros(score_GH.shape[1], dtype=torch.bool)
         for score_H in score_GH:
@@ -193,15 +192,6 @@ def outputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def added(responses: Sequence[Response]) -> dict[str, Tensor]:
-    """Return the sums over clients of equally named tensors."""
-    sums: dict[str, Tensor] = {}
-    for response in responses:
-        for name, tensor in response.tensors.items():
-            sums[name] = sums[name] + tensor if name in sums else tensor
-    return sums
 
 
 def means(sums: Mapping[str, Tensor], part: str, layer: str) -> Tensor:

@@ -3,7 +3,7 @@
 Liu, Ma, Yang, Wang, Liu, "FedEraser: Enabling Efficient Client-Level Data Removal from Federated Learning Models",
 IWQoS 2021. A remaining client's stored change U_k says how far to go, layer by layer; a short training from the model
 being erased, the calibration U'_k, says which way: W' <- W' + mean_k ||U_k|| U'_k / ||U'_k||.
-``docs/methods/unlearning_history.md`` tells what is done otherwise than in the published code.
+``docs/methods/unlearning_history.md`` lists the differences from the published code.
 """
 
 # P = length of the flat vector
@@ -47,7 +47,7 @@ class Step:
 
 
 class FedEraser(Unlearner):
-    """Serve clients that leave from a history of every client's changes.
+    """Remove clients by means of a history of every client's changes.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class FedEraser(Unlearner):
         erased, self._calibrated = view.initial.double(), 0
         for place, steps in sorted(self._rounds.items()):
             remaining = {c: step for c, step in steps.items() if c in view.clients and c not in departing_clients}
-            # the first round's changes began at the initial model, which nobody has had a hand in
+            # the first round's changes began at the initial model, which no client has influenced
             if self.calibrate and place and remaining:
                 self._calibrated += 1
                 self._renew(remaining, erased, place, view)
@@ -101,7 +101,7 @@ class FedEraser(Unlearner):
         return dict.fromkeys(models, erased.float())
 
     def _renew(self, steps: dict[str, Step], erased: Tensor, place: int, view: UnlearnView) -> None:
-        """Turn stored changes, in place, to where their clients would go today; drop those that do not answer."""
+        """Turn stored changes, in place, into today's direction of their clients; drop those without a response."""
         local_tasks = {client: step.local_task for client, step in steps.items()}
         responses = run_round(view, CALIBRATE, erased, local_tasks, epochs=self._epochs, place=place)
         for client, step in list(steps.items()):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from clients.unlearners.averaging import Averaged, users_of
-from clients.unlearners.steps import answered, check, descend, epochs_of, settings, sgd
+from clients.unlearners.steps import change_of, descend, epochs_of, settings, sgd
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
@@ -24,16 +24,10 @@ class FineTune(Averaged):
         Rounds, and a client's epochs in each; 0 of either changes nothing.
     lr
         Learning rate; None for ``client.optimizer.lr``. Momentum and weight decay are the client's own.
-
-    Raises
-    ------
-    ValueError
-        If a number is negative.
     """
 
     def __init__(self, *, rounds: int = 5, epochs: int = 1, lr: float | None = None) -> None:
         super().__init__(rounds=rounds)
-        check(epochs=epochs, lr=lr)
         self.epochs, self.lr = epochs, lr
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
@@ -42,7 +36,7 @@ class FineTune(Averaged):
             return Local(0, {})
         training = settings(ctx, epochs=self.epochs, lr=self.lr)
         steps = descend(ctx.model, epochs_of(ctx, ctx.retain, training), sgd(ctx.model, training))
-        return answered(ctx, len(ctx.retain), steps=steps)
+        return change_of(ctx, len(ctx.retain), steps=steps)
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Ask the users of the model that stay."""

@@ -7,19 +7,19 @@ order; the squared gradient of batch means, which published code takes, depends 
 # P = parameter elements, N = samples, C = logit columns
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from fedcl.client.sample_gradients import add_to, summed_over_samples
 from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
-from fedcl.contracts.learner import Batch
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
-from fedcl.models.flat import FlatModel, TensorSpec
+from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
     from fedcl.contracts.strategy import Response
@@ -72,24 +72,24 @@ def response(ctx: UnlearnContext, settings: Settings) -> Local:
         return Local(0, {})
     whole_samples = len(retain) + len(forget) * settings.forget_in_whole
     if settings.kind == "per_sample":
-        gone, whole = _of(ctx, forget, settings), _of(ctx, retain, settings)
+        lost, whole = _of(ctx, forget, settings), _of(ctx, retain, settings)
         if settings.forget_in_whole:
-            whole = Importance(whole.total + gone.total, whole.terms + gone.terms)
+            whole = Importance(whole.total + lost.total, whole.terms + lost.terms)
     else:
         first, every = arranged(forget, retain, settings, ctx.rng("order"))
-        gone, whole = _of(ctx, first, settings), _of(ctx, every, settings)
+        lost, whole = _of(ctx, first, settings), _of(ctx, every, settings)
     tensors = {
         "whole": whole.total,
-        "terms": torch.tensor([gone.terms, whole.terms], dtype=torch.float64),
+        "terms": torch.tensor([lost.terms, whole.terms], dtype=torch.float64),
         "samples": torch.tensor([len(forget), whole_samples], dtype=torch.float64),
     }
     if len(forget):
-        tensors["forget"] = gone.total
+        tensors["forget"] = lost.total
     return Local(len(forget) + len(retain), tensors)
 
 
 _NUMBERS = TensorField((2,), "float64", low=0.0, high=float(MAX_EXAMPLES))
-ANSWER: Form = {  # what `response` gives: `forget` of those who hold some of the forget set
+RESPONSE: Form = {  # of `response`; clients without any of the forget set leave out `forget`
     "whole": TensorField(("parameters",), "float64", low=0.0),
     "terms": _NUMBERS,
     "samples": _NUMBERS,
@@ -98,7 +98,7 @@ ANSWER: Form = {  # what `response` gives: `forget` of those who hold some of th
 
 
 def masses(responses: Sequence[Response]) -> Masses | None:
-    """Return the importances over all who answered; None where nobody holds any of the forget set, or any data."""
+    """Return the importances over all clients that responded; None without any forget set, or any data."""
     forgets = [one.tensors["forget"] for one in responses if "forget" in one.tensors]
     terms = torch.stack([one.tensors["terms"] for one in responses]).sum(0).tolist() if forgets else [0.0, 0.0]
     if not all(terms):
@@ -120,15 +120,24 @@ def importance(
     ``batch_size``, in the order of ``samples``, with the gradient of the batch's mean. Columns that a sample's mask
     leaves out play no part. The model is left in evaluation mode: no dropout, running statistics.
     """
+    if kind == "per_sample":
+
+        def of_one(logits: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+            return _mean_loss(logits, y[None], None if mask is None else mask[None], loss)
+
+        parts = [samples.x, samples.y] if samples.mask is None else [samples.x, samples.y, samples.mask]
+        term = functools.partial(_term, loss=loss)
+        return Importance(
+            summed_over_samples(model, of_one, term, *parts, chunk_elements=_CHUNK_ELEMENTS), len(samples)
+        )
     model.eval()
     total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
-    step = batch_size if kind == "official" else max(1, _CHUNK_ELEMENTS // max(1, model.num_parameters))
     terms = 0
-    for batch in samples.batches(step):
-        found = _of_mean(model, batch, loss) if kind == "official" else _of_samples(model, batch, loss)
-        for spec, value in zip(_trainable_specs(model), found, strict=True):
-            total[spec.start : spec.stop] += value.flatten()
-        terms += 1 if kind == "official" else len(batch.y)
+    for batch in samples.batches(batch_size):
+        value = _mean_loss(model(batch.x).logits, batch.y, batch.mask, loss)
+        grads = torch.autograd.grad(value, model.trainable, materialize_grads=True)
+        add_to(total, model, [_term(g, loss) for g in grads])
+        terms += 1
     return Importance(total, terms)
 
 
@@ -159,25 +168,6 @@ def _of(ctx: UnlearnContext, samples: Samples, settings: Settings) -> Importance
     return importance(ctx.model, samples, kind=settings.kind, loss=settings.loss, batch_size=settings.batch_size)
 
 
-def _of_samples(model: FlatModel, batch: Batch, loss: Loss) -> list[Tensor]:
-    """Return, for each trainable parameter, the sum over samples of its term."""
-    trainable = {name: p.detach() for name, p in model.module.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in model.module.named_parameters() if not p.requires_grad}
-
-    def of_one(params: dict[str, Tensor], x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        logits = functional_call(model.module, {**fixed, **params}, (x[None],)).logits
-        return _mean_loss(logits, y[None], None if mask is None else mask[None], loss)
-
-    dims = (None, 0, 0, None if batch.mask is None else 0)
-    grads = vmap(grad(of_one), in_dims=dims)(trainable, batch.x, batch.y, batch.mask)
-    return [_term(grads[name], loss).sum(0) for name in trainable]
-
-
-def _of_mean(model: FlatModel, batch: Batch, loss: Loss) -> list[Tensor]:
-    value = _mean_loss(model(batch.x).logits, batch.y, batch.mask, loss)
-    return [_term(g, loss) for g in torch.autograd.grad(value, model.trainable, materialize_grads=True)]
-
-
 def _mean_loss(logits: Tensor, y: Tensor, mask: Tensor | None, loss: Loss) -> Tensor:
     if loss == "output_norm":
         kept = logits if mask is None else logits.masked_fill(~mask, 0.0)
@@ -187,7 +177,3 @@ def _mean_loss(logits: Tensor, y: Tensor, mask: Tensor | None, loss: Loss) -> Te
 
 def _term(gradient: Tensor, loss: Loss) -> Tensor:
     return gradient.abs().double() if loss == "output_norm" else gradient.double().square()
-
-
-def _trainable_specs(model: FlatModel) -> list[TensorSpec]:
-    return [s for p, s in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]

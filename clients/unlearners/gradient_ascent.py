@@ -10,8 +10,7 @@ import torch
 
 from clients.unlearners.averaging import Averaged
 from clients.unlearners.steps import (
-    answered,
-    check,
+    change_of,
     clip,
     cross_entropy,
     epochs_of,
@@ -47,11 +46,6 @@ class GradientAscent(Averaged):
     stop_loss
         An owner stops at the first batch whose loss is above this; None for log C, the loss of a uniform guess among
         the C allowed columns.
-
-    Raises
-    ------
-    ValueError
-        If a number is negative, or ``max_norm`` or ``stop_loss`` zero.
     """
 
     def __init__(
@@ -64,7 +58,6 @@ class GradientAscent(Averaged):
         stop_loss: float | None = None,
     ) -> None:
         super().__init__(rounds=rounds)
-        check(epochs=epochs, lr=lr, positive={"max_norm": max_norm, "stop_loss": stop_loss})
         self.epochs, self.lr, self.max_norm, self.stop_loss = epochs, lr, max_norm, stop_loss
 
     @property
@@ -90,7 +83,7 @@ class GradientAscent(Averaged):
             clip(grads, self.max_norm)
             descent([torch.neg(grad) for grad in grads])
             steps += 1
-        return answered(ctx, len(ctx.forget), steps=steps, stopped=stopped)
+        return change_of(ctx, len(ctx.forget), steps=steps, stopped=stopped)
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Ask the owners of the forget set."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.averaging import edited_targets, num_parameters, users_of
-from clients.unlearners.steps import BATCH, Adam, cross_entropy, gradients
+from clients.unlearners.steps import BATCH, adam, cross_entropy, gradients
 from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
@@ -18,7 +18,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 if TYPE_CHECKING:
     from fedcl.contracts.strategy import Response, Target
 
-ANSWER: Form = {
+RESPONSE: Form = {
     "retain": TensorField(("model",), "float64"),
     "forget": TensorField(("model",), "float64"),
     "counts": TensorField((2,), low=0.0, counts=True),
@@ -39,18 +39,9 @@ class IAU(Unlearner):
         Of Adam.
     steps
         How many steps; the paper takes one. 0 changes nothing.
-
-    Raises
-    ------
-    ValueError
-        If a number is negative.
     """
 
     def __init__(self, *, lr: float = 0.001, steps: int = 1) -> None:
-        if not lr >= 0:
-            raise ValueError(f"unlearner.lr={lr}: must be >= 0")
-        if steps < 0:
-            raise ValueError(f"unlearner.steps={steps}: must be >= 0")
         self.lr, self.steps = lr, steps
         self._norm = 0.0
         self._moved = 0.0
@@ -72,11 +63,11 @@ class IAU(Unlearner):
         head = num_parameters(view.spec)
         for target in edited_targets(requests, models):
             model = models[target].clone()
-            adam = Adam([model[:head]], self.lr)
+            step = adam([model[:head]], self.lr)
             clients = tuple(dict.fromkeys([*users_of(target, models, view), *view.owners]))
             for _ in range(self.steps):
-                gradient = combined(view.ask("gradients", dict.fromkeys(clients, model.clone()), ANSWER), model)
-                adam([gradient[:head].float()])
+                gradient = combined(view.ask("gradients", dict.fromkeys(clients, model.clone()), RESPONSE), model)
+                step([gradient[:head].float()])
                 self._norm = max(self._norm, float(gradient.norm()))
             self._moved = max(self._moved, float((model - models[target]).norm()))
             edited[target] = model

@@ -1,4 +1,4 @@
-"""Rounds of plain local training that an unlearner plays again: what was trained then, without those who leave."""
+"""Rounds of plain local training that an unlearner runs again: what was trained then, without departing clients."""
 
 # P = length of the flat vector, N = samples, C = logit columns
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedcl.client.loop import masked_cross_entropy, sgd_step
+from clients.unlearners.steps import descend, epochs_of, settings, sgd
 from fedcl.contracts import fields
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
@@ -30,7 +30,7 @@ class LocalTask:
     columns: tuple[int, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """Return the lesson for a checkpoint."""
+        """Return the local task for a checkpoint."""
         return {"task": self.task, "columns": list(self.columns)}
 
     @classmethod
@@ -47,7 +47,7 @@ class LocalTasks:
     _seen: dict[str, list[int]] = field(default_factory=dict)
 
     def take(self, update: Update) -> LocalTask:
-        """Return the lesson that ``update`` comes from."""
+        """Return the local task that ``update`` comes from."""
         seen = self._seen.setdefault(update.client, [])
         if update.task not in seen:
             seen.append(update.task)
@@ -80,9 +80,9 @@ class Trained:
 def run_round(
     view: UnlearnView, step: str, model: Tensor, local_tasks: Mapping[str, LocalTask], *, epochs: int, place: int
 ) -> dict[str, Trained]:
-    """Let clients train ``epochs`` epochs from ``model`` (P,), each its lesson; ``place`` keys their draws.
+    """Let clients train ``epochs`` epochs from ``model`` (P,), each on its local task; ``place`` keys their draws.
 
-    Clients that hold nothing (any more) of their lesson's task are left out, and so are those that fail.
+    Clients that no longer hold anything of their task are left out, and so are those that fail.
     """
     groups: dict[LocalTask, list[str]] = {}
     for client, local_task in local_tasks.items():
@@ -108,24 +108,18 @@ def train_local_task(ctx: UnlearnContext) -> Local:
     if not len(samples):
         return Local(0, {})
     ctx.model.load(ctx.received)
-    ctx.model.train()
-    epochs, generator = int(ctx.args["epochs"]), ctx.rng(f"round {ctx.args['place']}")
-    params: list[Tensor] = list(ctx.model.trainable)
-    velocity: list[Tensor] | None = None
-    for _ in range(epochs):
-        for batch in samples.batches(ctx.training.batch_size, generator):
-            loss = masked_cross_entropy(ctx.model(batch.x), batch)
-            grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
-            velocity = sgd_step(params, grads, velocity, ctx.training)
+    training = settings(ctx, epochs=int(ctx.args["epochs"]))
+    batches = epochs_of(ctx, samples, training, f"round {ctx.args['place']}")
+    descend(ctx.model, batches, sgd(ctx.model, training))
     return Local(len(samples), {MODEL: ctx.model.vector()})
 
 
 def of_task(samples: Samples, task: int, columns: Sequence[int], num_columns: int) -> Samples:
-    """Return the samples that were met in ``task``, to choose among ``columns`` (none: all of ``num_columns``)."""
+    """Return the samples that were seen in ``task``, to choose among ``columns`` (none: all of ``num_columns``)."""
     if not len(samples):
         return samples
     if samples.task is None:
-        raise ValueError("the samples do not say in which task they were met")
+        raise ValueError("the samples do not say in which task they were seen")
     chosen = samples.at(samples.task == task)
     chosen.mask = None
     if columns and len(columns) < num_columns:

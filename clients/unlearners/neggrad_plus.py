@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clients.unlearners.averaging import Averaged, users_of
-from clients.unlearners.steps import check, cross_entropy, epochs_of, gradients, ignorance, settings
+from clients.unlearners.steps import cross_entropy, epochs_of, gradients, ignorance, settings
 from fedcl.contracts.fields import MODEL, Form, TensorField
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class NegGradPlus(Averaged):
     """Plain SGD on alpha CE(R) - (1 - alpha) CE(F), in a federation in which few hold some of F.
 
-    A client walks on the terms it has samples for, and tells how far each term took it. The server adds the mean of the
+    A client steps on the terms it has samples for, and reports the change by each term. The server adds the mean of the
     first parts, weighted by retained samples, and the mean of the second, weighted by forget samples: with one local
-    step that is the step on the objective over everybody's samples, also where only a leaver holds F. Layers are in
-    evaluation mode.
+    step that is the step on the objective over everybody's samples, also where only a departing client holds F. Layers
+    are in evaluation mode.
 
     Parameters
     ----------
@@ -40,11 +40,6 @@ class NegGradPlus(Averaged):
     stop_loss
         A client leaves the second term out of each step whose forget batch has a loss above this; None for log C, the
         loss of a uniform guess among the C allowed columns.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range.
     """
 
     def __init__(
@@ -58,9 +53,6 @@ class NegGradPlus(Averaged):
         stop_loss: float | None = None,
     ) -> None:
         super().__init__(rounds=rounds)
-        check(epochs=epochs, lr=lr, positive={"max_norm": max_norm, "stop_loss": stop_loss})
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"unlearner.alpha={alpha}: must be in [0, 1]")
         self.epochs, self.lr, self.alpha = epochs, lr, alpha
         self.max_norm, self.stop_loss = max_norm, stop_loss
 

@@ -14,14 +14,13 @@ from clients.unlearners.averaging import edited_targets, moved, num_parameters
 from clients.unlearners.steps import (
     BATCH,
     CHANGE,
-    accuracy,
-    answered,
-    check,
+    change_of,
     clip,
     cross_entropy,
     descend,
     epochs_of,
     gradients,
+    num_correct,
     project,
     responses_of,
     settings,
@@ -59,11 +58,6 @@ class PGD(Unlearner):
     stop_accuracy
         The ascent stops when the client's accuracy on its own samples (at most 512 of them) is at most this; None for
         never.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range.
     """
 
     scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
@@ -81,15 +75,6 @@ class PGD(Unlearner):
         tau: float | None = None,
         stop_accuracy: float | None = 0.2,
     ) -> None:
-        check(
-            epochs=epochs, lr=lr, batch_size=batch_size, positive={"max_norm": max_norm, "radius": radius, "tau": tau}
-        )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"unlearner.momentum={momentum}: must be in [0, 1)")
-        if inits < 1:
-            raise ValueError(f"unlearner.inits={inits}: must be >= 1")
-        if stop_accuracy is not None and not 0 <= stop_accuracy < 1:
-            raise ValueError(f"unlearner.stop_accuracy={stop_accuracy}: must be in [0, 1) or null")
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
         self.max_norm, self.radius, self.inits = max_norm, radius, inits
         self.tau, self.stop_accuracy = tau, stop_accuracy
@@ -103,7 +88,7 @@ class PGD(Unlearner):
             return Local(0, {})
         if step == "train":
             descend(ctx.model, epochs_of(ctx, ctx.forget, ctx.training), sgd(ctx.model, ctx.training))
-            return answered(ctx, len(ctx.forget))
+            return change_of(ctx, len(ctx.forget))
         return self._ascend(ctx)
 
     def _ascend(self, ctx: UnlearnContext) -> Local:
@@ -114,7 +99,7 @@ class PGD(Unlearner):
         move, steps, stopped = sgd(ctx.model, training), 0, False
         ctx.model.eval()
         for batch in epochs_of(ctx, ctx.forget, training):
-            if self.stop_accuracy is not None and accuracy(ctx.model, watched) <= self.stop_accuracy:
+            if self.stop_accuracy is not None and num_correct(ctx.model, watched) / len(watched) <= self.stop_accuracy:
                 stopped = True
                 break
             grads = gradients(ctx.model, cross_entropy(ctx.model, batch))
@@ -126,14 +111,14 @@ class PGD(Unlearner):
             if self.tau is not None and float((ctx.model.flat[:head] - last[:head]).double().square().sum()) > self.tau:
                 stopped = True
                 break
-        return answered(ctx, len(ctx.forget), steps=steps, stopped=stopped)
+        return change_of(ctx, len(ctx.forget), steps=steps, stopped=stopped)
 
     # -- at the server ------------------------------------------------------------------------------------------------
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Edit every target that a client that leaves still answers for."""
+        """Edit every target for which a departing client responds."""
         self._metrics = dict.fromkeys(("steps", "stopped", "radius", "reference_distance"), 0.0)
         edited: dict[Target, Tensor] = {}
         for target in edited_targets(requests, models):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from clients.unlearners.averaging import Together
-from clients.unlearners.steps import allowed, answered, descend, epochs_of, optimizer, settings
+from clients.unlearners.steps import allowed, change_of, descend, epochs_of, optimizer, settings
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 
 
@@ -17,36 +17,8 @@ class RandomLabel(Together):
 
     Graves et al., "Amnesiac Machine Learning", AAAI 2021, as in the code that goes with SSD (Foster et al., AAAI 2024).
 
-    Parameters
-    ----------
-    rounds, epochs
-        Rounds, and a client's epochs in each; 0 of either changes nothing. Labels are drawn once.
-    lr, batch_size
-        Learning rate and batch size; None for the client's own.
-    optimizer
-        ``adam``, or ``sgd`` with the client's momentum and weight decay.
-    everyone
-        Whether clients that hold nothing of F train on R in the same rounds: FedAvg on the relabelled data.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range or ``optimizer`` unknown.
+    The parameters are those of :class:`~clients.unlearners.averaging.Together`; labels are drawn once.
     """
-
-    def __init__(
-        self,
-        *,
-        rounds: int = 1,
-        epochs: int = 3,
-        lr: float | None = 0.001,
-        batch_size: int | None = None,
-        optimizer: str = "adam",
-        everyone: bool = True,
-    ) -> None:
-        super().__init__(
-            rounds=rounds, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, everyone=everyone
-        )
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         """Train on relabelled and retained samples together."""
@@ -56,7 +28,7 @@ class RandomLabel(Together):
         samples = Samples.join(parts)
         training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
         steps = descend(ctx.model, epochs_of(ctx, samples, training), optimizer(self.optimizer, ctx.model, training))
-        return answered(ctx, len(samples), steps=steps)
+        return change_of(ctx, len(samples), steps=steps)
 
 
 def relabelled(ctx: UnlearnContext) -> Samples:

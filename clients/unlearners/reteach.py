@@ -1,19 +1,20 @@
-"""Reteaching: the client that leaves relearns what clean data teach, in directions that those who stay do not use.
+"""Reteaching: the departing client relearns what clean data teach, in directions that remaining clients do not use.
 
-A combination of known means for the removal of a client, of this project's own making. (1) A teacher that owes nothing
-to the leaver: ridge regression on random ReLU features (Rahimi and Recht, NeurIPS 2007) from sums over the clients that
-stay, solved exactly. (2) The leaver trains the run's model on its own inputs towards the teacher's answers; its labels
-are not used. (3) Each gradient is multiplied by M = (A + eps tr(A)/D I)^-1, scaled to a mean diagonal of 1, where A is
-the second moment of the layer's inputs at those who stay: a soft form of orthogonal weights modification (Zeng et al.,
-Nature Machine Intelligence 2019). An edit that raises their loss is what their further rounds would undo; this one
-hardly moves what they use. No state is kept before the request, and no recovery rounds are needed.
+A combination of known methods for the removal of a client, designed in this project. (1) A teacher without any data of
+the departing client: ridge regression on random ReLU features (Rahimi and Recht, NeurIPS 2007) from sums over the
+remaining clients, solved exactly. (2) The departing client trains the run's model on its own inputs towards the
+teacher's predictions; its labels are not used. (3) Each gradient is multiplied by M = (A + eps tr(A)/D I)^-1, scaled to
+a mean diagonal of 1, where A is the second moment of the layer's inputs at those who stay: a soft form of orthogonal
+weights modification (Zeng et al., Nature Machine Intelligence 2019). An edit that raises their loss is what their
+further rounds would undo; this one hardly moves what they use. No state is kept before the request, and no recovery
+rounds are needed.
 """
 
 # N = samples, D = inputs of a layer and its bias, F = random features and a constant, C = logit columns, P = parameters
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clients.unlearners.averaging import edited_targets, users_of
+from clients.unlearners.averaging import edited_targets, summed, users_of
 from clients.unlearners.sparing import (
     GRAM,
     Spared,
@@ -33,12 +34,10 @@ from clients.unlearners.sparing import (
     layers_of,
     random_features,
     sparing_matrices,
-    total,
     whole,
 )
-from clients.unlearners.steps import BATCH, answered, responses_of, settings, sgd
+from clients.unlearners.steps import BATCH, change_of, responses_of, settings, sgd
 from fedcl.contracts.fields import Form, TensorField
-from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest, Scope
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 from fedcl.models.flat import FlatModel
@@ -50,7 +49,7 @@ _TEACHER, _MATRIX = "teacher", "matrix"
 
 
 class Reteach(Unlearner):
-    """Relabel the leaver's samples by an innocent teacher, and move the model where those who stay are not looking.
+    """Relabel the departing client's samples by a clean teacher, and spare the directions that the others use.
 
     Parameters
     ----------
@@ -59,14 +58,14 @@ class Reteach(Unlearner):
     ridge
         The teacher's penalty, relative to the mean energy of a feature.
     sharpness
-        The teacher's answers are softmax(sharpness x scores); scores are near 1 for its class and 0 for the others.
+        The teacher predicts softmax(sharpness x scores); scores are near 1 for its class and 0 for the others.
     epsilon
         How much directions are spared: 0 would forbid those that stay in use altogether, infinity spares none.
     epochs, lr, momentum, batch_size
-        Of the leaver's training; None for the client's own.
+        Of the departing client's training; None for the client's own.
     max_steps
-        Steps after which it ends all the same: what is to be unlearned does not grow with the leaver's samples. None:
-        no such bound.
+        The largest number of steps, as what is to be unlearned does not grow with the client's samples; None for no
+        bound.
     max_samples
         How many samples of each client that stays are summed up, drawn at random: what a teacher of F features and a
         second moment of D inputs need does not grow with the clients' samples either. None: all.
@@ -74,7 +73,7 @@ class Reteach(Unlearner):
     Raises
     ------
     ValueError
-        If a number is out of its range, or (in :meth:`check`) the model has no layer whose inputs can be told.
+        In :meth:`check`, if the model has no linear layers or plain convolutions.
     """
 
     scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
@@ -93,16 +92,6 @@ class Reteach(Unlearner):
         max_steps: int | None = 20,
         max_samples: int | None = 250,
     ) -> None:
-        positive = {"features": features, "ridge": ridge, "sharpness": sharpness, "epsilon": epsilon}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"unlearner.{name}={value}: must be > 0")
-        if max_steps is not None and max_steps < 0:
-            raise ValueError(f"unlearner.max_steps={max_steps}: must be >= 0 or null")
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"unlearner.max_samples={max_samples}: must be >= 1 or null")
-        if epochs < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"unlearner: epochs={epochs} must be >= 0, momentum={momentum} in [0, 1)")
         self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
         self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
         self.max_steps, self.max_samples = max_steps, max_samples
@@ -110,7 +99,7 @@ class Reteach(Unlearner):
         self._metrics: dict[str, float] = {}
 
     def bind(self, work: LocalWork) -> None:
-        """Find out which layers clients answer for, and how much each reads."""
+        """Find out for which layers clients send sums, and how many inputs each has."""
         model = work.model.copy()
         nothing = torch.zeros(1, *work.input_shape, device=model.device)
         read = input_sums(model, Samples(nothing, torch.zeros(1, dtype=torch.long, device=model.device)))
@@ -130,7 +119,7 @@ class Reteach(Unlearner):
     # -- at a client --------------------------------------------------------------------------------------------------
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Sum up what the client retains (``teacher``, ``inputs``, ``both``), or let the leaver ``relearn``."""
+        """Sum up what the client retains (``teacher``, ``inputs``, ``both``), or ``relearn``."""
         if step == "relearn":
             return self._relearn(ctx) if len(ctx.forget) else Local(0, {})
         if not len(ctx.retain):
@@ -166,21 +155,22 @@ class Reteach(Unlearner):
         scores_NC = random_features(ctx.forget.x, self.features, int(ctx.args["seed"])) @ ctx.tensors[_TEACHER].to(
             ctx.device
         )
-        told = Told(ctx.forget, scores_NC, self.sharpness)
+        taught, draws = Taught(ctx.forget, scores_NC, self.sharpness), ctx.rng("batches")
+        batches = (rows for _ in range(training.epochs) for rows in ctx.forget.drawn(training.batch_size, draws))
         matrices = {name.partition("/")[2]: m for name, m in ctx.tensors.items() if name.startswith(f"{_MATRIX}/")}
         spared, steps = Spared(ctx.model, matrices), 0
         ctx.model.eval()
-        for rows in islice(told.batches(training, ctx.rng("batches")), self.max_steps):
-            move(spared.gradients(functools.partial(told.loss, ctx.model, rows)))
+        for rows in islice(batches, self.max_steps):
+            move(spared.gradients(functools.partial(taught.loss, ctx.model, rows)))
             steps += 1
-        return answered(ctx, len(ctx.forget), steps=steps)
+        return change_of(ctx, len(ctx.forget), steps=steps)
 
     # -- at the server ------------------------------------------------------------------------------------------------
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Let each leaver correct every model that stays, one after the other."""
+        """Let each departing client correct every model that stays, one after the other."""
         seed = int(torch.randint(2**31, (1,), generator=view.rng("random features")))
         self._metrics = {"steps": 0.0}
         teacher: Tensor | None = None
@@ -216,31 +206,27 @@ class Reteach(Unlearner):
         """Return the teacher's weights (F, C): (S + ridge tr(S)/F I)^-1 Q of all clients' sums."""
         if not responses:
             return None
-        gram, cross = whole(total(responses, GRAM)), total(responses, "cross")
+        sums = summed(responses)
+        gram, cross = whole(sums[GRAM]), sums["cross"]
         gram.diagonal().add_(self.ridge * gram.diagonal().mean())
         return torch.cholesky_solve(cross, cholesky(gram)).float()
 
     def metrics(self) -> dict[str, float]:
-        """Return the leavers' steps in all."""
+        """Return the departing clients' steps in all."""
         return dict(self._metrics)
 
 
-class Told:
-    """The leaver's samples with the teacher's answers softmax(sharpness x scores) among the allowed columns."""
+class Taught:
+    """The departing client's samples, with the teacher's softmax(sharpness x scores) among the allowed columns."""
 
     def __init__(self, samples: Samples, scores_NC: Tensor, sharpness: float) -> None:
-        self._x, self._mask = samples.x, samples.mask
+        self._samples = samples
         self._responses_NC = torch.softmax(self._shut(sharpness * scores_NC, samples.mask), 1)
 
-    def batches(self, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield the positions of each batch, over all epochs."""
-        for _ in range(training.epochs):
-            order = torch.randperm(len(self._x), generator=generator)
-            yield from torch.split(order.to(self._x.device), training.batch_size)
-
     def loss(self, model: FlatModel, rows: Tensor) -> Tensor:
-        """Return the mean cross-entropy of ``model`` to the teacher's answers."""
-        logits = self._shut(model(self._x[rows]).logits, None if self._mask is None else self._mask[rows])
+        """Return the mean cross-entropy of ``model`` to the teacher's predictions."""
+        part = self._samples.at(rows)
+        logits = self._shut(model(part.x).logits, part.mask)
         log_p = torch.log_softmax(logits, 1).masked_fill(torch.isinf(logits), 0.0)
         return -(self._responses_NC[rows] * log_p).sum(1).mean()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Retrain(Unlearner):
-    """Play every round again: same initial weights, selection and draws, without the forget set.
+    """Run every round again: same initial weights, selection and draws, without the forget set.
 
     What the run keeps besides its models (moments, bases, personal models, clients' states) becomes that run's too.
     """

@@ -15,7 +15,7 @@ from clients.unlearners.local_rounds import LocalTask
 
 @dataclass
 class Round:
-    """What a round has done: how much of earlier differences it leaves, and each client's share, distance and lesson.
+    """The effect of a round: the factor on earlier differences, and each client's share, distance and local task.
 
     ``distances`` are those of the clients' models from the mean that the round ended with.
     """
@@ -54,12 +54,12 @@ class Path:
     """The rounds that led to the present global model, and the models (P,) of some of them, by how many came before.
 
     A model is kept while it is the last one on which some client's sensitivity is within the budget: at most one a
-    client, the first and the present one. ``served_at`` is where the last request went back to.
+    client, the first and the present one. ``rolled_back_to`` is the place of the last rollback.
     """
 
     rounds: list[Round] = field(default_factory=list)
     models: dict[int, Tensor] = field(default_factory=dict)
-    served_at: int = 0
+    rolled_back_to: int = 0
     _single: dict[int, dict[str, float]] = field(default_factory=dict)  # place -> client -> sensitivity
 
     def begin(self, model: Tensor) -> None:
@@ -97,7 +97,7 @@ class Path:
         del self.rounds[place:]
         for later in [n for n in self.models if n > place]:
             del self.models[later], self._single[later]
-        self.models[place], self.served_at = model.clone(), place
+        self.models[place], self.rolled_back_to = model.clone(), place
         return lost
 
     def drop(self, clients: Collection[str]) -> None:
@@ -116,7 +116,7 @@ class Path:
             "rounds": [one.state() for one in self.rounds],
             "models": {str(place): model for place, model in self.models.items()},
             "single": {str(place): known for place, known in self._single.items()},
-            "served_at": self.served_at,
+            "rolled_back_to": self.rolled_back_to,
         }
 
     @classmethod
@@ -124,7 +124,7 @@ class Path:
         """Read what :meth:`state` returned."""
         models = {int(place): model for place, model in state["models"].items()}
         single = {int(place): dict(known) for place, known in state["single"].items()}
-        return cls([Round.of(one) for one in state["rounds"]], models, int(state["served_at"]), single)
+        return cls([Round.of(one) for one in state["rounds"]], models, int(state["rolled_back_to"]), single)
 
 
 def budget(epsilon: float, delta: float, sigma: float, mechanism: Literal["classic", "analytic"]) -> float:

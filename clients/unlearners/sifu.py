@@ -1,4 +1,4 @@
-"""SIFU: back to a round that the leavers have hardly touched, noise over the trace they left, and on without them.
+"""SIFU: back to a round that the departing clients have hardly influenced, noise over their trace, and on without them.
 
 Fraboni, Van Waerebeke, Scaman, Vidal, Kameni, Lorenzi, "SIFU: Sequential Informed Federated Unlearning for Efficient
 and Provable Client Unlearning in Federated Optimization", AISTATS 2024. With weights p_i, one round without the group W
@@ -32,12 +32,12 @@ _ROUNDING = 1e-5  # relative: float32 means of models may differ by so much
 
 
 class SIFU(Unlearner):
-    """Serve clients that leave, one request after another, within a privacy budget for each.
+    """Remove clients, one request after another, within a privacy budget for each.
 
     Parameters
     ----------
     epsilon, delta
-        The guarantee: the model served and that of training without the leavers are (epsilon, delta)-indistinguishable.
+        The guarantee: the result cannot be distinguished from training without these clients, by (epsilon, delta).
     sigma
         Standard deviation of the noise added to every parameter.
     mechanism
@@ -46,7 +46,7 @@ class SIFU(Unlearner):
     strong_convexity
         lambda of every client's loss; null: ``client.optimizer.weight_decay``. Used for convex models alone.
     retrain
-        Whether the rounds that were rolled back are played again, each with the task it had; otherwise
+        Whether the rounds that were rolled back are run again, each with the task it had; otherwise
         ``unlearning.recovery_rounds`` and the schedule's further rounds have to regain them.
     """
 
@@ -93,7 +93,7 @@ class SIFU(Unlearner):
         return (
             f"certified ({self.epsilon:g}, {self.delta:g}), each request by itself, provided that every client's loss "
             f"is smooth with 2 / (L + lambda) >= lr and {self._lambda:g}-strongly convex, that local batches and who "
-            f"is selected do not depend on the leavers, and that only the models are published"
+            f"is selected do not depend on the departing clients, and that only the models are published"
         )
 
     @property
@@ -128,11 +128,11 @@ class SIFU(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Roll back, add noise, and play the lost rounds again without the leavers; every target takes the result."""
+        """Roll back, add noise, and run the lost rounds again without the clients; every target takes the result."""
         departing_clients = Forgotten(list(requests)).clients
         if not self._path.models:
             return {}  # nobody has trained yet
-        played, before = len(self._path.rounds), self._path.sensitivity(departing_clients)
+        rounds, before = len(self._path.rounds), self._path.sensitivity(departing_clients)
         stored = float(sum(model.nbytes for model in self._path.models.values()))
         place = self._path.rollback_point(departing_clients, self.budget)
         psi = self._path.sensitivity(departing_clients, place)
@@ -144,7 +144,7 @@ class SIFU(Unlearner):
             for number, one in enumerate(lost):
                 model = self._again(one, number, model, view)
         self._last = {
-            "rounds_rolled_back": float(played - place),
+            "rounds_rolled_back": float(rounds - place),
             "sensitivity": psi,
             "sensitivity_before": min(before, 1e300),
             "budget": self.budget,
@@ -153,7 +153,7 @@ class SIFU(Unlearner):
         return dict.fromkeys(models, model)
 
     def _again(self, lost: Round, number: int, model: Tensor, view: UnlearnView) -> Tensor:
-        """Play a lost round with those of its clients that stay, and return the mean of their models."""
+        """Run a lost round with those of its clients that stay, and return the mean of their models."""
         local_tasks = {client: local_task for client, local_task in lost.local_tasks.items() if client in view.clients}
         trained = run_round(view, TRAIN, model, local_tasks, epochs=self._training.epochs, place=number)
         if not trained:
@@ -173,7 +173,7 @@ class SIFU(Unlearner):
         return train_local_task(ctx)
 
     def metrics(self) -> dict[str, float]:
-        """Return how far the last request went back, the leavers' sensitivity there and before, and what is kept."""
+        """Return how far the last request went back, the clients' sensitivity there and before, and what is stored."""
         return dict(self._last)
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
@@ -184,12 +184,12 @@ class SIFU(Unlearner):
         name = type(self).__name__
         if not self._path.models:
             return ErasureOutcome(name, "not applicable", "has seen no round yet")
-        older = sum(0 < place < self._path.served_at for place in self._path.models)
+        older = sum(0 < place < self._path.rolled_back_to for place in self._path.models)
         if older:
-            why = f"{older} models of earlier rounds, on which the leavers' sensitivity is within the budget"
+            why = f"{older} models of earlier rounds, on which the clients' sensitivity is within the budget"
             return ErasureOutcome(name, "retained", f"{why}: noise is added before one is used")
         return ErasureOutcome(
-            name, "erased", "the leavers' sensitivities, and every model from after the rollback point"
+            name, "erased", "the clients' sensitivities, and every model from after the rollback point"
         )
 
     def state_dict(self) -> dict[str, Any]:

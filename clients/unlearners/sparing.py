@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.strategies.fot import layer_rows
+from clients.unlearners.averaging import summed
 from clients.unlearners.steps import BATCH
 from fedcl.base.linalg import definite
 from fedcl.base.randomness import torch_generator
@@ -50,14 +51,6 @@ def add_gram(total_DD: Tensor, rows_ND: Tensor) -> None:
     for start in range(0, len(total_DD), _STRIP):
         strip = rows_ND[:, start : start + _STRIP]
         total_DD[start : start + _STRIP, start:].addmm_(strip.T, rows_ND[:, start:])
-
-
-def total(responses: Sequence[Response], key: str) -> Tensor:
-    """Return the float64 sum of all clients' tensors ``key``."""
-    summed = torch.zeros_like(responses[0].tensors[key], dtype=torch.float64)
-    for response in responses:
-        summed += response.tensors[key]
-    return summed
 
 
 def whole(triangle: Tensor) -> Tensor:
@@ -138,8 +131,10 @@ def cholesky(gram_DD: Tensor) -> Tensor:
 def sparing_matrices(responses: Sequence[Response], epsilon: float) -> dict[str, Tensor]:
     """Return, by layer, M = (A + epsilon tr(A)/D I)^-1 of all clients' sums, scaled to a mean diagonal of 1."""
     matrices = {}
-    for key in (key for key in responses[0].tensors if key.startswith(f"{GRAM}/")) if responses else ():
-        gram = whole(total(responses, key))
+    for key, triangle in summed(responses).items():
+        if not key.startswith(f"{GRAM}/"):
+            continue
+        gram = whole(triangle)
         energy = gram.diagonal().mean()
         if energy > 0:
             gram.div_(energy).diagonal().add_(epsilon)

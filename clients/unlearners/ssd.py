@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import ANSWER, STEP, Kind, Loss, Masses, Order, Settings, masses, response
+from clients.unlearners.fisher import RESPONSE, STEP, Kind, Loss, Masses, Order, Settings, masses, response
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
@@ -47,11 +47,6 @@ class SSD(Unlearner):
         ``cross_entropy``, or ``output_norm``, which needs no labels.
     forget_in_whole
         Whether I_D counts the forget set, as published; only then are relative thresholds bounded.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of range.
     """
 
     def __init__(
@@ -66,19 +61,6 @@ class SSD(Unlearner):
         loss: Loss = "cross_entropy",
         forget_in_whole: bool = True,
     ) -> None:
-        for key, value, allowed in (
-            ("threshold", threshold, ("relative", "quantile", "absolute")),
-            ("fisher", fisher, ("per_sample", "official")),
-            ("order", order, ("class_ordered", "mixed")),
-            ("loss", loss, ("cross_entropy", "output_norm")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"unlearner.{key}={value}: must be one of {', '.join(allowed)}")
-        if not alpha > 0 or (threshold != "absolute" and not alpha < 1):
-            allowed_range = "> 0" if threshold == "absolute" else f"in (0, 1) with unlearner.threshold={threshold}"
-            raise ValueError(f"unlearner.alpha={alpha}: must be {allowed_range}")
-        if not dampening > 0 or batch_size < 1:
-            raise ValueError(f"unlearner.dampening={dampening}, batch_size={batch_size}: must be > 0 and >= 1")
         self.threshold, self.alpha, self.dampening = threshold, alpha, dampening
         self.importances = Settings(fisher, loss, order, batch_size, forget_in_whole)
         self._metrics: dict[str, float] = {}
@@ -95,7 +77,7 @@ class SSD(Unlearner):
         edited: dict[Target, Tensor] = {}
         shares = []
         for target, model in models.items():
-            found = masses(view.ask(STEP, dict.fromkeys(everybody, model), ANSWER))
+            found = masses(view.ask(STEP, dict.fromkeys(everybody, model), RESPONSE))
             if found is None:
                 continue
             selected = self.select(found)

@@ -3,7 +3,7 @@
 # P = length of the flat vector, N = samples, C = logit columns
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,28 +18,6 @@ from fedcl.models.flat import FlatModel
 BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it
 
 Step = Callable[[list[Tensor]], None]  # takes the gradients of the trainable parameters
-
-
-def check(
-    *,
-    rounds: int = 0,
-    epochs: int = 0,
-    lr: float | None = None,
-    batch_size: int | None = None,
-    optimizer: str = "sgd",
-    positive: Mapping[str, float | None] | None = None,
-) -> None:
-    """Raise ValueError, naming the key, for a number out of its range; what is in ``positive`` must be > 0 or None."""
-    for key, value, right, rule in (
-        ("rounds", rounds, rounds >= 0, ">= 0"),
-        ("epochs", epochs, epochs >= 0, ">= 0"),
-        ("lr", lr, lr is None or lr >= 0, ">= 0 or null"),
-        ("batch_size", batch_size, batch_size is None or batch_size >= 1, ">= 1 or null"),
-        ("optimizer", optimizer, optimizer in ("adam", "sgd"), "adam or sgd"),
-        *((key, value, value is None or value > 0, "> 0 or null") for key, value in (positive or {}).items()),
-    ):
-        if not right:
-            raise ValueError(f"unlearner.{key}={value}: must be {rule}")
 
 
 def cross_entropy(model: FlatModel, batch: Batch) -> Tensor:
@@ -87,41 +65,29 @@ def sgd(model: FlatModel, training: LocalTraining) -> Step:
     return step
 
 
-class Adam:
-    """Adam's steps, with bias correction (Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015).
+def adam(params: Sequence[Tensor], lr: float) -> Step:
+    """Return steps of Adam. The first one is close to a sign: lr g / (abs(g) + eps)."""
+    chosen = torch.optim.Adam(params, lr=lr)
 
-    m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; w <- w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps). The
-    first step is lr g / (abs(g) + eps): a sign, wherever the gradient is not next to nothing.
-    """
+    def step(grads: list[Tensor]) -> None:
+        for param, gradient in zip(params, grads, strict=True):
+            param.grad = gradient
+        chosen.step()
+        chosen.zero_grad()
 
-    def __init__(
-        self, params: Sequence[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
-        self._params, self._lr, self._betas, self._eps = list(params), lr, betas, eps
-        self._mean = [torch.zeros_like(p) for p in params]
-        self._square = [torch.zeros_like(p) for p in params]
-        self._step = 0
-
-    @torch.no_grad()
-    def __call__(self, grads: list[Tensor]) -> None:
-        """Move the parameters in place."""
-        self._step += 1
-        first, second = self._betas
-        for p, g, m, v in zip(self._params, grads, self._mean, self._square, strict=True):
-            m.lerp_(g, 1 - first)
-            v.mul_(second).addcmul_(g, g, value=1 - second)
-            scale = (v / (1 - second**self._step)).sqrt_().add_(self._eps)
-            p.addcdiv_(m, scale, value=-self._lr / (1 - first**self._step))
+    return step
 
 
 def optimizer(name: str, model: FlatModel, training: LocalTraining) -> Step:
     """Return the steps of ``adam``, or of ``sgd`` as in training."""
-    return Adam(model.trainable, training.lr) if name == "adam" else sgd(model, training)
+    return adam(model.trainable, training.lr) if name == "adam" else sgd(model, training)
 
 
-def epochs_of(ctx: UnlearnContext, samples: Samples, training: LocalTraining) -> Iterable[Batch]:
+def epochs_of(
+    ctx: UnlearnContext, samples: Samples, training: LocalTraining, purpose: str | None = None
+) -> Iterable[Batch]:
     """Yield the batches of ``training.epochs`` epochs, in an order of its own for each round of the same request."""
-    generator = ctx.rng(f"batches {ctx.args.get('round', 0)}")
+    generator = ctx.rng(purpose or f"batches {ctx.args.get('round', 0)}")
     for _ in range(training.epochs):
         yield from samples.batches(training.batch_size, generator)
 
@@ -137,16 +103,16 @@ def descend(model: FlatModel, batches: Iterable[Batch], step: Step) -> int:
 
 
 @torch.no_grad()
-def accuracy(model: FlatModel, samples: Samples) -> float:
-    """Return the share of ``samples`` (at least one) whose highest allowed column is their target."""
+def num_correct(model: FlatModel, samples: Samples) -> int:
+    """Return for how many of ``samples`` the highest allowed column is the target, in evaluation mode."""
     model.eval()
-    hits = 0
+    right = 0
     for batch in samples.batches(BATCH):
         logits = model(batch.x).logits
         if batch.mask is not None:
             logits = logits.masked_fill(~batch.mask, float("-inf"))
-        hits += int((logits.argmax(1) == batch.y).sum())
-    return hits / len(samples)
+        right += int((logits.argmax(1) == batch.y).sum())
+    return right
 
 
 def allowed(samples: Samples, num_columns: int) -> Tensor:
@@ -176,11 +142,11 @@ CHANGE: Form = {"change": MODEL}
 
 
 def responses_of(*numbers: str) -> Form:
-    """Return what :func:`answered` gives with ``numbers`` of these names, each at least 0."""
+    """Return what :func:`change_of` gives with ``numbers`` of these names, each at least 0."""
     return {**CHANGE, **{name: TensorField((1,), low=0.0) for name in numbers}}
 
 
-def answered(ctx: UnlearnContext, num_examples: int, **numbers: float) -> Local:
+def change_of(ctx: UnlearnContext, num_examples: int, **numbers: float) -> Local:
     """Return the change of ``ctx.model`` since it was received, and ``numbers`` for the certificate."""
     tensors = {name: torch.tensor([float(value)]) for name, value in numbers.items()}
     return Local(num_examples, {"change": ctx.model.flat - ctx.received, **tensors})

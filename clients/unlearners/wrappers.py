@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import ANSWER, STEP, Masses, Settings, masses, response
-from fedcl.client.scope import check_scope
+from clients.unlearners.fisher import RESPONSE, STEP, Masses, Settings, masses, response
+from clients.unlearners.steps import num_correct
 from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
@@ -56,7 +56,7 @@ class Wrapper(Unlearner):
         self.base.check(model)
 
     def bind(self, work: LocalWork) -> None:
-        """Tell the base how clients train."""
+        """Bind the base."""
         self.base.bind(work)
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
@@ -115,16 +115,13 @@ class Localised(Wrapper):
     Raises
     ------
     ValueError
-        If ``k`` is below 1, ``tensors`` no regular expression, or (in :meth:`check`) matches nothing.
+        In :meth:`check`, if ``tensors`` matches nothing.
     """
 
     prefix = "localised"
 
     def __init__(self, *, base: Unlearner, k: int = 2, tensors: str | None = None) -> None:
         super().__init__(base=base)
-        check_scope(tensors, "unlearner.tensors")
-        if k < 1:
-            raise ValueError(f"unlearner.k={k}: must be >= 1")
         self.k, self.tensors = k, tensors
         self._share = 0.0
 
@@ -157,7 +154,7 @@ class Localised(Wrapper):
     def _chosen(self, model: Tensor, view: UnlearnView) -> list[str]:
         if self.tensors is not None:
             return self._named(view.spec)
-        found = masses(self.ask(view, STEP, dict.fromkeys([*view.clients, *view.owners], model), ANSWER))
+        found = masses(self.ask(view, STEP, dict.fromkeys([*view.clients, *view.owners], model), RESPONSE))
         return [] if found is None else heaviest(view.spec, found, self.k)
 
     def _named(self, spec: Spec) -> list[str]:
@@ -191,21 +188,12 @@ class Guarded(Wrapper):
         How much accuracy, in [0, 1], the samples that the clients of a model retain may lose.
     halvings
         How often s is halved before the edit is given up.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of range.
     """
 
     prefix = "guard"
 
     def __init__(self, *, base: Unlearner, max_retain_drop: float = 0.05, halvings: int = 4) -> None:
         super().__init__(base=base)
-        if not 0 <= max_retain_drop <= 1:
-            raise ValueError(f"unlearner.max_retain_drop={max_retain_drop}: must be in [0, 1]")
-        if halvings < 0:
-            raise ValueError(f"unlearner.halvings={halvings}: must be >= 0")
         self.max_retain_drop, self.halvings = max_retain_drop, halvings
         self._scales: dict[Target, float] = {}
         self._drops: dict[Target, float] = {}
@@ -214,18 +202,20 @@ class Guarded(Wrapper):
         """Return how many of the client's retained samples the model gets right."""
         if step != "retain_accuracy":
             return super().own_step(ctx, step)
-        return Local(len(ctx.retain), {"correct": torch.tensor([correct(ctx)], dtype=torch.float64)})
+        return Local(
+            len(ctx.retain), {"correct": torch.tensor([num_correct(ctx.model, ctx.retain)], dtype=torch.float64)}
+        )
 
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
         """Return the base's models, as far as the guard lets them."""
         self._scales, self._drops = {}, {}
-        served = {
+        users = {
             target: [c for c in view.clients if torch.equal(view.model_of(c), models[target])] for target in models
         }
         return {
-            target: self._held(target, models[target], model.to(models[target]), served[target] or view.clients, view)
+            target: self._held(target, models[target], model.to(models[target]), users[target] or view.clients, view)
             for target, model in self.base.unlearn(requests, models, view).items()
         }
 
@@ -270,19 +260,6 @@ class Guarded(Wrapper):
         if all(scale == 1 for scale in scales):
             return f"{self.base.promise()}; within the allowed loss of accuracy"
         return f"{super().promise()}; {min(scales):g} of the edit was taken, to keep accuracy"
-
-
-@torch.no_grad()
-def correct(ctx: UnlearnContext, batch_size: int = 1024) -> int:
-    """Return how many of the client's retained samples have their target as the highest allowed column."""
-    ctx.model.eval()
-    right = 0
-    for batch in ctx.retain.batches(batch_size):
-        logits = ctx.model(batch.x).logits
-        if batch.mask is not None:
-            logits = logits.masked_fill(~batch.mask, float("-inf"))
-        right += int((logits.argmax(1) == batch.y).sum())
-    return right
 
 
 def heaviest(spec: Spec, found: Masses, k: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Erasing a forget set from a replay buffer, and what to say of it."""
+"""Erasing a forget set from a replay buffer, and the outcome for the certificate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fedcl.contracts.learner import Plugin, TaskData
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 
 
-def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-    """Erase what ``buffer`` holds of the samples ``gone``, or of the tasks that ``request`` names, for its ``owner``.
+def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, forgotten: TaskData) -> ErasureOutcome:
+    """Erase what ``buffer`` holds of the samples ``forgotten``, or of the tasks of ``request``, for its ``owner``.
 
-    Samples are told by their content, so equal ones go together; of a task only what was met in it goes. Where samples
-    are held in a form that ``gone`` does not have, the outcome is ``reset``. The words have no number in them: a
-    certificate joins the answers of all clients that say the same.
+    Samples are identified by their content, so equal ones are erased together; of a task only what was seen in it is
+    erased. Where samples are held in a form that ``forgotten`` does not have, the outcome is ``reset``. The texts
+    contain no number, so that a certificate can join equal outcomes of clients.
     """
     name = type(owner).__name__
     if not len(buffer):
@@ -22,7 +22,7 @@ def erase(buffer: ReplayBuffer, owner: Plugin, request: ForgetRequest, gone: Tas
     if request.scope == "task":
         count = buffer.drop_where("task", request.tasks)
     else:
-        given = gone.raw if buffer.held["x"].dtype == torch.uint8 else gone.x
+        given = forgotten.raw if buffer.held["x"].dtype == torch.uint8 else forgotten.x
         if given is None:
             return ErasureOutcome(name, "reset", "the memory's samples are held in another form: it starts over")
         count = buffer.drop_samples(given)

@@ -1,4 +1,4 @@
-"""Another unlearner in the place of a run's own, for requests that come when the run is over."""
+"""Another unlearner in place of a run's own, for requests that come when the run is over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class UnlearnerOverride(Unlearner):
-    """``chosen`` serves, while ``own`` goes on remembering, and forgets too: what survives is what it knows.
+    """``chosen`` processes requests; ``own``, the run's, keeps its state, and forgets too.
 
     Raises
     ------
@@ -27,8 +27,8 @@ class UnlearnerOverride(Unlearner):
     def __init__(self, own: Unlearner, chosen: Unlearner) -> None:
         if chosen.observes:
             raise ValueError(
-                f"unlearner={type(chosen).__name__}: must see every round from the first; it cannot serve a run that "
-                "began without it"
+                f"unlearner={type(chosen).__name__}: must see every round from the first; it cannot be "
+                "chosen for a run that began without it"
             )
         self._own, self._chosen = own, chosen
         self._forgotten: dict[str, ErasureOutcome] = {}
@@ -42,16 +42,16 @@ class UnlearnerOverride(Unlearner):
         self._chosen.check(model)
 
     def bind(self, work: LocalWork) -> None:
-        """Tell both how clients train."""
+        """Bind both."""
         self._own.bind(work)
         self._chosen.bind(work)
 
     def promise(self) -> str:
-        """Return what the one that serves promises."""
+        """Return what ``chosen`` promises."""
         return self._chosen.promise()
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Do a step of the one that serves."""
+        """Do a step of ``chosen``."""
         return self._chosen.local(ctx, step)
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
@@ -61,13 +61,13 @@ class UnlearnerOverride(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Let ``chosen`` serve and ``own`` forget, which nobody asks of it where a replay takes the run's place."""
+        """Let ``chosen`` edit and ``own`` forget, which nothing else does if a reference is adopted."""
         edited = self._chosen.unlearn(requests, models, view)
         self._forgotten = {request.id: self._own.forget(request) for request in requests}
         return edited
 
     def metrics(self) -> dict[str, float]:
-        """Return those of the one that serves."""
+        """Return those of ``chosen``."""
         return self._chosen.metrics()
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -57,10 +57,14 @@ class Samples:
         """
         places: Sequence[Tensor | slice] = [slice(start, start + size) for start in range(0, len(self), size)]
         if generator is not None:
-            order = torch.randperm(len(self), generator=generator).to(self.y.device)
-            places = torch.split(order, size) if len(self) else ()
+            places = self.drawn(size, generator)
         for rows in places:
             yield Batch(self.x[rows], self.y[rows], None if self.mask is None else self.mask[rows])
+
+    def drawn(self, size: int, generator: torch.Generator) -> Sequence[Tensor]:
+        """Return the positions of all samples, drawn from ``generator``, in batches of at most ``size``."""
+        order = torch.randperm(len(self), generator=generator).to(self.y.device)
+        return torch.split(order, size) if len(self) else ()
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:

@@ -1,8 +1,8 @@
-"""Can it be told that a sample was trained on? Attacks on the predictions, to be read against the retrained reference.
+"""Membership attacks: can predictions show that a sample was trained on? To be compared with the retrained reference.
 
-No attack that fails proves that a sample was forgotten, and a retrained model is not at chance either: samples of a
-forgotten class look unlike those of the classes that remain. So what counts is how far the unlearned model's number is
-from the reference's, in either direction. No samples, or NaN among the scores, give NaN.
+An attack that fails does not prove that a sample was forgotten, and a retrained model is not at chance either: samples
+of a forgotten class look unlike those of the remaining classes. What counts is the distance between the unlearned
+model's number and the reference's, in either direction. No samples, or NaN among the scores, give NaN.
 """
 
 # F = forget samples, H = holdout samples, S = reference models that have seen neither

@@ -149,7 +149,7 @@ def backdoor(logits: Mapping[str, Tensor], targets_N: Tensor, target_class: int)
 def revival(
     curve_N: ArrayLike, *, original: float, tau: float = 0.5, reference_N: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Return how far forget accuracy comes back while training goes on after a request was served.
+    """Return how far forget accuracy comes back while training goes on after a request was processed.
 
     - ``revival/peak``, ``revival/final``: the highest and the last accuracy, each minus the first.
     - ``revival/delay``: evaluations from the first until the accuracy is at least ``tau`` times ``original``: NaN if it
@@ -160,8 +160,8 @@ def revival(
     Parameters
     ----------
     curve_N
-        Accuracy on forget test samples, just after serving and at each later evaluation; NaN where not measured, which
-        is left out of everything.
+        Accuracy on forget test samples, just after processing and at each later evaluation; NaN where not measured,
+        which is ignored.
     original
         Their accuracy before the request.
     tau

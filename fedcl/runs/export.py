@@ -89,7 +89,7 @@ class ExportedModel(nn.Module):
         if task is not None and task not in known:
             raise ValueError(f"task={task}: must be one of {known}")
         if task is None and len({json.dumps(one["mask"]) for one in tasks}) > 1:
-            raise ValueError(f"task=None: this model has to be told the task; it is one of {known}")
+            raise ValueError(f"task=None: this model needs the task; it is one of {known}")
         mask = tasks[-1 if task is None else known.index(task)]["mask"]
         labels = torch.tensor(self.about["labels"], dtype=torch.int64)
         allowed = torch.arange(len(labels)) if mask is None else torch.tensor(mask)
@@ -191,7 +191,7 @@ def _about(cfg: Config, setup: Setup, server: Mapping[str, Any], vector: Tensor,
         "classes": list(dataset.classes),
         "input_shape": list(dataset.input_shape),
         "heads": list(stream.heads),
-        # the weights are here: the file they began with may be gone
+        # the weights are here: the file they began with may be missing
         "model": {key: None if key == "pretrained" else value for key, value in cfg["model"].items()},
         "normalisation": {"scale": dataset.scale, "mean": list(dataset.mean), "std": list(dataset.std)},
         "labels": _labels(stream),
@@ -210,7 +210,7 @@ def _labels(stream: Stream) -> list[int]:
 
 
 def _tasks(setup: Setup, stream: Stream, rounds: int, client: str | None) -> list[dict[str, Any]]:
-    """Return the tasks that were met, as they are tested."""
+    """Return the tasks that were seen, as they are tested."""
     clients = setup.clients if client is None else (client,)
     seen = sorted({task for one in clients for task in setup.schedule.seen(one, max(rounds - 1, 0))})
     tested = [stream.test_task(task, after=seen) for task in seen]
@@ -227,7 +227,7 @@ def _tasks(setup: Setup, stream: Stream, rounds: int, client: str | None) -> lis
 
 
 class _Standing(ClientRuntime):
-    """A client's side that tells which weights it predicts with."""
+    """A client's side that returns the weights it predicts with."""
 
     def weights(self, request: Request, store: MemoryStateStore) -> Tensor:
         """Return the vector (P,) of the one network whose logits are the client's predictions; ConfigError if none."""
@@ -255,8 +255,8 @@ def _personal(
     cfg: Config, setup: Setup, server: Mapping[str, Any], states: Mapping[str, tuple[int, Any]], client: str
 ) -> Tensor:
     """Return the weights (P,) that a client predicts with, where they are other ones than everybody's."""
-    gone = Forgotten.of(server.get("unlearning", {}).get("forgotten", ())).clients
-    if client not in setup.clients or client in gone:
+    removed = Forgotten.of(server.get("unlearning", {}).get("forgotten", ())).clients
+    if client not in setup.clients or client in removed:
         raise ConfigError(f"--client {client}: has left the run, or never was of it")
     visit = server["committed"].get(client, NEVER)
     if visit != NEVER and client not in states and cfg["backend"]["name"] == "flower":
@@ -274,7 +274,7 @@ def _personal(
     last = max(server["next_round"] - 1, 0)
     seen = setup.schedule.seen(client, last)
     if not seen:
-        raise ConfigError(f"--client {client}: has met no task yet")
+        raise ConfigError(f"--client {client}: has seen no task yet")
     data = simulated_data(setup.dataset, setup.partition, tuple(str(i) for i in range(cfg["num_clients"])))
     plain = client_runtime({**here, "device": "cpu"}, data, setup.dataset)
     made = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain) if field.init}

@@ -41,7 +41,7 @@ Saved = tuple[Any, dict[str, tuple[int, Any]]]
 
 
 def extend(run_dir: Path, overrides: Sequence[str], *, force: bool, quiet: bool, trust: Trust | None = None) -> Path:
-    """Play what is new and return the folder of the extended run; the old one stays as it is.
+    """Run what is new and return the folder of the extended run; the old one stays as it is.
 
     Parameters
     ----------
@@ -107,14 +107,14 @@ def _refuse_unfit(run_dir: Path, cfg: Config) -> None:
     if cfg["backend"]["name"] == "flower":
         raise ConfigError(f"{run_dir}: ran on devices, which have their state themselves; it cannot be extended")
     if cfg["unlearning"]["requests"] or lines(run_dir):
-        raise ConfigError(f"{run_dir}: has served unlearning requests at its end; it cannot be extended")
+        raise ConfigError(f"{run_dir}: has processed unlearning requests at its end; it cannot be extended")
     if was_reached(run_dir):
         raise ConfigError(f"{run_dir}: has reached its target_accuracy; there is nothing to go on with")
 
 
 def _without(before: Sequence[str], changed: Sequence[str]) -> list[str]:
-    gone = {text.partition("=")[0] for text in changed} | {"run_dir"}
-    return [text for text in before if text.partition("=")[0] not in gone]
+    replaced = {text.partition("=")[0] for text in changed} | {"run_dir"}
+    return [text for text in before if text.partition("=")[0] not in replaced]
 
 
 def _refuse_another_past(old: Setup, new: Setup) -> None:
@@ -138,7 +138,7 @@ def _refuse_another_past(old: Setup, new: Setup) -> None:
                 changed = [name for name in one.__slots__ if getattr(one, name) != getattr(two, name)]
                 raise ConfigError(f"scenario: task {task} would have had other {', '.join(changed)} than it had")
         if old.stream.test_task(task, after=seen) != new.stream.test_task(task, after=seen):
-            raise ConfigError(f"scenario: task {task} would be tested otherwise than it was")
+            raise ConfigError(f"scenario: task {task} would be tested differently")
 
 
 def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Setup, new: Setup) -> Saved:
@@ -147,7 +147,7 @@ def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Setup, new: Se
     asks = _asks(cfg, old)
     shared = next((r for r in range(old.schedule.num_rounds) if not _same(old, new, r)), old.schedule.num_rounds)
     if shared == new.schedule.num_rounds:
-        raise ConfigError(f"rounds_per_task={longer['rounds_per_task']}: leaves nothing to be played")
+        raise ConfigError(f"rounds_per_task={longer['rounds_per_task']}: leaves nothing to run")
     if asks and shared == old.schedule.num_rounds:  # parts may do less at the end of a run's last task
         shared -= 1
     kept = []
@@ -179,7 +179,7 @@ def _same(old: Setup, new: Setup, server_round: int) -> bool:
 
 
 def _asks(cfg: Config, setup: Setup) -> str:
-    """Return the part that is told when tasks end, and which of them is the run's last; empty if it does not listen."""
+    """Return the part that acts at the ends of tasks, where the run's last may differ; empty if none does."""
     strategy = _strategy(cfg, setup)
     part = strategy.projection if isinstance(strategy, Pipeline) else Projection()
     listens = type(part).queries is not Projection.queries or type(part).finalize is not Projection.finalize
@@ -187,7 +187,7 @@ def _asks(cfg: Config, setup: Setup) -> str:
 
 
 def _refuse_horizons(cfg: Config, longer: Config, old: Setup, new: Setup) -> None:
-    """Refuse parts that reckon with how many rounds the whole run has: they would have begun otherwise."""
+    """Refuse parts that depend on the number of rounds of the whole run: they would have begun differently."""
     found = []
     for settings, setup in ((cfg, old), (longer, new)):
         strategy = _strategy(settings, setup)
@@ -201,7 +201,7 @@ def _refuse_horizons(cfg: Config, longer: Config, old: Setup, new: Setup) -> Non
     changed = [name for name in found[0] if found[0][name] != found[1][name]]
     if changed:
         raise ConfigError(
-            f"rounds_per_task: {changed[0]} reckons with the rounds of the whole run; it would have begun otherwise"
+            f"rounds_per_task: {changed[0]} depends on the rounds of the whole run; it would have begun differently"
         )
 
 

@@ -54,7 +54,7 @@ def test_the_global_model_bit_for_bit(
     measured = results.load(folder).accuracy_matrix().to_numpy()[-1]
     everybody = torch.arange(len(run.dataset.test))
     assert [accuracy(model, run, everybody, task) for task in (0, 1)] == measured.tolist()
-    with pytest.raises(ValueError, match="has to be told the task"):
+    with pytest.raises(ValueError, match="needs the task"):
         model.predict(x)
     with pytest.raises(ValueError, match=r"task=5: must be one of \[0, 1\]"):
         model.predict(x, 5)

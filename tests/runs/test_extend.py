@@ -64,7 +64,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: RunExperim
     for overrides, message in [
         (["scenario.num_tasks=5"], "heads of"),
         (["client.epochs=2"], r"client.epochs: 1 -> 2: only rounds_per_task and scenario"),
-        (["rounds_per_task=2"], "leaves nothing to be played"),
+        (["rounds_per_task=2"], "leaves nothing to run"),
         (["rounds_per_task=[2,3]"], r"needs a checkpoint of the first 3 rounds or fewer.* after 4"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: RunExperim
         "rounds_per_task=1",
     )
     reckons = run_experiment("reckons", *SMALL, *horizon, "scenario.num_tasks=2")
-    with pytest.raises(ConfigError, match="reckons with the rounds of the whole run"):
+    with pytest.raises(ConfigError, match="depends on the rounds of the whole run"):
         extend(reckons, ["scenario.num_tasks=9", new], force=False, quiet=True)
     (short / "STATUS").write_text("interrupted\n")
     with pytest.raises(ConfigError, match="is interrupted, not done"):

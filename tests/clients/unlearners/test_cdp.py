@@ -148,5 +148,3 @@ def test_models_without_channels_are_refused() -> None:
     vit = FlatModel(ViT(input_shape=(1, 8, 8), heads=(3,), patch=4, dim=8, depth=1, attention_heads=2))
     with pytest.raises(ValueError, match="without attention"):
         CDP().check(vit)
-    with pytest.raises(ValueError, match=r"unlearner.sparsity=1.0: must be in \(0, 1\)"):
-        CDP(sparsity=1.0)

@@ -200,13 +200,3 @@ def test_no_more_samples_of_a_client_are_summed_than_asked_for(bound: int | None
         for response, count in zip(responses, counts, strict=True):
             constants = [whole(t)[-1, -1] for name, t in response.tensors.items() if name != "cross"]
             assert [float(constant) for constant in constants] == [count] * len(constants)  # the sum of its ones
-
-
-@pytest.mark.parametrize("setting", ["features", "ridge", "sharpness", "epsilon"])
-def test_numbers_are_held_to_their_range(setting: str) -> None:
-    with pytest.raises(ValueError, match=f"unlearner.{setting}=0: must be > 0"):
-        Reteach(**{setting: 0})
-    with pytest.raises(ValueError, match=r"unlearner\.max_steps=-1: must be >= 0 or null"):
-        Reteach(max_steps=-1)
-    with pytest.raises(ValueError, match=r"unlearner\.max_samples=0: must be >= 1 or null"):
-        Reteach(max_samples=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.unlearners.fisher import ANSWER, masses
+from clients.unlearners.fisher import RESPONSE, masses
 from clients.unlearners.retrain import Retrain
 from clients.unlearners.ssd import SSD
 from clients.unlearners.wrappers import Guarded, Localised, heaviest
@@ -157,7 +157,7 @@ def test_only_the_heaviest_tensors_change() -> None:
     assert len(changed) == 2
     assert all(bool((model.spec.view(edited, name) == 9.0).all()) for name in changed)
     ssd = Serving(SSD(), model, held())
-    found = masses(ssd.ask("importance", {"0": serving.initial, "1": serving.initial}, ANSWER))
+    found = masses(ssd.ask("importance", {"0": serving.initial, "1": serving.initial}, RESPONSE))
     assert found is not None
     assert sorted(heaviest(model.spec, found, 2)) == sorted(changed)
     ratio = {
@@ -177,8 +177,6 @@ def test_tensors_can_be_named() -> None:
     assert serving.asked == []  # no importance is needed
     with pytest.raises(ValueError, match=r"unlearner.tensors='tail': matches none of hidden.0.weight"):
         Localised(base=SSD(), tensors="tail").check(model)
-    with pytest.raises(ValueError, match="must be a regular expression"):
-        Localised(base=SSD(), tensors="(")
 
 
 def test_wrapped_ssd_is_ssd_within_its_tensors() -> None:

@@ -1,0 +1,59 @@
+"""Sums over samples of something made of each sample's own gradient, such as its square: a diagonal Fisher."""
+
+# P = parameter elements, N = samples, C = logit columns
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from fedcl.models.flat import FlatModel
+
+
+def add_to(total_P: Tensor, model: FlatModel, values: list[Tensor]) -> None:
+    """Add a value for each trainable parameter to its place in ``total_P``, in place; frozen ones keep theirs."""
+    specs = [s for p, s in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
+    for spec, value in zip(specs, values, strict=True):
+        total_P[spec.start : spec.stop] += value.flatten()
+
+
+def summed_over_samples(
+    model: FlatModel,
+    loss: Callable[..., Tensor],
+    term: Callable[[Tensor], Tensor],
+    *samples: Tensor,
+    chunk_elements: int,
+) -> Tensor:
+    """Return the float64 sum (P,) over samples of ``term(gradient)``; 0 where a parameter is frozen.
+
+    The model is left in evaluation mode: no dropout, running statistics.
+
+    Parameters
+    ----------
+    loss
+        Function of one sample's logits (1, C) and of its rows of ``samples`` but the first.
+    term
+        What is summed, element by element, of gradients (N, ...).
+    samples
+        Inputs (N, ...), then whatever ``loss`` needs by sample (N, ...).
+    chunk_elements
+        Gradient elements held at once. Float32 terms are summed in float32 within a chunk.
+    """
+    model.eval()
+    trainable = {name: p.detach() for name, p in model.module.named_parameters() if p.requires_grad}
+    fixed = {name: p.detach() for name, p in model.module.named_parameters() if not p.requires_grad}
+
+    def of_one(params: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
+        output: Any = functional_call(model.module, {**fixed, **params}, (x[None],))
+        return loss(output.logits, *rest)
+
+    gradients = vmap(grad(of_one), in_dims=(None, *[0] * len(samples)))
+    total_P = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
+    step = max(1, chunk_elements // max(1, model.num_parameters))
+    for start in range(0, len(samples[0]), step):
+        found = gradients(trainable, *(part[start : start + step] for part in samples))
+        add_to(total_P, model, [term(found[name]).sum(0) for name in trainable])
+    return total_P
