@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 def moved(model: Tensor, responses: Sequence[Response]) -> Tensor:
     """Return ``model`` (P,) plus the mean of the clients' changes, weighted by their samples, summed in float64."""
-    total = sum(response.num_examples for response in responses)
-    if not total:
+    if not responses:
         return model
     mean = torch.zeros_like(model, dtype=torch.float64)
-    for response in responses:
-        mean += response.tensors["change"].double() * (response.num_examples / total)
+    add_mean(mean, responses, "change", [response.num_examples for response in responses])
     return (model.double() + mean).float()
+
+
+def add_mean(change: Tensor, responses: Sequence[Response], name: str, weights: Sequence[float]) -> None:
+    """Add the weighted mean of the tensors ``name`` to ``change`` (float64), in place; nothing without weights."""
+    total = sum(weights)
+    for response, weight in zip(responses, weights, strict=True):
+        if weight:
+            change += response.tensors[name].double() * (weight / total)
 
 
 def summed(responses: Sequence[Response]) -> dict[str, Tensor]:

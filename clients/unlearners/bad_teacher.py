@@ -21,12 +21,8 @@ class BadTeacher(Together):
 
     Parameters
     ----------
-    rounds, epochs
-        Rounds, and a client's epochs in each; 0 of either changes nothing.
-    lr, batch_size
-        Learning rate and batch size; None for the client's own.
-    optimizer
-        ``adam``, or ``sgd`` with the client's momentum and weight decay.
+    rounds, epochs, lr, batch_size, optimizer
+        As of :class:`~clients.unlearners.averaging.Together`.
     retain_share
         Share of a client's retained samples that take part, drawn once, in [0, 1].
     temperature

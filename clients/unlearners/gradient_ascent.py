@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +68,7 @@ class GradientAscent(Averaged):
         """Climb, unless there is nothing to forget."""
         if not len(ctx.forget):
             return Local(0, {})
-        training = replace(settings(ctx, epochs=self.epochs, lr=self.lr), weight_decay=0.0)
+        training = settings(ctx, epochs=self.epochs, lr=self.lr, weight_decay=0.0)
         descent = sgd(ctx.model, training)
         steps, stopped = 0, False
         ctx.model.eval()

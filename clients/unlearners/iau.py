@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clients.unlearners.averaging import edited_targets, num_parameters, users_of
 from clients.unlearners.steps import BATCH, adam, cross_entropy, gradients
+from fedcl.client.sample_gradients import add_to
 from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
@@ -84,10 +85,7 @@ def summed(ctx: UnlearnContext, samples: Samples) -> Tensor:
     total = torch.zeros_like(model.flat, dtype=torch.float64)
     model.eval()
     for batch in samples.batches(BATCH):
-        found = iter(gradients(model, cross_entropy(model, batch) * len(batch.y)))
-        for parameter, spec in zip(model.parameters, model.parameter_specs, strict=True):
-            if parameter.requires_grad:
-                total[spec.start : spec.stop] += next(found).flatten().double()
+        add_to(total, model, gradients(model, cross_entropy(model, batch) * len(batch.y)))
     return total
 
 

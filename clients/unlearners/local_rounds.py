@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from clients.unlearners.steps import descend, epochs_of, settings, sgd
 from fedcl.contracts import fields
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
+from fedcl.models.masks import column_mask
 
 if TYPE_CHECKING:
     from fedcl.contracts.strategy import Update
@@ -121,11 +121,8 @@ def of_task(samples: Samples, task: int, columns: Sequence[int], num_columns: in
     if samples.task is None:
         raise ValueError("the samples do not say in which task they were seen")
     chosen = samples.at(samples.task == task)
-    chosen.mask = None
-    if columns and len(columns) < num_columns:
-        allowed = torch.zeros(num_columns, dtype=torch.bool, device=chosen.y.device)
-        allowed[list(columns)] = True
-        chosen.mask = allowed.expand(len(chosen), num_columns)
+    mask = column_mask(columns or None, num_columns, chosen.y.device)
+    chosen.mask = None if mask is None else mask.expand(len(chosen), num_columns)
     return chosen
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clients.unlearners.averaging import Averaged, users_of
+from clients.unlearners.averaging import Averaged, add_mean, users_of
 from clients.unlearners.steps import cross_entropy, epochs_of, gradients, ignorance, settings
+from fedcl.client.sample_gradients import add_to
 from fedcl.contracts.fields import MODEL, Form, TensorField
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
@@ -77,7 +78,8 @@ class NegGradPlus(Averaged):
             left_out += forget is not None and "forget" not in terms
             self._clip(terms)
             for name, grads in terms.items():
-                shift = training.lr * _flat(ctx, grads)
+                shift = torch.zeros_like(ctx.model.flat)
+                add_to(shift, ctx.model, torch._foreach_mul(grads, training.lr))
                 ctx.model.flat -= shift
                 ways[name] -= shift
             steps += 1
@@ -93,11 +95,7 @@ class NegGradPlus(Averaged):
         """Return ``model`` (P,) plus, for each term, the mean way of the clients weighted by the term's samples."""
         change = torch.zeros_like(model, dtype=torch.float64)
         for column, name in enumerate(("retain", "forget")):
-            total = sum(float(response.tensors["counts"][column]) for response in responses)
-            for response in responses:
-                share = float(response.tensors["counts"][column])
-                if share:
-                    change += response.tensors[name].double() * (share / total)
+            add_mean(change, responses, name, [float(response.tensors["counts"][column]) for response in responses])
         return (model.double() + change).float()
 
     def _terms(self, ctx: UnlearnContext, retain: Batch | None, forget: Batch | None) -> dict[str, list[Tensor]]:
@@ -143,12 +141,3 @@ def _forever(ctx: UnlearnContext, batch_size: int) -> Iterator[Batch]:
     generator = ctx.rng(f"forget batches {ctx.args.get('round', 0)}")
     while True:
         yield from ctx.forget.batches(batch_size, generator)
-
-
-def _flat(ctx: UnlearnContext, grads: list[Tensor]) -> Tensor:
-    """Return gradients of the trainable parameters as a vector (P,), zero elsewhere."""
-    vector, found = torch.zeros_like(ctx.model.flat), iter(grads)
-    for parameter, spec in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True):
-        if parameter.requires_grad:
-            vector[spec.start : spec.stop] = next(found).flatten()
-    return vector

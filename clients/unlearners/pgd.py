@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -92,8 +91,8 @@ class PGD(Unlearner):
         return self._ascend(ctx)
 
     def _ascend(self, ctx: UnlearnContext) -> Local:
-        training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
-        training = replace(training, momentum=self.momentum, weight_decay=0.0)
+        changes = {"epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size, "momentum": self.momentum}
+        training = settings(ctx, **changes, weight_decay=0.0)
         last = ctx.tensors["last"].to(ctx.device)
         watched = ctx.forget.at(torch.randperm(len(ctx.forget), generator=ctx.rng("watched"))[:BATCH].to(ctx.device))
         move, steps, stopped = sgd(ctx.model, training), 0, False

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -149,8 +148,8 @@ class Reteach(Unlearner):
         return {GRAM: half(gram), "cross": cross}
 
     def _relearn(self, ctx: UnlearnContext) -> Local:
-        training = settings(ctx, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
-        training = replace(training, momentum=self.momentum, weight_decay=0.0)
+        changes = {"epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size, "momentum": self.momentum}
+        training = settings(ctx, **changes, weight_decay=0.0)
         move = sgd(ctx.model, training)
         scores_NC = random_features(ctx.forget.x, self.features, int(ctx.args["seed"])) @ ctx.tensors[_TEACHER].to(
             ctx.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,17 +41,10 @@ def clip(grads: list[Tensor], max_norm: float | None) -> None:
         torch._foreach_mul_(grads, max_norm / norm)
 
 
-def settings(
-    ctx: UnlearnContext, *, epochs: int | None = None, lr: float | None = None, batch_size: int | None = None
-) -> LocalTraining:
-    """Return how the client trains, with what is not None in place of its own settings."""
-    own = ctx.training
-    return replace(
-        own,
-        epochs=own.epochs if epochs is None else epochs,
-        lr=own.lr if lr is None else lr,
-        batch_size=own.batch_size if batch_size is None else batch_size,
-    )
+def settings(ctx: UnlearnContext, **changes: float | None) -> LocalTraining:
+    """Return how the client trains, with each of ``changes`` that is not None in place of its own setting."""
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    return replace(ctx.training, **given)
 
 
 def sgd(model: FlatModel, training: LocalTraining) -> Step:

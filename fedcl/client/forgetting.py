@@ -9,6 +9,7 @@ from fedcl.client.local_data import LocalData
 from fedcl.contracts.learner import TaskData
 from fedcl.contracts.requests import ForgetInstruction, Forgotten
 from fedcl.contracts.unlearner import Samples
+from fedcl.models.masks import column_mask
 from fedcl.scenario.task import Task
 
 # N = samples, C = logit columns
@@ -47,11 +48,12 @@ def part(
 
 def samples(parts: list[tuple[Task, TaskData]], num_columns: int, device: torch.device) -> Samples:
     """Return the samples of several tasks in one, each with the columns that its task may predict."""
-    joined = [
-        Samples(data.x, data.y, _mask(task, data, num_columns), torch.full_like(data.y, task.id))
-        for task, data in parts
-        if len(data)
-    ]
+    joined = []
+    for task, data in parts:
+        if len(data):
+            mask = column_mask(task.mask, num_columns, data.y.device)
+            masks = None if mask is None else mask.expand(len(data), num_columns)
+            joined.append(Samples(data.x, data.y, masks, torch.full_like(data.y, task.id)))
     if not joined:
         return Samples(torch.empty(0, device=device), torch.empty(0, dtype=torch.long, device=device))
     return Samples.join(joined)
@@ -78,11 +80,3 @@ def _rows(data: TaskData, chosen: torch.Tensor) -> TaskData:
     raw = None if data.raw is None else data.raw[there]
     positions = None if data.positions is None else data.positions[chosen.numpy()]
     return TaskData(data.x[there], data.y[there], raw, data.restore, positions)
-
-
-def _mask(task: Task, data: TaskData, num_columns: int) -> torch.Tensor | None:
-    if task.mask is None or len(task.mask) == num_columns:
-        return None
-    allowed = torch.zeros(num_columns, dtype=torch.bool, device=data.y.device)
-    allowed[list(task.mask)] = True
-    return allowed.expand(len(data), num_columns)

@@ -3,7 +3,7 @@
 # P = parameter elements, N = samples, C = logit columns
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from fedcl.models.flat import FlatModel
 
 
-def add_to(total_P: Tensor, model: FlatModel, values: list[Tensor]) -> None:
+def add_to(total_P: Tensor, model: FlatModel, values: Sequence[Tensor]) -> None:
     """Add a value for each trainable parameter to its place in ``total_P``, in place; frozen ones keep theirs."""
     specs = [s for p, s in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
     for spec, value in zip(specs, values, strict=True):

@@ -20,6 +20,7 @@ from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.data.dataset import Indices
 from fedcl.models.flat import FlatModel
+from fedcl.models.masks import column_mask
 from fedcl.models.networks import Output
 from fedcl.scenario.task import Task
 
@@ -169,14 +170,7 @@ class Context:
 
     def columns_mask(self, columns: Iterable[int] | None) -> Tensor | None:
         """Return a bool mask (C,) of ``columns``, or None when they are all the columns."""
-        if columns is None:
-            return None
-        chosen = list(columns)
-        if len(chosen) == self.num_columns:
-            return None
-        mask = torch.zeros(self.num_columns, dtype=torch.bool, device=self.device)
-        mask[chosen] = True
-        return mask
+        return column_mask(columns, self.num_columns, self.device)
 
     def rng(self, purpose: str) -> torch.Generator:
         """Return this visit's CPU generator for ``purpose``: keyed by (seed, client, visit, purpose)."""

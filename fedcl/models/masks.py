@@ -1,6 +1,6 @@
-"""Masks over a flat vector: which parameters matter most, and masks kept and sent as bits."""
+"""Masks over logit columns, and over a flat vector: which parameters matter most, kept and sent as bits."""
 
-# P = length of the flat vector, B = ceil(P / 8) bytes
+# P = length of the flat vector, B = ceil(P / 8) bytes, C = logit columns
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -12,6 +12,16 @@ from torch import Tensor
 from fedcl.models.flat import Spec, TensorSpec
 
 _WORDS = 2000  # of 64 bits, in a piece of a mask; with a power of two all rows would fall into the same cache sets
+
+
+def column_mask(columns: Iterable[int] | None, num_columns: int, device: torch.device) -> Tensor | None:
+    """Return a bool mask (C,) of logit ``columns``, or None when they are all the columns (``columns`` None: all)."""
+    chosen = range(num_columns) if columns is None else list(columns)
+    if len(chosen) == num_columns:
+        return None
+    mask = torch.zeros(num_columns, dtype=torch.bool, device=device)
+    mask[chosen] = True
+    return mask
 
 
 def critical_mask(old_P: Tensor, new_P: Tensor, tensors: Iterable[TensorSpec], tau: float) -> Tensor:

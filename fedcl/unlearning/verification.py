@@ -10,25 +10,13 @@ from typing import Any
 
 from fedcl.unlearning.certificate import FOLDER, FORMAT, digest, files
 
-_FIELDS = {
-    "format": str,
-    "index": int,
-    "request": dict,
-    "processed_with": list,
-    "unlearner": dict,
-    "options": dict,
-    "run": dict,
-    "versions": dict,
-    "server_round": int,
-    "model": dict,
-    "guarantee": str,
-    "erasure": list,
-    "measurements": dict,
-    "cost": dict,
-    "time": str,
-    "previous": str,
-    "sha256": str,
+_NAMES: dict[type, str] = {
+    str: "format guarantee time previous sha256",
+    int: "index server_round",
+    list: "processed_with erasure",
+    dict: "request unlearner options run versions model measurements cost",
 }
+_FIELDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
 @dataclass
