@@ -15,7 +15,7 @@
 # # Unlearning and certificates
 #
 # Somebody asks that their data be forgotten. Deleting them is easy; what the model has learned from them is still in
-# it. The honest remedy is to train all over without them, which takes as long as the training did. Others are quicker.
+# it. The exact remedy is to retrain without them, which takes as long as the training did. Others are faster.
 # What do they leave behind, how does one measure it, and what can be shown to whoever asked?
 
 # %%
@@ -43,14 +43,14 @@ def fedcl(command: str) -> None:
 
 
 # %% [markdown]
-# ## A request, three ways to serve it
+# ## A request, three ways to process it
 #
 # Six clients learn the ten digits. After ten rounds the class 3 is to be forgotten by all; eight rounds without it
 # follow. For experiments a request is planned in the settings:
 #
 # - `continue_without` leaves the class out from then on and does nothing else;
 # - `neggrad_plus` has its owners train up the loss on the class while they train down that on the rest;
-# - `retrain` trains all over, with the same seed and rounds, as if nobody had ever had the class.
+# - `retrain` trains again, with the same seed and rounds, as if nobody had ever had the class.
 
 # %%
 SETTINGS = (
@@ -65,7 +65,7 @@ for unlearner in ("continue_without", "neggrad_plus", "retrain"):
 # %% [markdown]
 # ## Next to retraining
 #
-# In a simulation the model that was trained all over is there to compare with, whatever the unlearner. It is the
+# In a simulation the retrained model is there for comparison, whatever the unlearner. It is the
 # measure of everything: it has never seen a three, and still a test of it gives some number. On either side of that
 # number there is a trace of the data, so each measurement is shown as the difference to it. Hollow is the model before
 # the request.
@@ -101,7 +101,7 @@ for unlearner in ("continue_without", "neggrad_plus", "retrain"):
     (file,) = (runs / unlearner / "certificates").glob("*.json")
     measured = json.loads(file.read_text())["measurements"]
     steps = measured["relearn_steps"], measured["reference/relearn_steps"]
-    print(f"{unlearner:<17} knows threes again after {steps[0]:2.0f} steps; trained all over, after {steps[1]:2.0f}")
+    print(f"{unlearner:<17} knows threes again after {steps[0]:2.0f} steps; retrained, after {steps[1]:2.0f}")
 
 # %% [markdown]
 # A model that has only been talked out of its answers is back sooner than one that never had the class. That is what
@@ -110,7 +110,7 @@ for unlearner in ("continue_without", "neggrad_plus", "retrain"):
 # ## A request to a run that is over
 #
 # Out of the laboratory, requests are not planned. `fedcl forget` hands one in: to a run that goes on, for before its
-# next round, or to one that is over, where it is served at once. Client 2 leaves the retrained run, which thereby
+# next round, or to one that is over, where it is processed at once. Client 2 leaves the retrained run, which thereby
 # forgets a second time.
 
 # %%
@@ -119,12 +119,12 @@ fedcl(f"forget {runs}/retrain --client 2 --id ticket-4711")
 # %% [markdown]
 # ## The certificate
 #
-# Each request gets one: what was asked, what was done, what remains, what it cost, and what is promised.
+# Each request gets one: what was asked, what was done, what is retained, what it cost, and what is promised.
 
 # %%
 certificates = sorted((runs / "retrain" / "certificates").glob("*.json"))
 ticket = json.loads(certificates[-1].read_text())
-for key in ("guarantee", "served_with", "server_round", "time", "previous", "sha256"):
+for key in ("guarantee", "processed_with", "server_round", "time", "previous", "sha256"):
     print(f"{key:<13} {ticket[key]}")
 
 # %%

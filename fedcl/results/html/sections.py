@@ -87,7 +87,7 @@ def certificates(run: Run) -> str:
     parts = [
         e.paragraph(
             "Checked here against their own hashes and the chain of them; fedcl verify also checks them against the "
-            "run and, where that was promised, trains all over."
+            "run and, where that was promised, retrains."
         ),
         *(_certificate(finding) for finding in findings[:_MAX_ROWS]),
         *_cut(len(findings)),
