@@ -24,7 +24,8 @@ from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnV
 from fedcl.models.flat import Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response, Target
+    from fedcl.contracts.strategy import Target
+    from fedcl.contracts.view import Response
 
 Way = Literal["subtract", "rebuild"]
 Sums = dict[str, Tensor]

@@ -26,7 +26,8 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, Target
+    from fedcl.contracts.strategy import LocalWork, Target
+    from fedcl.contracts.view import Response
 
 STEP = "activations"
 _FORGET, _RETAIN = "forget", "retain"

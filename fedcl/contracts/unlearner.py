@@ -22,7 +22,8 @@ from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.task import Task
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Target, Update
+    from fedcl.contracts.view import Response, ServerView
 
 # P = parameters, N = samples, C = logit columns
 Guarantee = Literal["exact", "certified", "approximate", "none"]
@@ -93,7 +94,7 @@ class UnlearnContext:
     training: LocalTraining
     client: str
     seed: int
-    turn: int
+    local_round: int
     num_columns: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +108,7 @@ class UnlearnContext:
     def rng(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator keyed by (seed, client, how often it trained, request, purpose)."""
         ids = ",".join(request.id for request in self.requests)
-        return torch_generator(self.seed, self.client, self.turn, "unlearn", ids, purpose)
+        return torch_generator(self.seed, self.client, self.local_round, "unlearn", ids, purpose)
 
     def other_model(self) -> FlatModel:
         """Return a second model, for a teacher; its weights are anything."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedcl.messages import Reply, Request
 from fedcl.scenario.task import Task
+from fedcl.server.aggregation import PartialSums
 from fedcl.server.exchange import Exchange, Fault
 from fedcl.server.selection import client_order
 from fedcl.server.strategy import Outgoing
@@ -40,7 +41,7 @@ class Clock(Protocol):
 
 
 class VirtualClock:
-    """Time that passes only when it is told to."""
+    """Time that passes only in :meth:`advance`."""
 
     virtual = True
 
@@ -167,7 +168,7 @@ class Arrivals:
         size = out.model.numel() * 4
         down = size + sum(tensor.nbytes for tensor in out.payload.values())
         seconds = device.duration(self.steps(out.client, request.task), down, size)
-        lost = device.drops(self.seed, out.client, request.turn)
+        lost = device.drops(self.seed, out.client, request.local_round)
         return Flight(out, request, now, now + seconds, lost, model_epoch)
 
     def _push(self, flights: Sequence[Flight]) -> None:
@@ -177,10 +178,11 @@ class Arrivals:
         for flight, message_id in zip(present, ids, strict=True):
             flight.message_id = message_id
 
-    def collect(self, *, count: int | None, deadline: float) -> list[Flight]:
+    def collect(self, *, count: int | None, deadline: float, partial: PartialSums | None = None) -> list[Flight]:
         """Return the next flights to arrive, in order: up to ``count`` (None: all), none after ``deadline``.
 
-        The clock stands at the last arrival afterwards, or at ``deadline`` if that came first.
+        Afterwards the clock is at the last arrival, or at ``deadline`` if that is earlier. ``partial`` takes the sums
+        of replies that were summed where they were made.
         """
         if not self.clock.virtual:
             return self._collect_wall(count, deadline)
@@ -193,22 +195,22 @@ class Arrivals:
         for flight in taken:
             if flight.lost:
                 flight.reply = Fault("client_failed", "the device dropped out")
-        self._fetch(taken)
+        self._fetch(taken, partial)
         return self._release(taken)
 
-    def _fetch(self, wanted: Sequence[Flight]) -> None:
+    def _fetch(self, wanted: Sequence[Flight], partial: PartialSums | None) -> None:
         """Wait until every wanted reply has been computed."""
         missing = {flight.message_id for flight in wanted if flight.reply is None}
         while missing:
-            came = self._pull(missing)
+            came = self._pull(missing, partial)
             if not came and not self.exchange.cohorts:
-                time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's answers at once
+                time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's returns at once
             missing -= came
 
-    def _pull(self, message_ids: Iterable[str]) -> set[str]:
-        """Take the replies that are there; return the messages, of those in flight, that they answer."""
+    def _pull(self, message_ids: Iterable[str], partial: PartialSums | None = None) -> set[str]:
+        """Take the replies that are there; return the ids of the messages in flight that they reply to."""
         came = set()
-        for client, reply in self.exchange.pull(message_ids).items():
+        for client, reply in self.exchange.pull(message_ids, partial).items():
             if client in self.flights:
                 self.flights[client].reply = reply
                 came.add(self.flights[client].message_id)
@@ -260,7 +262,7 @@ def _flight_state(flight: Flight, model: int) -> dict[str, Any]:
         "model": model,
         "payload": dict(flight.out.payload),
         "visit": request.visit,
-        "turn": request.turn,
+        "local_round": request.local_round,
         "committed": request.committed,
         "round": request.server_round,
         "version": request.version,
@@ -280,7 +282,7 @@ def _flight_from(row: dict[str, Any], models: Sequence[Tensor]) -> Flight:
         kind="train",
         client=row["client"],
         visit=row["visit"],
-        turn=row["turn"],
+        local_round=row["local_round"],
         committed=row["committed"],
         server_round=row["round"],
         version=row["version"],

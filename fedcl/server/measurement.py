@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from fedcl.client.local_evaluation import iteration
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.scenario.task import Stage, Stream
-from fedcl.server.exchange import Exchange
-from fedcl.server.fold import Contribution
+from fedcl.server.exchange import EventLog, Exchange
+from fedcl.server.rounds import Arrival
 from fedcl.server.strategy import Outgoing
 
 _PHASES = {"accuracy_received": ("received", "accuracy"), "accuracy_trained": ("trained", "accuracy")}
 
 
-class Record(Protocol):
-    """Where the run is written down; :class:`fedcl.results.recorder.Recorder` is one."""
+class Record(EventLog, Protocol):
+    """Where a run is recorded; :class:`fedcl.results.recorder.Recorder` is one."""
 
     def row(
         self,
@@ -36,10 +36,6 @@ class Record(Protocol):
         step: int = -1,
     ) -> None:
         """Record one value."""
-        ...
-
-    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
-        """Record that something happened."""
         ...
 
     def timing(self, round: int, name: str, seconds: float) -> None:
@@ -170,17 +166,16 @@ class Measurement:
                         virtual_time=now,
                     )
 
-    def training(
-        self, updates: Sequence[Contribution], server_round: int, now: float, arrivals: Mapping[str, float]
-    ) -> None:
-        """Record what clients report of their training; where they may be late, how late they were.
-
-        ``arrivals`` says when each client's reply came, in seconds of the run's clock; empty where all are waited for.
-        """
-        for update in updates:
-            values = {"num_examples": float(update.num_examples), **update.metrics}
-            if update.client in arrivals:
-                values |= {"age": float(update.age), "arrival": arrivals[update.client]}
+    def training(self, counted: Sequence[Arrival], server_round: int, now: float, *, late: bool) -> None:
+        """Record what clients report of their training; with ``late``, also when they came and how late."""
+        for one in counted:
+            request, reply = one.flight.request, one.reply
+            assert reply is not None
+            assert request.task is not None
+            values = {"num_examples": float(reply.num_examples), **reply.metrics}
+            if late:
+                age = one.update.age if one.update is not None else 0
+                values |= {"age": float(age), "arrival": one.flight.arrival}
             for key, value in sorted(values.items()):  # in a fixed order, whichever way they came
                 at = iteration(key)
                 phase, name = _PHASES.get(key, ("train", key)) if at is None else ("iteration", "accuracy")
@@ -189,9 +184,9 @@ class Measurement:
                     phase=phase,
                     name=name,
                     value=value,
-                    client=update.client,
-                    task=update.task if at is None else at[0],
-                    after=update.task,
+                    client=request.client,
+                    task=request.task.id if at is None else at[0],
+                    after=request.task.id,
                     step=-1 if at is None else at[1],
                     virtual_time=now,
                 )

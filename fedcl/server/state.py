@@ -104,7 +104,7 @@ class BetweenRounds(Protocol):
 class ServerData:
     """A server without its timeline.
 
-    Parts see it as a :class:`~fedcl.contracts.strategy.ServerView`, unlearning edits it, a checkpoint holds it.
+    Parts see it as a :class:`~fedcl.contracts.view.ServerView`, unlearning edits it, a checkpoint holds it.
     ``everybody`` are the clients the run began with, ``initial`` the weights (P,).
     """
 
@@ -253,7 +253,7 @@ class ServerData:
             "late": sorted(state.late),
             "pending_notice": sorted(state.pending_notice),
             "visits": dict(self.exchange.visits),
-            "turns": dict(self.exchange.turns),
+            "local_rounds": dict(self.exchange.local_rounds),
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
@@ -277,7 +277,7 @@ class ServerData:
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])
         self.exchange.visits = dict(state["visits"])
-        self.exchange.turns = dict(state["turns"])
+        self.exchange.local_rounds = dict(state["local_rounds"])
         self.exchange.committed = dict(state["committed"])
         if self.unlearning is not None and "unlearning" in state:
             self.unlearning.load_state_dict(state["unlearning"])

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedcl.contracts.learner import Payload, Plugin
 from fedcl.contracts.learner import overrides as defines
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
-from fedcl.contracts.strategy import Query, Response, Target
+from fedcl.contracts.strategy import Target
+from fedcl.contracts.view import Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.scenario.task import Task
 

@@ -55,7 +55,7 @@ class Job:
 
 def narrowed(visit: ConfigRecord, places: Sequence[int]) -> ConfigRecord:
     """Return the record that addresses the clients at ``places`` only; a block of which some are left out is none."""
-    lists = {name: cast(list[Any], visit[name]) for name in ("clients", "visits", "committed", "turns")}
+    lists = {name: cast(list[Any], visit[name]) for name in ("clients", "visits", "committed", "local_rounds")}
     chosen = {name: [values[i] for i in places] for name, values in lists.items()}
     blocks = cast(list[int], visit.get(BLOCKS, []))
     if blocks:

@@ -44,14 +44,14 @@ class Worker:
         sys.path.extend(path for path in paths if path not in sys.path)
         from fedcl.assembly import (  # after the user's own modules can be found
             client_runtime,
-            make_folding,
+            make_aggregation,
             simulated_data,
         )
 
         runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
         self._data = runtime.data
         self._store = _NotingStore()
-        self._host = ClientHost(runtime, self._store, make_folding(config, runtime.model, dataset))
+        self._host = ClientHost(runtime, self._store, make_aggregation(config, runtime.model, dataset))
         self._records: OrderedDict[str, Any] = OrderedDict()
 
     def ready(self) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedcl.contracts.fields import Form
 from fedcl.contracts.requests import ErasureOutcome, ForgetNote, ForgetRequest, Forgotten, outcomes_from
-from fedcl.contracts.strategy import Query, Response, Target
+from fedcl.contracts.strategy import Target
 from fedcl.contracts.unlearner import Value
+from fedcl.contracts.view import Query, Response
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 
 
 def attention(models_KP: Tensor, sigma: float, alpha: float) -> Tensor:

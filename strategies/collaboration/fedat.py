@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, ServerView, Target, Update
-from fedcl.server.fold import fold
+from fedcl.contracts.strategy import GLOBAL, Target, Update
+from fedcl.contracts.view import ServerView
+from fedcl.server.aggregation import aggregate
 from strategies.collaboration.fedavg import FedAvg
 
 
@@ -95,7 +96,7 @@ class FedAT(FedAvg):
 
         for tier in sorted({self._tier[update.client] for update in updates}):
             members = [update for update in updates if self._tier[update.client] == tier]
-            self._models[str(tier)] = global_P + fold(members, term, view.spec).mean()
+            self._models[str(tier)] = global_P + aggregate(members, term, view.spec).mean()
             self._counts[tier] += 1
         self._aggregations += 1
         weights = tier_weights(self._counts)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, LocalWork, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
-from fedcl.server.fold import fold
+from fedcl.server.aggregation import aggregate
 from strategies.collaboration.fedavg import FedAvg
 
 _PREFIX = "cluster-"
@@ -138,7 +139,7 @@ class IFCA(FedAvg):
         self._switched = switched / len(updates)
         new = [model.double() for model in self._current(view)]
         for index, chosen in members.items():
-            new[index] = new[index] + fold(chosen, self.term, view.spec).mean()
+            new[index] = new[index] + aggregate(chosen, self.term, view.spec).mean()
         return {GLOBAL: self._mean(new), **{f"{_PREFIX}{index}": new[index] for index in sorted(members)}}
 
     def _mean(self, models: list[Tensor]) -> Tensor:

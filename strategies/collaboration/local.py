@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 
 
 class Local(Collaboration):

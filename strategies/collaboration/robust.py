@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedcl.contracts.fields import MODEL
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, Fold, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Aggregate, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 
 
@@ -61,11 +62,11 @@ class Scaffold(Collaboration):
         """Return one for a change, times what staleness made of the weight."""
         return update.weight / update.num_examples
 
-    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
+    def finish(self, aggregate: Aggregate, view: ServerView) -> dict[Target, Tensor]:
         """Move c and return the change of the global model."""
-        if fold.clients:
-            self._set_control(self._control + fold.payload["control_delta"] / len(view.clients))
-        return {GLOBAL: self.server_lr * fold.mean()}
+        if aggregate.clients:
+            self._set_control(self._control + aggregate.payload["control_delta"] / len(view.clients))
+        return {GLOBAL: self.server_lr * aggregate.mean()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return c in float64 (P,) and its epoch."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedcl.contracts.strategy import Response
+from fedcl.contracts.view import Response
 
 UnlearnBasis = Literal["keep", "drop_task", "keep_grams", "recompute"]
 WHY = {

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedcl.base.linalg import project_out
-from fedcl.contracts.strategy import Event, LocalWork, Query, Response, ServerView, Target
+from fedcl.contracts.strategy import Event, LocalWork, Target
+from fedcl.contracts.view import Query, Response, ServerView
 from fedcl.models.flat import Spec, TensorSpec
 from strategies.projection.basis_memory import UnlearnBasis
 from strategies.projection.growth import GrowingBases, Method, Variant

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedcl.base.linalg import extend_basis
 from fedcl.contracts.fields import NOTHING, Form, TensorField
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import PastView, Projection, Query, Response, ServerView
+from fedcl.contracts.strategy import Projection
+from fedcl.contracts.view import PastView, Query, Response, ServerView
 from fedcl.models.flat import TensorSpec
 from strategies.projection.basis_memory import WHY, BasisMemory, Extension, UnlearnBasis
 from strategies.projection.subspace import Found, from_grams, from_official, from_ranges, from_sketches, inputs

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import Event, Projection, ServerView, Target
+from fedcl.contracts.strategy import Event, Projection, Target
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from fedcl.models.merge import layer_factors, scaled_change
 

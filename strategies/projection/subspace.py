@@ -17,7 +17,7 @@ from fedcl.base.linalg import (
     random_signs,
     sketch_spectrum,
 )
-from fedcl.contracts.strategy import Response
+from fedcl.contracts.view import Response
 from fedcl.models.flat import Spec, TensorSpec
 
 KEY = "strategy.projection.server"

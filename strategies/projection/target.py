@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection, ServerView
+from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection
 from fedcl.contracts.strategy import Target as TargetName
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import FlatModel
 
 INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import LocalWork, ServerView, Staleness, Update
+from fedcl.contracts.strategy import LocalWork, Staleness, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.hindsight import Hindsight
 from strategies.staleness.inversion import Variant
 from strategies.staleness.rebase import rebased

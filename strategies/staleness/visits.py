@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedcl.contracts.strategy import LocalWork, ServerView, Update
+from fedcl.contracts.strategy import LocalWork, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.inversion import Simulation, Variant, batch_plan, trainable
 
 # P = parameters, N = made-up samples, C = allowed columns

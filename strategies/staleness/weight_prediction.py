@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from fedcl.server.strategy import exact_sum
 

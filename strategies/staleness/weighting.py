@@ -11,7 +11,8 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.rebase import rebased
 
 

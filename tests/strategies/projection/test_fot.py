@@ -18,7 +18,8 @@ from fedcl.base.randomness import torch_generator
 from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.learner import Context, LocalTraining, TaskData
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Query, Response, Update
+from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Update
+from fedcl.contracts.view import Query, Response
 from fedcl.messages import Reply
 from fedcl.messages.arrays import record_tensors, tensors_record
 from fedcl.models.flat import FlatModel, Spec
