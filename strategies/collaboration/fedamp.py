@@ -41,20 +41,12 @@ class FedAMP(Collaboration):
         Squared distance at which attraction has fallen to 1/e. Its scale is that of ||w_i - w_j||^2.
     alpha
         Step size; with ``sigma`` it bounds a neighbour's weight by alpha / sigma.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is not positive.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
 
     def __init__(self, *, sigma: float = 1.0, alpha: float = 0.1) -> None:
-        for name, value in (("sigma", sigma), ("alpha", alpha)):
-            if not value > 0:
-                raise ValueError(f"strategy.collaboration.server.{name}={value}: must be > 0")
         self.sigma = sigma
         self.alpha = alpha
         self._models: dict[str, Tensor] = {}

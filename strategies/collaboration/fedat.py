@@ -55,11 +55,6 @@ class FedAT(FedAvg):
         Aggregations between two looks, at least 1.
     weighting
         Of clients within their tier.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
@@ -71,9 +66,6 @@ class FedAT(FedAvg):
         retier_every: int = 10,
         weighting: Literal["num_examples", "uniform"] = "num_examples",
     ) -> None:
-        for name, value in (("tiers", tiers), ("retier_every", retier_every)):
-            if value < 1:
-                raise ValueError(f"strategy.collaboration.server.{name}={value}: must be int >= 1")
         super().__init__(weighting=weighting)
         self.tiers = tiers
         self.retier_every = retier_every

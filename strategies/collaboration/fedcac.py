@@ -92,23 +92,12 @@ class FedCAC(Collaboration):
         ``server`` computes the masks there, from the model that was sent, or what staleness correction made of it.
         ``client`` has them sent, one bit a parameter, by ``clients.strategies.fedcac.CriticalMask``. On time both are
         the same.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
 
     def __init__(self, *, tau: float = 0.5, beta: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
-        if not 0 < tau <= 1:
-            raise ValueError(f"strategy.collaboration.server.tau={tau}: must be in (0, 1]")
-        if not (0 < beta < 1 or (beta >= 1 and float(beta).is_integer())):
-            raise ValueError(f"strategy.collaboration.server.beta={beta}: must be int >= 1 or number in (0, 1)")
-        if masks not in ("server", "client"):
-            raise ValueError(f"strategy.collaboration.server.masks={masks}: must be server or client")
         self.tau = tau
         self.beta = beta
         self.masks = masks

@@ -62,11 +62,6 @@ class IFCA(FedAvg):
         pretrained model.
     weighting
         Of clients within their cluster.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
@@ -79,10 +74,6 @@ class IFCA(FedAvg):
         spread: float = 1.0,
         weighting: Literal["num_examples", "uniform"] = "num_examples",
     ) -> None:
-        if clusters < 1:
-            raise ValueError(f"strategy.collaboration.server.clusters={clusters}: must be int >= 1")
-        if not 0 < spread <= 1:
-            raise ValueError(f"strategy.collaboration.server.spread={spread}: must be in (0, 1]")
         super().__init__(weighting=weighting)
         self.clusters = clusters
         choice = TensorField((1,), "int64", low=0, high=clusters - 1)

@@ -25,11 +25,6 @@ class Scaffold(Collaboration):
 
     Its client half is ``clients.strategies.scaffold.Scaffold``. The server holds the sum over clients alone, never one
     client's variate, so forgetting starts the variates over: here and, through ``control_epoch``, at every client.
-
-    Raises
-    ------
-    ValueError
-        If ``server_lr`` is not positive.
     """
 
     payloads: ClassVar[tuple[Payload, ...]] = (
@@ -39,8 +34,6 @@ class Scaffold(Collaboration):
     )
 
     def __init__(self, *, server_lr: float = 1.0) -> None:
-        if not server_lr > 0:
-            raise ValueError(f"strategy.collaboration.server.server_lr={server_lr}: must be > 0")
         self.server_lr = server_lr
         self._epoch = 0
         self._set_control(torch.zeros(0, dtype=torch.float64))

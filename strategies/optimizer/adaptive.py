@@ -43,22 +43,9 @@ class Adaptive(ServerOptimizer):
         Degree of adaptivity: the smaller, the more alike all steps are.
     initial_v
         Where v starts; ``None`` is tau^2, the least that the paper allows.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(self, *, lr: float, beta_1: float, tau: float, initial_v: float | None) -> None:
-        if not lr > 0:
-            raise ValueError(f"strategy.optimizer.server.lr={lr}: must be > 0")
-        if not 0 <= beta_1 < 1:
-            raise ValueError(f"strategy.optimizer.server.beta_1={beta_1}: must be in [0, 1)")
-        if not tau > 0:
-            raise ValueError(f"strategy.optimizer.server.tau={tau}: must be > 0")
-        if initial_v is not None and not initial_v >= 0:
-            raise ValueError(f"strategy.optimizer.server.initial_v={initial_v}: must be >= 0 or null")
         self.lr = lr
         self.beta_1 = beta_1
         self.tau = tau
@@ -127,8 +114,6 @@ class _Decaying(Adaptive):
         initial_v: float | None = None,
     ) -> None:
         super().__init__(lr=lr, beta_1=beta_1, tau=tau, initial_v=initial_v)
-        if not 0 <= beta_2 < 1:
-            raise ValueError(f"strategy.optimizer.server.beta_2={beta_2}: must be in [0, 1)")
         self.beta_2 = beta_2
 
 

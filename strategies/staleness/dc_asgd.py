@@ -41,22 +41,11 @@ class DCASGD(Staleness):
         Divide lambda_0 by sqrt(MS + 1e-7), with MS the moving mean of squared gradients over all updates.
     momentum
         Of that mean, in [0, 1).
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
         self, *, strength: float = 4.0, lr: float = 1.0, adaptive: bool = False, momentum: float = 0.95
     ) -> None:
-        if strength < 0:
-            raise ValueError(f"strategy.staleness.server.strength={strength}: must be >= 0")
-        if lr <= 0:
-            raise ValueError(f"strategy.staleness.server.lr={lr}: must be > 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.staleness.server.momentum={momentum}: must be in [0, 1)")
         self.strength, self.lr = strength, lr
         self.adaptive, self.momentum = adaptive, momentum
         self._mean_square = torch.zeros(0, dtype=torch.float64)

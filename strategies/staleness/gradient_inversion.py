@@ -81,11 +81,6 @@ class GradientInversion(Staleness):
         ``official`` is the published code's: sign of the inputs' gradient, binary cross-entropy on log-probabilities,
         standard normal inputs and target logits, a box around the inputs, the last samples instead of the best, no warm
         start, and whatever is found is used. Made for lr 1, 256 samples and 40,000 iterations.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
@@ -108,16 +103,6 @@ class GradientInversion(Staleness):
         together: int = 4,
         variant: Variant = "consistent",
     ) -> None:
-        counts = {"samples": samples, "iterations": iterations, "patience": patience, "max_steps": max_steps}
-        sizes = {"together": together, "lr": lr, "max_residual": max_residual, "spread": spread}
-        for name, value in (counts | sizes | {"half_life": 1.0 if half_life is None else half_life}).items():
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
-        for name, value in (("tolerance", tolerance), ("label_spread", label_spread), ("uniqueness", uniqueness)):
-            if value < 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be >= 0")
-        if not 0 < top <= 1:
-            raise ValueError(f"strategy.staleness.server.top={top}: must be in (0, 1]")
         official = variant == "official"
         self.samples, self.max_steps, self.together = samples, max_steps, together
         self.spread = (1.0, 1.0) if official else (spread, label_spread)

@@ -32,18 +32,9 @@ class WeightPrediction(Staleness):
         h, in versions; null: the age of the client's latest update, so that nothing is predicted while all are fresh.
     momentum
         Of the mean over steps, in [0, 1).
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(self, *, horizon: float | None = None, momentum: float = 0.9) -> None:
-        if horizon is not None and horizon < 0:
-            raise ValueError(f"strategy.staleness.server.horizon={horizon}: must be >= 0 or null")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.staleness.server.momentum={momentum}: must be in [0, 1)")
         self.horizon, self.momentum = horizon, momentum
         self._last: Tensor | None = None
         self._version = 0

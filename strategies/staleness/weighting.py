@@ -57,11 +57,6 @@ class Weighting(Staleness):
         False: the change is scaled, so a round of nothing but late updates moves the model less, as FedBuff's
         1/K sum does. True: the weight within the round's mean is scaled, and a round of equally old updates moves the
         model as far as fresh ones would.
-
-    Raises
-    ------
-    ValueError
-        If ``half_life`` or ``slope`` is not positive.
     """
 
     def __init__(
@@ -73,9 +68,6 @@ class Weighting(Staleness):
         cutoff: float = 10.0,
         relative: bool = False,
     ) -> None:
-        for name, value in (("half_life", half_life), ("slope", slope)):
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
         self.rule = rule
         self.half_life, self.slope, self.cutoff = half_life, slope, cutoff
         self.relative = relative
@@ -120,11 +112,6 @@ class FedAsync(Staleness):
         1 / (slope (age - cutoff) + 1).
     alpha
         Mixing weight of late models, in (0, 1].
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
@@ -136,11 +123,6 @@ class FedAsync(Staleness):
         slope: float = 10.0,
         cutoff: float = 4.0,
     ) -> None:
-        if not 0 < alpha <= 1:
-            raise ValueError(f"strategy.staleness.server.alpha={alpha}: must be in (0, 1]")
-        for name, value in (("power", power), ("slope", slope)):
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
         self.weighting, self.alpha = weighting, alpha
         self.power, self.slope, self.cutoff = power, slope, cutoff
 
