@@ -23,6 +23,7 @@ from fedcl.config.instantiate import TARGET_KEY, build, builder, call, is_own
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import LocalTraining, Plugin
 from fedcl.contracts.learner import overrides as defines
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import Collaboration, LocalWork, Part, Projection, ServerOptimizer, Staleness
 from fedcl.contracts.unlearner import Unlearner
 from fedcl.data.assembly import check_halves
@@ -39,7 +40,6 @@ from fedcl.server.aggregation import Aggregation
 from fedcl.server.arrivals import Device
 from fedcl.server.curriculum import Curriculum
 from fedcl.server.flower_strategy import FlowerAdapter
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Pipeline, check_payloads
 from fedcl.server.validation import Expected, uploads
 from fedcl.unlearning.planned import planned_requests

@@ -7,7 +7,7 @@ device forget, plays recovery rounds and writes the certificate (:mod:`fedcl.unl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -18,10 +18,12 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.requests import NAMES, ErasureOutcome, ForgetRequest, Scope
+from fedcl.contracts.view import PresentView
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.task import Task
 
 if TYPE_CHECKING:
+    from fedcl.contracts.statistics import Statistics
     from fedcl.contracts.strategy import LocalWork, Target, Update
     from fedcl.contracts.view import Response, ServerView
 
@@ -122,44 +124,12 @@ class Local(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Sums(Protocol):
-    """What the server has added up of clients' statistics; :class:`fedcl.server.statistics.Statistics` is one."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The queries whose answers are added up."""
-        ...
-
-    def sums(self, name: str) -> dict[str, Tensor]:
-        """Return the sums of query ``name`` by tensor name, float64; empty before the first task has ended."""
-        ...
-
-    def consumed(self, name: str) -> dict[str, tuple[Task, ...]]:
-        """Return, by client, the tasks whose samples are in the sums of query ``name``, one for each time they were."""
-        ...
-
-    def replace(
-        self, name: str, sums: dict[str, Tensor], holders: Collection[str], requests: Sequence[ForgetRequest]
-    ) -> None:
-        """Put sums in place that hold only what ``holders`` may keep after ``requests``, so that none is forgotten."""
-        ...
-
-    def solve(self, models: Mapping[Target, Tensor]) -> dict[Target, Tensor]:
-        """Return the models (P,) that the sums determine, by target."""
-        ...
-
-
-class UnlearnView(Protocol):
+class UnlearnView(PresentView, Protocol):
     """What the server half may know and do."""
 
     @property
     def spec(self) -> Spec:
         """Layout of a model vector."""
-        ...
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """The clients that stay, in canonical order."""
         ...
 
     @property
@@ -178,21 +148,8 @@ class UnlearnView(Protocol):
         ...
 
     @property
-    def statistics(self) -> Sums:
+    def statistics(self) -> Statistics:
         """What the server has added up of clients' statistics, for unlearners that can take sums apart."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        ...
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        ...
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
         ...
 
     def ask(

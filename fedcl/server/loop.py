@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedcl.contracts.requests import Forgotten
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Event, Target
 from fedcl.contracts.view import Query, Response
 from fedcl.evaluation.evaluator import Evaluator
@@ -20,7 +21,6 @@ from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Known, Measurement, Record
 from fedcl.server.rounds import Round, Rounds
 from fedcl.server.state import BetweenRounds, Compute, LoopOptions, ServerData
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.requests import ErasureOutcome, Forgotten
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.models.flat import Spec
 from fedcl.server.arrivals import Arrivals
@@ -19,7 +20,6 @@ from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Record
 from fedcl.server.rounds import RoundOptions
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Strategy
 
 Compute = Callable[..., Future[Any]]

@@ -12,6 +12,7 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import LocalWork, Target
 from fedcl.contracts.unlearner import Samples, UnlearnContext, Unlearner, Value
 from fedcl.contracts.view import Response
@@ -19,7 +20,6 @@ from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.scenario.task import Task
-from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
 
 NOTHING = Samples(torch.empty(0), torch.empty(0, dtype=torch.long))
