@@ -101,6 +101,6 @@ class PastView(PresentView, Protocol):
     def ask_past(self, query: Query, server_round: int) -> list[Response]:
         """Put ``query`` to clients that took part in ``server_round``.
 
-        Each answers with what it may still use of the task that it had then.
+        Each responds from what it may still use of the task that it had then.
         """
         ...

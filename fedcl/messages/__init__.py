@@ -264,12 +264,14 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     check_records(content, {VISIT: ConfigRecord, METRICS: MetricRecord})
     visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
     if visit is None or set(visit) != {"client", "code"} or metrics is None or set(metrics) != {NUM_EXAMPLES}:
-        raise ValueError("the reply is not an answer to fedcl's hello")
+        raise ValueError("the message is not a reply to fedcl's hello")
     client, code = visit["client"], visit["code"]
     if not isinstance(client, str) or not CLIENT_ID.fullmatch(client):
-        raise ValueError(f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+        raise ValueError(
+            f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with a letter or digit"
+        )
     if not isinstance(code, str) or not CODE.fullmatch(code):
-        raise ValueError(f"version {shown(code)}: is none of fedcl's")
+        raise ValueError(f"version {shown(code)}: is not a version of fedcl")
     return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code
 
 

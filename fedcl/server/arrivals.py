@@ -80,7 +80,7 @@ class Device(Protocol):
     """What the timeline needs to know of a client's device."""
 
     def duration(self, steps: int, bytes_down: int, bytes_up: int) -> float:
-        """Return the virtual seconds of a visit."""
+        """Return the virtual seconds from dispatch to arrival of a train message."""
         ...
 
     def available_from(self, now: float) -> float:
@@ -88,7 +88,7 @@ class Device(Protocol):
         ...
 
     def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether the reply of this visit is lost."""
+        """Whether the reply to the client's train message of this number is lost."""
         ...
 
 
@@ -247,7 +247,7 @@ class Arrivals:
         return {"now": self.clock.now, "models": list(models.values()), "flights": flights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the clock and send every dispatch in flight again: the same visit gives the same bits."""
+        """Restore the clock and send every dispatch in flight again: the same request gives the same bits."""
         self.clock.advance(state["now"])
         flights = [_flight_from(row, state["models"]) for row in state["flights"]]
         self.flights = {flight.client: flight for flight in flights}

@@ -152,7 +152,7 @@ class Exchange:
         return self._accept(request, reply, self.expected("train"), self.max_update_norm)
 
     def commit(self, request: Request) -> None:
-        """Let what the client staged at this visit become its state."""
+        """Commit the state that the client staged with this message."""
         self.committed[request.client] = request.visit
         if self.commit_state is not None:
             self.commit_state(request.client, request.visit)
@@ -251,7 +251,7 @@ class Exchange:
             if not client:
                 self._note("reply_rejected", client="", reason=f"unknown node {message.metadata.src_node_id}")
             elif asked is not None and message.metadata.reply_to_message_id not in asked:
-                self._note("reply_rejected", client=client, reason="answers another message than those in flight")
+                self._note("reply_rejected", client=client, reason="replies to another message than those in flight")
             elif client in replies:
                 self._note("reply_rejected", client=client, reason="a second reply to one message")
             elif not message.has_error() and self.cohorts and is_partial_sum(message.content):

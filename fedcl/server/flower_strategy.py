@@ -98,7 +98,7 @@ class FlowerAdapter(Strategy):
         Raises
         ------
         ValueError
-            There are some, and the strategy adds noise to whatever it gets: their mean would tell what it hides.
+            If there are any and the strategy adds noise: the plain mean of the buffers would reveal what it hides.
         """
         buffers = [tensor.name for tensor in spec if tensor.kind == "buffer"]
         if buffers and isinstance(self.strategy, _PRIVATE):

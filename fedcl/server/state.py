@@ -24,14 +24,14 @@ from fedcl.server.strategy import Strategy
 
 Compute = Callable[..., Future[Any]]
 # what a certificate says of devices that were away; the event comes in events.jsonl
-OUT_OF_REACH = "were not in reach: their devices are told when they are back, which is an event `client_told`"
+OUT_OF_REACH = "were not in reach: their devices are notified when they reconnect, which is an event `client_told`"
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
     """Settings of the loop: the keys of the configuration that carry the same names.
 
-    ``boundary_visits`` says that some plugin concludes tasks, so that clients must be told of their end.
+    ``boundary_visits`` says that some plugin acts at the end of a task, so that clients must be notified of it.
     """
 
     rounds: RoundOptions
@@ -43,12 +43,13 @@ class LoopOptions:
 
 @dataclass
 class ServerState:
-    """What a run is at the end of a round: models by target, counters, and the next round to play.
+    """What a run is at the end of a round: models by target, counters, and the next round.
 
     ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
     are the clients that learned something of their present task; ``pending_task_end`` maps clients that were in flight
-    when their task ended to the round that ended it, which they finish when they are back; ``late`` are the clients
-    that an old update of counted; ``pending_notice`` are those that were out of reach when they were to forget.
+    when their task ended to the round that ended it, of which they are notified when they are back; ``late`` are the
+    clients of which a late update counted; ``pending_notice`` are those that could not be reached when they should
+    forget.
     """
 
     models: dict[Target, Tensor]
@@ -79,8 +80,8 @@ class BetweenRounds(Protocol):
     ) -> bool:
         """Do what is due before ``server_round``; return whether anything was.
 
-        ``recover(n)`` plays n rounds besides the schedule and returns how many counted. ``ends`` says that no round
-        comes any more, so that nothing can wait.
+        ``recover(n)`` runs n rounds besides the schedule and returns how many counted. ``ends`` says that no round
+        follows, so that nothing can wait.
         """
         ...
 
@@ -135,7 +136,7 @@ class ServerData:
         exchange.when = self.when
 
     def when(self) -> dict[str, Any]:
-        """Return the round that is being played, or comes next, and the time on the run's clock: what an event has."""
+        """Return the fields of every event: the round that is running or comes next, and the run's time."""
         return {"round": self.state.next_round, "virtual_time": self.now}
 
     # -- what parts see -----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class ServerData:
         self.state.model_epoch += 1
 
     def remove_clients(self, departing_clients: Sequence[str]) -> list[ErasureOutcome]:
-        """Drop everything that server and backend keep of clients that have left."""
+        """Drop everything that server and backend keep of departing clients."""
         if not departing_clients:
             return []
         state, cancelled = self.state, 0
@@ -219,7 +220,9 @@ class ServerData:
         state.visited.difference_update(departing_clients)
         state.late.difference_update(departing_clients)
         if self.exchange.erase is None:
-            return [ErasureOutcome("devices", "remains", "the client's own device keeps its state: it was not told")]
+            return [
+                ErasureOutcome("devices", "remains", "the client's own device keeps its state: it was not notified")
+            ]
         away = self.exchange.erase(departing_clients)
         state.pending_notice.difference_update(departing_clients)
         if away:
@@ -228,15 +231,15 @@ class ServerData:
         return [ErasureOutcome("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
 
     def cancel(self, clients: Sequence[str]) -> None:
-        """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
+        """Cancel what ``clients`` are computing; workers keep no copy of their states and samples."""
         for client in clients:
             self.arrivals.flights.pop(client, None)
         if self.exchange.release is not None:
             self.exchange.release(clients)
 
-    def leave(self, gone: Collection[str]) -> None:
-        """Send nothing more to the clients in ``gone``, and take no part of theirs into account."""
-        self._clients = tuple(client for client in self.everybody if client not in gone)
+    def leave(self, departed: Collection[str]) -> None:
+        """Leave the clients in ``departed`` out of everything that follows."""
+        self._clients = tuple(client for client in self.everybody if client not in departed)
 
     # -- survival -----------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Devices(Protocol):
 
 
 class Ideal:
-    """Every visit takes no time, every device is always there."""
+    """Nothing takes any time, and every device is always available."""
 
     def __init__(self, *, clients: Sequence[str], seed: int) -> None:
         del clients, seed
@@ -144,7 +144,7 @@ class Tiers:
         :class:`Homogeneous`. Shares sum to 1.
     exact
         True: the counts are the shares times the number of clients, rounded by largest remainder (ties: the earlier
-        tier), and clients are dealt to the tiers in the order of their hash; so a client's tier depends on who the
+        tier), and clients are assigned to the tiers in the order of their hash; so a client's tier depends on who the
         run's clients are. False: its tier depends on its own hash alone, and the shares hold only on average.
     clients, seed
         The run's clients and seed.
@@ -161,12 +161,12 @@ class Tiers:
         self._seed = seed
         self._kinds = [_tier(tier, f"devices.tiers[{i}]", clients, seed) for i, tier in enumerate(tiers)]
         self._bounds = [float(bound / sum(shares)) for bound in accumulate(shares)]
-        self._dealt = _deal(clients, shares, seed) if exact else None
+        self._assigned = _assign(clients, shares, seed) if exact else None
 
     def profile(self, client: str) -> DeviceProfile:
         """Return the profile of the client's tier; with ``exact``, KeyError for who is none of the run's clients."""
-        if self._dealt is not None:
-            return self._kinds[self._dealt[client]].profile(client)
+        if self._assigned is not None:
+            return self._kinds[self._assigned[client]].profile(client)
         draw = uniform(self._seed, client, "devices.tier")
         return self._kinds[next(i for i, bound in enumerate(self._bounds) if draw < bound)].profile(client)
 
@@ -192,7 +192,7 @@ def _tier(tier: Mapping[str, Any], place: str, clients: Sequence[str], seed: int
     return Homogeneous(clients=clients, seed=seed, **{name: value for name, value in tier.items() if name != "share"})
 
 
-def _deal(clients: Sequence[str], shares: Sequence[Fraction], seed: int) -> dict[str, int]:
+def _assign(clients: Sequence[str], shares: Sequence[Fraction], seed: int) -> dict[str, int]:
     """Return client -> tier, the tiers filled one after another in the order of the clients' hashes."""
     quotas = [share / sum(shares) * len(clients) for share in shares]
     counts = [math.floor(quota) for quota in quotas]

@@ -20,7 +20,7 @@ from fedcl.simulation.compat import CLIENT_RAISED
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a client did not answer: one of Flower's error codes and a sentence."""
+    """Why a client sent no reply: one of Flower's error codes and a sentence."""
 
     code: int
     reason: str

@@ -1,4 +1,4 @@
-"""One simulated device: how long a visit takes, when the device is there, which visits it loses. Virtual seconds."""
+"""One simulated device: how long a local round takes, when it is available, which replies it loses. Virtual seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARSED = {name: parse_rule(rule, name) for name, rule in RULES.items()}
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """One device. The defaults are an ideal one: no visit takes any time, it is always there, no visit is lost.
+    """One device. The defaults are an ideal one: it takes no time, is always available, and loses no reply.
 
     Attributes
     ----------
@@ -37,12 +37,12 @@ class DeviceProfile:
     down, up
         Bytes per second to and from the device; may be infinite.
     latency
-        Seconds that a visit takes besides its steps and bytes, all its messages together.
+        Seconds that a local round takes besides its steps and bytes.
     period, duty, phase
         The device is there at time t while (t + phase) mod period < duty * period (seconds, fraction, seconds);
         always, if the period is None.
     dropout
-        Probability that a dispatched visit never comes back.
+        Probability that a train message gets no reply.
 
     Raises
     ------
@@ -66,7 +66,7 @@ class DeviceProfile:
             check(name, None if name in ("down", "up") and value == math.inf else value, "devices.")
 
     def duration(self, steps: int, bytes_down: int, bytes_up: int) -> float:
-        """Return the seconds of a visit: latency + bytes_down / down + steps * step_seconds / speed + bytes_up / up."""
+        """Return the seconds of a local round: of its bytes down, its steps and its bytes up, and the latency."""
         compute = steps * self.step_seconds / self.speed
         return self.latency + bytes_down / self.down + compute + bytes_up / self.up
 
@@ -102,7 +102,7 @@ class DeviceProfile:
         return inside
 
     def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether this visit never comes back; a draw of its own for each (seed, client, visit)."""
+        """Whether a train message gets no reply; a draw of its own for each (seed, client, visit)."""
         return uniform(seed, client, visit, "devices.dropout") < self.dropout
 
 

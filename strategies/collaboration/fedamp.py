@@ -53,7 +53,6 @@ class FedAMP(Collaboration):
         self._own_share = 1.0
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's own target once it has a model there."""
         return (client if client in self._models else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
@@ -73,7 +72,6 @@ class FedAMP(Collaboration):
         return {"models": dict(self._models), "own_share": self._own_share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._models, self._own_share = dict(state["models"]), state["own_share"]
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -76,7 +76,6 @@ class FedAT(FedAvg):
         self._models: dict[str, Tensor] = {}  # tier's number as text -> its model, float64 (P,)
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
-        """Return the new global model, float64 (P,)."""
         if not updates:
             return {}
         self._observe_ages(updates)
@@ -115,7 +114,6 @@ class FedAT(FedAvg):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._aggregations = state["aggregations"]
         self._ages = {client: list(age) for client, age in state["ages"].items()}
         self._tier, self._counts, self._models = dict(state["tier"]), list(state["counts"]), dict(state["models"])

@@ -116,7 +116,6 @@ class FedCAC(Collaboration):
             self._horizon = max(1, round(self.beta * work.num_rounds))
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's own target once it has a model there."""
         return (client if client in self._models else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
@@ -212,7 +211,6 @@ class FedCAC(Collaboration):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._aggregations = state["aggregations"]
         self._models, self._packed = dict(state["models"]), dict(state["masks"])
         self._seen, self._metrics = dict(state["seen"]), dict(state["metrics"])

@@ -100,7 +100,6 @@ class IFCA(FedAvg):
         return {f"{_PREFIX}{j}": model for j, model in enumerate([view.global_model.clone(), *others])}
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's cluster, and the models of the others."""
         own = self._choices.get(client, 0)
         if self.clusters == 1:
             return _PREFIX + "0", {}
@@ -143,7 +142,6 @@ class IFCA(FedAvg):
         return {"choices": dict(self._choices), "switched": self._switched}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._choices, self._switched = dict(state["choices"]), state["switched"]
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -74,7 +74,6 @@ class Robust(Collaboration):
         return weights_K @ deltas_KG / weights_K.sum()
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
-        """Return the new global model, float64 (P,)."""
         if not updates:
             return {}
         deltas_KP = torch.stack([update.delta for update in updates])

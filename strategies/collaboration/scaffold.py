@@ -44,11 +44,9 @@ class Scaffold(Collaboration):
         self._payload = {"control": control_P.float(), "control_epoch": torch.tensor([self._epoch])}
 
     def setup(self, spec: Spec) -> None:
-        """Start from c = 0."""
         self._set_control(torch.zeros(spec.size, dtype=torch.float64))
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the global model and c, float32 (P,)."""
         return GLOBAL, dict(self._payload)
 
     def weight(self, update: Update) -> float:
@@ -62,11 +60,9 @@ class Scaffold(Collaboration):
         return {GLOBAL: self.server_lr * aggregate.mean()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return c in float64 (P,) and its epoch."""
         return {"control": self._control, "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._epoch = state["epoch"]
         self._set_control(state["control"])
 
@@ -79,5 +75,4 @@ class Scaffold(Collaboration):
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return the norm of c."""
         return {"control_norm": float(self._control.norm())}

@@ -59,7 +59,6 @@ class Adaptive(ServerOptimizer):
         """Return the new v from the old one and the squared change, float64 (parameters,)."""
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers begin."""
         self._parameters = sum(tensor.size for tensor in spec if tensor.kind == "parameter")
 
     def step(self, target: Target, change: Tensor) -> Tensor:
@@ -77,7 +76,6 @@ class Adaptive(ServerOptimizer):
         return {"m": dict(self._m), "v": dict(self._v)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._m, self._v = dict(state["m"]), dict(state["v"])
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -32,7 +32,6 @@ class SGD(ServerOptimizer):
         self._velocity: dict[Target, Tensor] = {}
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers begin."""
         self._parameters = sum(tensor.size for tensor in spec if tensor.kind == "parameter")
 
     def step(self, target: Target, change: Tensor) -> Tensor:
@@ -51,7 +50,6 @@ class SGD(ServerOptimizer):
         return {"velocity": dict(self._velocity)} if self.momentum else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._velocity = dict(state.get("velocity", {}))
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

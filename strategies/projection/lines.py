@@ -42,7 +42,6 @@ class LiNeS(Projection):
         self._factors_P = torch.zeros(0)
 
     def setup(self, spec: Spec) -> None:
-        """Work out the factors."""
         self._factors_P = layer_factors(spec, self.shallow).double()
 
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
@@ -78,5 +77,4 @@ class LiNeS(Projection):
         return {"base": dict(self._base), "tasks": self._tasks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._base, self._tasks = dict(state["base"]), state["tasks"]

@@ -1,4 +1,4 @@
-"""What FOT makes of its clients' answers: which layers there are to protect, and which directions of their inputs."""
+"""What FOT makes of its clients' responses: which layers there are to protect, and which directions of their inputs."""
 
 # D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, M = spectrum's length, N = new directions
 from __future__ import annotations

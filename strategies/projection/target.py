@@ -2,7 +2,7 @@
 
 Zhang et al., "TARGET: Federated Class-Continual Learning via Exemplar-Free Distillation", ICCV 2023. When a task ends,
 the server trains a generator against the global model, synthesises samples of all classes so far, and sends them to
-clients with the model's own answers; ``docs/methods/target.md`` says what differs from the published code.
+clients with the model's own outputs; ``docs/methods/target.md`` says what differs from the published code.
 """
 
 # P = parameters, N = synthetic samples, B = batch, C = logit columns, Z = latent numbers
@@ -162,11 +162,10 @@ class TARGET(Projection):
         self._work, self._student = work, work.model.vector().cpu()
 
     def message_for(self, client: str, view: ServerView) -> dict[str, Tensor]:
-        """Return the samples; none before a task has ended."""
         return self._made
 
     def finalize(self, event: Event, view: ServerView) -> dict[TargetName, Tensor]:
-        """Make new samples of all columns met so far, where a task has ended and others are to come."""
+        """Make new samples of all columns seen so far, if a task has ended and others follow."""
         if event.kind != "task_end" or event.is_last_task or self._work is None or self._student is None:
             return {}
         groups = self._groups(event.task)
@@ -187,15 +186,13 @@ class TARGET(Projection):
         return [sorted(columns) for columns in by_head.values() if columns]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples that are being sent."""
         return {"made": dict(self._made)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._made = dict(state["made"])
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
-        """Drop the samples: each is made from a model that has seen everybody."""
+        """Drop the samples: each is made from a model that all clients trained."""
         self._made = {}
         return ErasureOutcome(type(self).__name__, "reset", "synthetic samples are dropped until the next task ends")
 

@@ -73,11 +73,9 @@ class DCASGD(Staleness):
         return rebased(update, change, view)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving mean."""
         return {"mean_square": self._mean_square} if self.adaptive else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         if self.adaptive:
             self._mean_square = state["mean_square"]
 

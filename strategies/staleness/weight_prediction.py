@@ -1,4 +1,4 @@
-"""Weight prediction: send clients where the model will be when they answer, instead of where it is.
+"""Weight prediction: send clients the model extrapolated to the version at which they will reply.
 
 As the linear prediction "W-Pred" in the comparison of Wang and Gao, AAAI 2025 (arXiv 2309.13536), after Hakimi et al.,
 "Taming Momentum in a Distributed Asynchronous Environment", 2019 (arXiv 1907.11612).
@@ -44,11 +44,11 @@ class WeightPrediction(Staleness):
         self._sent: dict[float, Tensor] = {}  # predictions of the present version: equal ones travel as one message
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers are: running statistics are no weights, and a variance foretold may be below 0."""
+        """Learn where the buffers are: running statistics are no weights, and a predicted variance may be below 0."""
         self._buffers = slice(spec.size - sum(tensor.size for tensor in spec if tensor.kind == "buffer"), spec.size)
 
     def outgoing(self, model: Tensor, client: str, view: ServerView) -> Tensor:
-        """Return the model as it is expected to be at the client's answer, float32 (P,)."""
+        """Return the model as it is expected to be at the client's reply, float32 (P,)."""
         self._follow(view)
         horizon = self.horizon if self.horizon is not None else self._ages.get(client, 0)
         if model is not view.global_model or self._step is None or horizon == 0:
@@ -76,7 +76,6 @@ class WeightPrediction(Staleness):
         return updates
 
     def metrics(self) -> dict[str, float]:
-        """Return the norm of the mean step."""
         return {} if self._step is None else {"step_norm": float(torch.linalg.vector_norm(self._step))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +88,6 @@ class WeightPrediction(Staleness):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self._last, self._version = state.get("last"), state.get("version", 0)
         self._step, self._ages = state.get("step"), dict(state.get("ages", {}))
         self._sent.clear()

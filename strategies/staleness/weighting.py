@@ -83,7 +83,6 @@ class Weighting(Staleness):
         return fedbuff(age) if self.rule == "fedbuff" else 0.0
 
     def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
-        """Scale or drop late updates."""
         if self.rule == "drop":
             return [update for update in updates if update.age == 0]
         return [self._scaled(update, view) for update in updates]
