@@ -56,6 +56,10 @@ class Update:
         """Return ``model - base`` in float64 (P,), where the difference of two float32 is exact."""
         return self.model.double() - self.base.double()
 
+    def other_heads(self, spec: Spec) -> list[TensorSpec]:
+        """Return the heads the client did not train: weight decay may have moved them, which is no contribution."""
+        return [tensor for tensor in spec if tensor.task is not None and tensor.task != self.head]
+
 
 @dataclass(frozen=True)
 class Event:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedcl.contracts.strategy import GLOBAL, Aggregate, Target, Update
 from fedcl.messages import Reply, Request, SummedReply
 from fedcl.messages.partial_sums import PartialSum
-from fedcl.models.flat import Spec, TensorSpec
+from fedcl.models.flat import Spec
 from fedcl.server.validation import Expected, change_norm, payload_norms, rejection
 
 # P = parameters, T = tensors, C = coordinates of a piece
@@ -227,10 +227,10 @@ def _sum_terms(blocks: Sequence[Sequence[Update]], term: Term, spec: Spec) -> tu
             if not kept:
                 # Kept with every update, the changes would be K vectors of float64.
                 update.__dict__.pop("delta", None)
-            foreign = _foreign(update, spec)
-            if foreign:
+            heads = update.other_heads(spec)
+            if heads:
                 vector = vector.clone()
-                for tensor in foreign:
+                for tensor in heads:
                     vector[tensor.start : tensor.stop] = 0.0
             block_total.add_(vector, alpha=weight)
             weighted[-1].append((update, weight))
@@ -240,7 +240,7 @@ def _sum_terms(blocks: Sequence[Sequence[Update]], term: Term, spec: Spec) -> tu
 
 def _sum_changes(blocks: Sequence[Sequence[Update]], weight: Weight, spec: Spec) -> tuple[Tensor, Tensor]:
     """Return what :func:`_sum_terms` returns for changes, piece by piece."""
-    weighted = [[(update, weight(update), _foreign(update, spec)) for update in members] for members in blocks]
+    weighted = [[(update, weight(update), update.other_heads(spec)) for update in members] for members in blocks]
     weights_T = _sum_weights([[(update, alpha) for update, alpha, _ in members] for members in weighted], spec)
     total = torch.zeros(spec.size, dtype=torch.float64)
     with torch.inference_mode():  # a third less of what a call costs besides its arithmetic
@@ -251,21 +251,16 @@ def _sum_changes(blocks: Sequence[Sequence[Update]], weight: Weight, spec: Spec)
             change, base, block_total, sent = change_C[:size], base_C[:size], block_C[:size], None
             for members in weighted:
                 block_total.zero_()
-                for update, alpha, foreign in members:
+                for update, alpha, heads in members:
                     if update.base is not sent:
                         sent = update.base
                         base.copy_(sent[part])
                     change.copy_(update.model[part]).sub_(base)
-                    for tensor in foreign:
+                    for tensor in heads:
                         change[max(tensor.start - start, 0) : max(tensor.stop - start, 0)].zero_()
                     block_total.add_(change, alpha=alpha)
                 total[part] += block_total
     return total, weights_T
-
-
-def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:
-    """Return the heads the client did not train: weight decay may have moved them, and that is no contribution."""
-    return [tensor for tensor in spec if tensor.task is not None and tensor.task != update.head]
 
 
 def _sum_weights(blocks: Sequence[Sequence[tuple[Update, float]]], spec: Spec) -> Tensor:

@@ -245,16 +245,9 @@ class ServerData:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything of the server that must survive."""
-        state = self.state
+        plain: dict[type, Callable[[Any], Any]] = {set: sorted, dict: dict, int: int}
         return {
-            "models": dict(state.models),
-            "version": state.version,
-            "model_epoch": state.model_epoch,
-            "next_round": state.next_round,
-            "visited": sorted(state.visited),
-            "pending_task_end": dict(state.pending_task_end),
-            "late": sorted(state.late),
-            "pending_notice": sorted(state.pending_notice),
+            **{name: plain[type(value)](value) for name, value in vars(self.state).items()},
             "visits": dict(self.exchange.visits),
             "local_rounds": dict(self.exchange.local_rounds),
             "committed": dict(self.exchange.committed),
@@ -267,16 +260,7 @@ class ServerData:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
-        self.state = ServerState(
-            models=dict(state["models"]),
-            version=state["version"],
-            model_epoch=state["model_epoch"],
-            next_round=state["next_round"],
-            visited=set(state["visited"]),
-            pending_task_end=dict(state["pending_task_end"]),
-            late=set(state["late"]),
-            pending_notice=set(state["pending_notice"]),
-        )
+        self.state = ServerState(**{name: type(old)(state[name]) for name, old in vars(self.state).items()})
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])
         self.exchange.visits = dict(state["visits"])

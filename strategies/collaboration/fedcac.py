@@ -17,7 +17,7 @@ from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, Target, Update
 from fedcl.contracts.view import ServerView
-from fedcl.models.flat import Spec, TensorSpec
+from fedcl.models.flat import Spec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
 
 __all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
@@ -135,7 +135,7 @@ class FedCAC(Collaboration):
         model, mask = update.model.clone(), self._mask_of(update, spec)
         before = self._packed.get(update.client)
         known = None if before is None else unpack_bits(before, spec.size)
-        for tensor in _foreign(update, spec):
+        for tensor in update.other_heads(spec):
             part = slice(tensor.start, tensor.stop)
             model[part] = update.base[part]
             mask[part] = False if known is None else known[part]
@@ -235,10 +235,6 @@ class FedCAC(Collaboration):
     def metrics(self) -> dict[str, float]:
         """Return eps_t, mean number of collaborators, critical share, age of the oldest model, ``overlap/<i>/<j>``."""
         return dict(self._metrics)
-
-
-def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:
-    return [tensor for tensor in spec if tensor.task is not None and tensor.task != update.head]
 
 
 def _pairs(clients: list[str], overlap_KK: Tensor) -> dict[str, float]:

@@ -45,7 +45,9 @@ class Adaptive(ServerOptimizer):
         Where v starts; ``None`` is tau^2, the least that the paper allows.
     """
 
-    def __init__(self, *, lr: float, beta_1: float, tau: float, initial_v: float | None) -> None:
+    def __init__(
+        self, *, lr: float = 0.01, beta_1: float = 0.0, tau: float = 1e-3, initial_v: float | None = None
+    ) -> None:
         self.lr = lr
         self.beta_1 = beta_1
         self.tau = tau
@@ -90,11 +92,6 @@ class Adaptive(ServerOptimizer):
 
 class Adagrad(Adaptive):
     """FedAdagrad: v is the sum of all squared changes. The paper runs it with ``beta_1`` 0."""
-
-    def __init__(
-        self, *, lr: float = 0.01, beta_1: float = 0.0, tau: float = 1e-3, initial_v: float | None = None
-    ) -> None:
-        super().__init__(lr=lr, beta_1=beta_1, tau=tau, initial_v=initial_v)
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return v + Delta^2."""

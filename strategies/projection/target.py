@@ -89,10 +89,7 @@ def synthesise(
     teacher.eval()
     student.eval()
     width = teacher(torch.zeros(1, *shape, device=model.device)).logits.shape[1]
-    columns = torch.tensor([column for group in groups for column in group])
-    about = torch.zeros(width, width, dtype=torch.bool)  # row: a column; the columns it competes with
-    for group in groups:
-        about[torch.tensor(group)[:, None], torch.tensor(group)] = True
+    columns, about = torch.tensor([column for group in groups for column in group]), _competing(groups, width)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         generator = Generator(how.latent, width, how.hidden, shape).to(model.device)
@@ -117,6 +114,14 @@ def synthesise(
         y = columns[torch.arange(how.samples) % len(columns)]
         x = made(y)
         return {INPUTS: x.cpu(), LOGITS: teacher(x).logits.cpu(), COLUMNS: about[y].to(torch.uint8)}
+
+
+def _competing(groups: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Return the columns that each column competes with, bool (C, C): those of its group."""
+    about = torch.zeros(width, width, dtype=torch.bool)
+    for group in groups:
+        about[torch.tensor(group)[:, None], torch.tensor(group)] = True
+    return about
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
