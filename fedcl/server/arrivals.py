@@ -87,8 +87,8 @@ class Device(Protocol):
         """Return the earliest time from ``now`` on at which the device can be reached."""
         ...
 
-    def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether the reply to the client's train message of this number is lost."""
+    def drops(self, seed: int, client: str, local_round: int) -> bool:
+        """Whether the reply of this local round is lost."""
         ...
 
 

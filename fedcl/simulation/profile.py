@@ -101,9 +101,9 @@ class DeviceProfile:
                 outside = middle
         return inside
 
-    def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether a train message gets no reply; a draw of its own for each (seed, client, visit)."""
-        return uniform(seed, client, visit, "devices.dropout") < self.dropout
+    def drops(self, seed: int, client: str, local_round: int) -> bool:
+        """Whether the reply of a local round is lost; one draw for each (seed, client, local round)."""
+        return uniform(seed, client, local_round, "devices.dropout") < self.dropout
 
 
 def check(name: str, value: Any, place: str) -> None:
