@@ -25,21 +25,6 @@ from fedcl.server.strategy import Outgoing
 POLL_SECONDS = 0.2
 
 
-class Clock(Protocol):
-    """The run's time in seconds."""
-
-    virtual: bool
-
-    @property
-    def now(self) -> float:
-        """Seconds since the run began."""
-        ...
-
-    def advance(self, to: float) -> None:
-        """Let time pass until ``to``, at least."""
-        ...
-
-
 class VirtualClock:
     """Time that passes only in :meth:`advance`."""
 
@@ -74,6 +59,9 @@ class WallClock:
     def advance(self, to: float) -> None:
         """Wait until ``to``."""
         time.sleep(max(0.0, to - self.now))
+
+
+Clock = VirtualClock | WallClock
 
 
 class Device(Protocol):

@@ -12,22 +12,14 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any
 
 from fedcl.base import randomness
 from fedcl.config.value_rules import parse_rule, show
 from fedcl.simulation.profile import RULES, DeviceProfile, check, uniform
 from fedcl.simulation.trace import Trace
 
-__all__ = ["DeviceProfile", "Devices", "Homogeneous", "Ideal", "LogNormal", "Tiers", "Trace"]
-
-
-class Devices(Protocol):
-    """A family of devices."""
-
-    def profile(self, client: str) -> DeviceProfile:
-        """Return a client's device: always the same one."""
-        ...
+__all__ = ["DeviceProfile", "Homogeneous", "Ideal", "LogNormal", "Tiers", "Trace"]
 
 
 class Ideal:
