@@ -173,7 +173,7 @@ class Arrivals:
         of replies that were summed where they were made.
         """
         if not self.clock.virtual:
-            return self._collect_wall(count, deadline)
+            return self._collect_wall(count, deadline, partial)
         due = sorted(self.flights.values(), key=lambda flight: (flight.arrival, client_order(flight.client)))
         taken = [flight for flight in due if flight.arrival <= deadline][:count]
         if len(taken) < len(due) and (count is None or len(taken) < count):
@@ -195,7 +195,7 @@ class Arrivals:
                 time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's returns at once
             missing -= came
 
-    def _pull(self, message_ids: Iterable[str], partial: PartialSums | None = None) -> set[str]:
+    def _pull(self, message_ids: Iterable[str], partial: PartialSums | None) -> set[str]:
         """Take the replies that are there; return the ids of the messages in flight that they reply to."""
         came = set()
         for client, reply in self.exchange.pull(message_ids, partial).items():
@@ -204,11 +204,12 @@ class Arrivals:
                 came.add(self.flights[client].message_id)
         return came
 
-    def _collect_wall(self, count: int | None, deadline: float) -> list[Flight]:
+    def _collect_wall(self, count: int | None, deadline: float, partial: PartialSums | None) -> list[Flight]:
         taken: list[Flight] = []
         wanted = len(self.flights) if count is None else min(count, len(self.flights))
         while len(taken) < wanted and self.clock.now < deadline:
-            came = self._pull({flight.message_id for flight in self.flights.values() if flight.reply is None})
+            missing = {flight.message_id for flight in self.flights.values() if flight.reply is None}
+            came = self._pull(missing, partial)
             arrived = [flight for flight in self.flights.values() if flight.reply is not None]
             arrived.sort(key=lambda flight: client_order(flight.client))
             for flight in arrived[: wanted - len(taken)]:
