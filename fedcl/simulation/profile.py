@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from fedcl.base import randomness
 from fedcl.config.value_rules import parse_rule, show
@@ -63,7 +62,9 @@ class DeviceProfile:
     def __post_init__(self) -> None:
         for name in RULES:
             value = getattr(self, name)
-            check(name, None if name in ("down", "up") and value == math.inf else value, "devices.")
+            value = None if name in ("down", "up") and value == math.inf else value
+            if not PARSED[name].accepts(value):
+                raise ValueError(f"devices.{name}={show(value)}: must be {PARSED[name].text}")
 
     def duration(self, steps: int, bytes_down: int, bytes_up: int) -> float:
         """Return the seconds of a local round: of its bytes down, its steps and its bytes up, and the latency."""
@@ -104,12 +105,6 @@ class DeviceProfile:
     def drops(self, seed: int, client: str, local_round: int) -> bool:
         """Whether the reply of a local round is lost; one draw for each (seed, client, local round)."""
         return uniform(seed, client, local_round, "devices.dropout") < self.dropout
-
-
-def check(name: str, value: Any, place: str) -> None:
-    """Raise a ValueError, naming ``place`` and ``name``, if ``value`` is against the rule of ``name``."""
-    if not PARSED[name].accepts(value):
-        raise ValueError(f"{place}{name}={show(value)}: must be {PARSED[name].text}")
 
 
 def uniform(*parts: object) -> float:

@@ -105,8 +105,6 @@ class FOT(GrowingBases):
         if self.unlearn_basis == "keep_grams" and (self.sketches or self.method == "range_finder"):
             raise ValueError(f"{KEY}.unlearn_basis=keep_grams: needs variant=corrected and method=gram or auto")
         every = self.extend_at
-        if every != "task" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"{KEY}.extend_at={every}: must be task or int >= 1")
         if every != "task" and self.asks == "ended":
             raise ValueError(f"{KEY}.asks=ended: with extend_at={every} no task ends; use all or updated")
         weights = {t.name.removesuffix(".weight"): t for t in protected(spec, self.layers, self.project_heads)}
