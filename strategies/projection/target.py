@@ -84,10 +84,9 @@ def synthesise(
     """
     draw = torch.Generator().manual_seed(seed)
     teacher, student = model.copy(), model.copy()
-    teacher.load(teacher_P)
-    student.load(student_P)
-    teacher.eval()
-    student.eval()
+    for network, weights_P in ((teacher, teacher_P), (student, student_P)):
+        network.load(weights_P)
+        network.eval()
     width = teacher(torch.zeros(1, *shape, device=model.device)).logits.shape[1]
     columns, about = torch.tensor([column for group in groups for column in group]), _competing(groups, width)
     with torch.random.fork_rng(devices=[]):
