@@ -23,6 +23,7 @@ from fedcl.config.instantiate import TARGET_KEY, build, builder, call, is_own
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import LocalTraining, Plugin
 from fedcl.contracts.learner import overrides as defines
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import Collaboration, LocalWork, Part, Projection, ServerOptimizer, Staleness
 from fedcl.contracts.unlearner import Unlearner
 from fedcl.data.assembly import check_halves
@@ -35,11 +36,10 @@ from fedcl.results.trackers import Tracker
 from fedcl.scenario.materialise import materialise, retained
 from fedcl.scenario.schedule import Synchronous
 from fedcl.scenario.task import Schedule, Stream, Task
+from fedcl.server.aggregation import Aggregation
 from fedcl.server.arrivals import Device
 from fedcl.server.curriculum import Curriculum
 from fedcl.server.flower_strategy import FlowerAdapter
-from fedcl.server.folding import Folding
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Pipeline, check_payloads
 from fedcl.server.validation import Expected, uploads
 from fedcl.unlearning.queue import Bounds, RequestQueue
@@ -422,12 +422,12 @@ def probed_tasks(cfg: Config, stream: Stream) -> int:
     return stream.num_tasks if cfg["evaluation"]["iterations"] else 0
 
 
-def make_folding(cfg: Config, model: FlatModel, dataset: Dataset) -> Folding | None:
-    """Return how replies can be folded where they are made, None where the strategy needs each of them."""
+def make_aggregation(cfg: Config, model: FlatModel, dataset: Dataset) -> Aggregation | None:
+    """Return how updates are summed where they are made; None if the strategy needs each of them."""
     if "stock" in cfg["strategy"]:
         return None
     strategy, num_tasks = make_strategy(cfg, model, {}), probed_tasks(cfg, make_stream(cfg, dataset))
-    return strategy.folding(
+    return strategy.aggregation(
         Expected.of("train", model.spec, uploads(strategy.payloads), num_tasks), cfg["max_update_norm"]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,10 @@ from fedcl.results.caveats import caveats
 from fedcl.results.target import TargetAccuracy
 from fedcl.runs.cautions import cautions, constant_accuracy, right_columns
 from fedcl.runs.setup import Setup
+from fedcl.server.exchange import Fault
 from fedcl.server.measurement import Measurement
-from fedcl.server.rounds import shared_reason
+from fedcl.server.rounds import Arrival, shared_reason
+from fedcl.server.validation import Diverged
 
 RunExperiment = Callable[..., Path]
 SMALL = ["backend=inline", "compare_with=null", "figures=false", "num_clients=4", "strategy/projection=none"]
@@ -138,19 +141,28 @@ def test_training_that_diverges_ends_in_one_line_again_after_a_resume(
 
 
 def test_the_reason_that_most_clients_share() -> None:
-    nan = {str(i): "metric loss is nan" for i in range(3)}
-    assert shared_reason(nan, 4) == "the loss of 3 of 4 clients is nan; lower client.optimizer.lr"
-    weights = {"0": "tensor net.0.weight holds nan at position 5", "1": "tensor net.2.bias holds inf at position 0"}
-    assert shared_reason(weights, 2) == "the weights of 2 of 2 clients are nan; lower client.optimizer.lr"
-    infinite = {"0": "metric loss is inf: must be a number in [0, 1e+38]"}
-    assert shared_reason(infinite, 1) == "the loss of 1 of 1 clients is infinite; lower client.optimizer.lr"
-    both = {"0": "metric loss is 2e+38: must be a number in [0, 1e+38]", "1": "model holds 3e+38: must be numbers"}
-    assert shared_reason(both, 3) == "the loss or weights of 2 of 3 clients are too large; lower client.optimizer.lr"
-    mixed = {**nan, "9": "no reply in time"}
-    assert shared_reason(mixed, 10).endswith("lower client.optimizer.lr, and 1 other reason(s)")
-    alike = {"0": "ValueError: 3 rows", "1": "ValueError: 4 rows", "2": "RuntimeError: gone"}
-    assert shared_reason(alike, 3) == "2 of 3 clients: ValueError: 3 rows, and 1 other reason(s)"
-    assert shared_reason({}, 2) == "none of 2 clients failed"
+    def shared(*reasons: Diverged | str, clients: int) -> str:
+        flight: Any = None  # nothing is read from it
+        faults = [
+            Fault("client_failed", reason) if isinstance(reason, str) else Fault("reply_rejected", "said so", reason)
+            for reason in reasons
+        ]
+        arrivals = [Arrival(flight, fault=fault) for fault in faults]
+        return shared_reason(arrivals + [Arrival(flight)] * (clients - len(arrivals)))
+
+    nan = [Diverged("loss", math.nan)] * 3
+    assert shared(*nan, clients=4) == "the loss of 3 of 4 clients is nan; lower client.optimizer.lr"
+    weights = Diverged("weights", math.nan), Diverged("weights", math.inf)
+    assert shared(*weights, clients=2) == "the weights of 2 of 2 clients are nan; lower client.optimizer.lr"
+    infinite = Diverged("loss", math.inf)
+    assert shared(infinite, clients=1) == "the loss of 1 of 1 clients is infinite; lower client.optimizer.lr"
+    both = Diverged("loss", 2e38), Diverged("weights", 3e38)
+    assert shared(*both, clients=3) == "the loss or weights of 2 of 3 clients are too large; lower client.optimizer.lr"
+    mixed = shared(*nan, "no reply in time", clients=10)
+    assert mixed.endswith("lower client.optimizer.lr, and 1 other reason(s)")
+    alike = shared("ValueError: 3 rows", "ValueError: 4 rows", "RuntimeError: gone", clients=3)
+    assert alike == "2 of 3 clients: ValueError: 3 rows, and 1 other reason(s)"
+    assert shared(clients=2) == "none of 2 clients failed"
 
 
 def test_an_output_that_is_no_number_is_never_right() -> None:

@@ -17,7 +17,8 @@ SMALL = ["backend=inline", "num_clients=3", "rounds_per_task=1", "scenario.num_t
 PART = '''
 from torch import Tensor
 
-from fedcl.contracts.strategy import Collaboration, Fold, GLOBAL, ServerView, Target
+from fedcl.contracts.strategy import Aggregate, Collaboration, GLOBAL, Target
+from fedcl.contracts.view import ServerView
 
 
 class HalfStep(Collaboration):
@@ -26,8 +27,8 @@ class HalfStep(Collaboration):
     def __init__(self, *, share: float) -> None:
         self.share = share
 
-    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
-        return {GLOBAL: self.share * fold.mean()}
+    def finish(self, aggregate: Aggregate, view: ServerView) -> dict[Target, Tensor]:
+        return {GLOBAL: self.share * aggregate.mean()}
 '''
 SOURCE = '''
 import numpy as np

@@ -33,8 +33,8 @@ class OldLoss(Plugin):
 
 
 class OldFinish(Collaboration):
-    def finish(self, fold):
-        return {GLOBAL: fold.mean()}
+    def finish(self, aggregate):
+        return {GLOBAL: aggregate.mean()}
 
 
 class Positional(Plugin):
@@ -167,7 +167,7 @@ def run(my: Path, kind: str, text: str, capsys: pytest.CaptureFixture[str]) -> t
         ("learner", "own: {_target_: M.Positional, weight: 1}", ["learner.own", "Positional", "weight"]),
         ("learner", "own: {_target_: M.OldFinish}", ["learner.own", "finish"]),
         ("strategy/collaboration", "server: {_target_: M.OldFinish}",
-         ["strategy.collaboration.server", "OldFinish.finish(self, fold)", "view"]),
+         ["strategy.collaboration.server", "OldFinish.finish(self, aggregate)", "view"]),
         ("data/partition", "_target_: M.old_partition", ["data.partition", "old_partition", "train_meta"]),
         ("data/partition", "_target_: M.Net", ["data.partition", "Net", "needs this parameter"]),
         ("data", "defaults: [{partition: iid}, _self_]\nsource: {_target_: M.old_source}", ["data.source", "folder"]),

@@ -30,7 +30,8 @@ from fedcl.assembly import client_runtime, simulated_data
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
 from fedcl.config.compose import compose
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from fedcl.messages import Request
 from fedcl.results.recorder import Recorder
 from fedcl.runs.setup import Setup, make_server

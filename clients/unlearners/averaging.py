@@ -17,7 +17,8 @@ from fedcl.contracts.unlearner import Unlearner, UnlearnView
 from fedcl.models.flat import Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response, Target
+    from fedcl.contracts.strategy import Target
+    from fedcl.contracts.view import Response
 
 
 def moved(model: Tensor, responses: Sequence[Response]) -> Tensor:

@@ -22,7 +22,7 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response
+    from fedcl.contracts.view import Response
 
 Kind = Literal["per_sample", "official"]
 Loss = Literal["cross_entropy", "output_norm"]

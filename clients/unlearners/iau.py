@@ -17,7 +17,8 @@ from fedcl.contracts.requests import ForgetRequest
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response, Target
+    from fedcl.contracts.strategy import Target
+    from fedcl.contracts.view import Response
 
 RESPONSE: Form = {
     "retain": TensorField(("model",), "float64"),

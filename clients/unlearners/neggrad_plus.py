@@ -17,7 +17,8 @@ from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response, Target
+    from fedcl.contracts.strategy import Target
+    from fedcl.contracts.view import Response
 
 
 class NegGradPlus(Averaged):

@@ -42,7 +42,8 @@ from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner,
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, Target
+    from fedcl.contracts.strategy import LocalWork, Target
+    from fedcl.contracts.view import Response
 
 _TEACHER, _MATRIX = "teacher", "matrix"
 

@@ -24,7 +24,8 @@ from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
 from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnView
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Target, Update
+    from fedcl.contracts.view import ServerView
     from fedcl.models.flat import FlatModel, Spec
 
 TRAIN = "train"

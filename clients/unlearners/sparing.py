@@ -21,7 +21,7 @@ from fedcl.contracts.unlearner import Samples
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import Response
+    from fedcl.contracts.view import Response
 
 
 GRAM = "gram"

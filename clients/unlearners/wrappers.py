@@ -22,7 +22,8 @@ from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnV
 from fedcl.models.flat import FlatModel, Spec
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Target, Update
+    from fedcl.contracts.view import Response, ServerView
 
 CORRECT: Form = {"correct": TensorField((1,), "float64", low=0.0, high=float(MAX_EXAMPLES))}
 

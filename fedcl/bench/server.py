@@ -1,4 +1,4 @@
-"""How fast is the server's mathematics? FedCAC's overlap, FOT's basis and the fold, each against the obvious way."""
+"""How fast is the server's mathematics? FedCAC's overlap, FOT's basis, weighted sum, each against the obvious way."""
 
 # K = clients, P = parameters, D = inputs of a layer, M = columns of the pooled inputs, N = directions
 from __future__ import annotations
@@ -20,10 +20,11 @@ from fedcl.base.linalg import leading, random_signs
 from fedcl.base.randomness import torch_generator
 from fedcl.bench.result import Cell, Result
 from fedcl.config.instantiate import locate
-from fedcl.contracts.strategy import GLOBAL, Collaboration, Response, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Update
+from fedcl.contracts.view import Response
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.models.masks import pack_bits
-from fedcl.server.fold import BLOCK, fold
+from fedcl.server.aggregation import BLOCK, aggregate
 
 OVERLAP_MARK, BASIS_MARK, FOLD_MARK = 50.0, 20.0, 0.5
 ENERGY = 1e-3  # share of the inputs' energy by which the two bases may differ
@@ -235,7 +236,7 @@ def _captured(inputs_DM: Tensor, basis_DN: Tensor) -> float:
     return float(within.double().square().sum() / inputs_DM.double().square().sum())
 
 
-# -- the fold --------------------------------------------------------------------------------------------------------
+# -- the weighted sum ------------------------------------------------------------------------------------------------
 
 
 def _fold(sizes: Sizes) -> Group:
@@ -251,8 +252,10 @@ def _fold(sizes: Sizes) -> Group:
     cases = [
         Case("reading the models once (their sums)", lambda: [float(update.model.sum()) for update in updates]),
         Case("whole changes, one after the other", lambda: _plainly(updates, size)),
-        Case("fold, any term", lambda: fold(updates, term, spec).total),
-        Case("fold, changes in pieces", lambda: fold(updates, term, spec, weight=lambda update: update.weight).total),
+        Case("fold, any term", lambda: aggregate(updates, term, spec).total),
+        Case(
+            "fold, changes in pieces", lambda: aggregate(updates, term, spec, weight=lambda update: update.weight).total
+        ),
     ]
     megabytes = 4e-6 * size * sizes.updates
 

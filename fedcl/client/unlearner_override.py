@@ -12,7 +12,8 @@ from fedcl.contracts.unlearner import Local, UnlearnContext, Unlearner, UnlearnV
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, ServerView, Target, Update
+    from fedcl.contracts.strategy import LocalWork, Target, Update
+    from fedcl.contracts.view import ServerView
 
 
 class UnlearnerOverride(Unlearner):

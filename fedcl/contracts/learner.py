@@ -45,8 +45,8 @@ class Payload:
     """A tensor a method exchanges besides the model, with every train message or every reply to one.
 
     ``tensor`` declares what an upload must be, exactly: the core rejects a reply with any other, before a part sees it.
-    ``reduction`` says what the server may do with the uploads of many clients: ``sum`` allows folding, ``stack`` needs
-    each on its own. What answers a question is declared with the question (:class:`~fedcl.contracts.strategy.Query`).
+    ``reduction`` says what the server may do with many uploads: ``sum`` allows it to add them up, ``stack`` needs
+    each on its own. What answers a question is declared with the question (:class:`~fedcl.contracts.view.Query`).
 
     Raises
     ------

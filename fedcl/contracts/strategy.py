@@ -8,18 +8,17 @@ once, when the core adds them to a model. A :class:`~fedcl.models.flat.Spec` giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining, Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.contracts.view import PastView, Query, Response, ServerView
 from fedcl.models.flat import FlatModel, Spec, TensorSpec
 from fedcl.scenario.task import Stream
 
@@ -32,9 +31,10 @@ GLOBAL: Target = "*"  # not a possible client id, so the two can share one mappi
 class Update:
     """A client's accepted reply.
 
-    ``base`` (P,) is the vector that was sent, ``model`` (P,) the vector that came back; ``base_version`` the version of
-    the global model at dispatch, ``age`` how many versions have passed since. ``weight`` starts as ``num_examples`` and
-    is what staleness may change. ``task`` is what the client trained, ``head`` the index of the head of that task.
+    ``base`` (P,) is the vector that was sent, ``model`` (P,) the one that came back, ``visit`` the client's message
+    number. ``base_version`` is the version of the global model at dispatch, ``age`` how many versions have passed
+    since. ``weight`` starts as ``num_examples``; staleness may change it. ``task`` is the id of the task that the
+    client trained, ``head`` the index of that task's head.
     """
 
     client: str
@@ -56,93 +56,18 @@ class Update:
         """Return ``model - base`` in float64 (P,), where the difference of two float32 is exact."""
         return self.model.double() - self.base.double()
 
-
-class ServerView(Protocol):
-    """What a part may know of the server."""
-
-    @property
-    def global_model(self) -> Tensor:
-        """Global weights, float32 (P,)."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """Number of changes the global model has seen."""
-        ...
-
-    @property
-    def now(self) -> float:
-        """Time on the run's clock, in seconds."""
-        ...
-
-    @property
-    def spec(self) -> Spec:
-        """Layout of a model vector."""
-        ...
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Every client of the run, in canonical order."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        ...
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
-        ...
-
-    def model_at(self, target: Target) -> Tensor:
-        """Return the weights of ``target``, float32 (P,): the global ones where it has none of its own yet."""
-        ...
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        ...
-
-    def compute(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Run a pure function, perhaps in another process."""
-        ...
-
-
-class PastView(Protocol):
-    """What a part may know and ask once the run's models have been edited: for what it must learn again."""
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """The clients that stay, in canonical order."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        ...
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
-        ...
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        ...
-
-    def ask_past(self, query: Query, server_round: int) -> list[Response]:
-        """Put ``query`` to clients that took part in ``server_round``.
-
-        Each answers with what it may still use of the task that it had then.
-        """
-        ...
+    def other_heads(self, spec: Spec) -> list[TensorSpec]:
+        """Return the heads the client did not train: weight decay may have moved them, which is no contribution."""
+        return [tensor for tensor in spec if tensor.task is not None and tensor.task != self.head]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened on the timeline.
+    """The end of a round, or of a task with it.
 
-    ``task_end`` says that ``clients`` have ended a task with this round: all of them where the schedule is synchronous,
-    else perhaps a few, each its own task. ``task`` is the furthest stage reached. ``is_last_task`` says that the run
-    ends here. ``updates`` is filled only for parts that declare ``keeps_updates``.
+    With ``task_end``, ``clients`` have ended a task with this round: all of them if the schedule is synchronous,
+    otherwise perhaps a few, each its own task. ``task`` is the index of the furthest stage. ``is_last_task`` says that
+    the run ends here. ``updates`` is filled only for parts that declare ``keeps_updates``.
     """
 
     kind: Literal["round_end", "task_end"]
@@ -154,35 +79,12 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Query:
-    """A question to clients: the model each should answer it with, and tensors to go along.
-
-    ``models`` maps client to a vector (P,); the order of the mapping is the order of the replies. ``response`` declares
-    every tensor of an answer, by name: one that is anything else is rejected before the part that asks sees it.
-    """
-
-    name: str
-    models: dict[str, Tensor]
-    response: Form
-    request: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Response:
-    """A client's reply to a :class:`Query`."""
-
-    client: str
-    num_examples: int
-    tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """The weighted sum of a round's terms.
+class Aggregate:
+    """The weighted sum of a round's updates.
 
     ``total`` (P,) float64 is the sum of weight x vector, ``weight`` (P,) float64 the sum of weights of the clients that
-    trained each coordinate; ``payload`` holds the sums of uploads declared with reduction ``sum``; ``clients`` lists
-    the contributors.
+    trained each coordinate, ``payload`` the sums of uploads that are declared with reduction ``sum``; ``clients`` are
+    those whose updates are in the sum.
     """
 
     total: Tensor
@@ -197,10 +99,10 @@ class Fold:
 
 @dataclass(frozen=True)
 class LocalWork:
-    """How clients train, for a part that plays it through: the run's model (take a twin), settings, tasks, inputs.
+    """How clients train, for a part that repeats their training: the run's model (to be copied), settings, tasks.
 
-    ``input_shape`` is that of one sample as the model sees it; ``num_rounds`` how many rounds the run has.
-    ``plain_loss`` says that clients descend on cross-entropy alone, so that a server can play their loss through.
+    ``input_shape`` is that of one sample as the model sees it, ``num_rounds`` the number of the run's rounds.
+    ``plain_loss`` says that clients minimise cross-entropy alone, so that the server can compute the same loss.
     """
 
     model: FlatModel
@@ -211,8 +113,8 @@ class LocalWork:
     plain_loss: bool = True
 
 
-class Part:
-    """What all four kinds share: state that survives, and forgetting."""
+class Stateful:
+    """State that survives, and numbers to record: what a part and a whole strategy have in common."""
 
     def setup(self, spec: Spec) -> None:
         """Learn the layout of model vectors; called once, before anything else.
@@ -220,7 +122,7 @@ class Part:
         Raises
         ------
         ValueError
-            If the part cannot work with the model.
+            If the model cannot be used.
         """
 
     def bind(self, work: LocalWork) -> None:
@@ -233,12 +135,8 @@ class Part:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
 
-    def forget(self, request: ForgetRequest) -> ErasureOutcome:
-        """Drop what this part remembers of the forget set and say what became of it."""
-        return ErasureOutcome(type(self).__name__, "not applicable", "keeps nothing about clients")
-
     def relearn(self, view: PastView) -> None:
-        """Learn again, without the forget set, what :meth:`forget` promised: called when the models are edited."""
+        """Learn again, without the forget set, what ``forget`` promised: called when the models are edited."""
 
     def metrics(self) -> dict[str, float]:
         """Return numbers worth recording after a round or a task (names become rows with phase ``server``)."""
@@ -249,12 +147,20 @@ class Part:
         return {}
 
     def notes(self) -> list[dict[str, Any]]:
-        """Return what a person should know, once each: ``kind`` and whatever fields the event is to have."""
+        """Return events, each once: ``kind`` and whatever fields the event is to have."""
         return []
 
 
+class Part(Stateful):
+    """What all four kinds share."""
+
+    def forget(self, request: ForgetRequest) -> ErasureOutcome:
+        """Drop what this part remembers of the forget set and say what became of it."""
+        return ErasureOutcome(type(self).__name__, "not applicable", "keeps nothing about clients")
+
+
 class Staleness(Part):
-    """What to do with an update that started from an older model. With age 0, every corrector is the identity."""
+    """What to do with an update that started from an older model. Updates of age 0 are never changed."""
 
     def outgoing(self, model: Tensor, client: str, view: ServerView) -> Tensor:
         """Return the weights to send in place of ``model``: weight prediction overrides this."""
@@ -265,14 +171,14 @@ class Staleness(Part):
         return updates
 
     def observe(self, update: Update, view: ServerView) -> None:
-        """Learn from an update that has come, before :meth:`admit`: what was estimated for its client can be judged."""
+        """Learn from an update before :meth:`admit`, to compare it with what was estimated for its client."""
 
 
 class Collaboration(Part):
     """How clients' updates become changes of the global model and, where kept, of personal models.
 
-    With ``needs == "sum"`` the core folds :meth:`term` and calls :meth:`finish`; with ``"stack"`` it hands all updates
-    to :meth:`combine`.
+    With ``needs == "sum"`` the core adds up :meth:`term` and calls :meth:`finish`; with ``"stack"`` it passes all
+    updates to :meth:`combine`.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "sum"
@@ -288,31 +194,31 @@ class Collaboration(Part):
         return {}
 
     def weight(self, update: Update) -> float:
-        """Return what the update's change counts: pure, as :meth:`term`."""
+        """Return the weight of the update's change: pure, as :meth:`term`."""
         return update.weight
 
     def term(self, update: Update) -> tuple[Tensor, float]:
         """Return (vector (P,) float64, weight): pure, may run where the update was made.
 
-        Where only the weight is another, override :meth:`weight`: changes alone are folded without making them whole.
+        To change the weight alone, override :meth:`weight`: that is faster, since no change is then made as a whole.
         """
         return update.delta, self.weight(update)
 
-    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
-        """Turn the folded terms into changes (P,) float64."""
-        return {GLOBAL: fold.mean()}
+    def finish(self, aggregate: Aggregate, view: ServerView) -> dict[Target, Tensor]:
+        """Turn the sum of the terms into changes (P,) float64."""
+        return {GLOBAL: aggregate.mean()}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
         """Turn all updates, in client order, into new models (P,)."""
         raise TypeError(f"{type(self).__name__} needs a sum, not a stack")
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return whose model ``client`` trains from, and the tensors that ride along."""
+        """Return whose model ``client`` trains from, and the tensors that are sent with it."""
         return GLOBAL, {}
 
 
 class ServerOptimizer(Part):
-    """What the server does with a combined change before it is applied: the change is its negative gradient."""
+    """What the server makes of a combined change before it is applied: the change is its negative gradient."""
 
     def step(self, target: Target, change: Tensor) -> Tensor:
         """Return the change to apply, float64 (P,)."""
@@ -326,7 +232,7 @@ class Projection(Part):
     payloads: ClassVar[tuple[Payload, ...]] = ()  # what `message_for` sends along: direction `down`
 
     def message_for(self, client: str, view: ServerView) -> dict[str, Tensor]:
-        """Return the tensors that ride along with ``client``'s train message."""
+        """Return the tensors that are sent with ``client``'s train message."""
         return {}
 
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
@@ -338,8 +244,8 @@ class Projection(Part):
         return []
 
     def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Learn from the answers to a query of :meth:`queries`."""
+        """Learn from the responses to a query of :meth:`queries`."""
 
     def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Return models (P,) that take the place of their targets' now, past optimizer and projection."""
+        """Return models (P,) that replace their targets' now, past optimizer and projection."""
         return {}

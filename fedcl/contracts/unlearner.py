@@ -7,7 +7,7 @@ device forget, runs recovery rounds and writes the certificate (:mod:`fedcl.unle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -18,11 +18,14 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.requests import NAMES, ErasureOutcome, ForgetRequest, Scope
+from fedcl.contracts.view import PresentView
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.task import Task
 
 if TYPE_CHECKING:
-    from fedcl.contracts.strategy import LocalWork, Response, ServerView, Target, Update
+    from fedcl.contracts.statistics import Statistics
+    from fedcl.contracts.strategy import LocalWork, Target, Update
+    from fedcl.contracts.view import Response, ServerView
 
 # P = parameters, N = samples, C = logit columns
 Guarantee = Literal["exact", "certified", "approximate", "none"]
@@ -97,7 +100,7 @@ class UnlearnContext:
     training: LocalTraining
     client: str
     seed: int
-    turn: int
+    local_round: int
     num_columns: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class UnlearnContext:
     def rng(self, purpose: str) -> torch.Generator:
         """Return a new CPU generator keyed by (seed, client, how often it trained, request, purpose)."""
         ids = ",".join(request.id for request in self.requests)
-        return torch_generator(self.seed, self.client, self.turn, "unlearn", ids, purpose)
+        return torch_generator(self.seed, self.client, self.local_round, "unlearn", ids, purpose)
 
     def other_model(self) -> FlatModel:
         """Return a second model, for a teacher; its weights are arbitrary."""
@@ -125,44 +128,12 @@ class Local(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class Sums(Protocol):
-    """The sums of clients' statistics at the server; :class:`fedcl.server.statistics.Statistics` is one."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The queries whose responses are added up."""
-        ...
-
-    def sums(self, name: str) -> dict[str, Tensor]:
-        """Return the sums of query ``name`` by tensor name, float64; empty before the first task has ended."""
-        ...
-
-    def consumed(self, name: str) -> dict[str, tuple[Task, ...]]:
-        """Return, by client, the tasks whose samples are in the sums of query ``name``, as often as they were added."""
-        ...
-
-    def replace(
-        self, name: str, sums: dict[str, Tensor], holders: Collection[str], requests: Sequence[ForgetRequest]
-    ) -> None:
-        """Replace the sums by ones that hold only what ``holders`` may keep after ``requests``."""
-        ...
-
-    def solve(self, models: Mapping[Target, Tensor]) -> dict[Target, Tensor]:
-        """Return the models (P,) that the sums determine, by target."""
-        ...
-
-
-class UnlearnView(Protocol):
-    """What the server half may know and do; :class:`fedcl.unlearning.view.UnlearningView` is one."""
+class UnlearnView(PresentView, Protocol):
+    """What the server half may know and do."""
 
     @property
     def spec(self) -> Spec:
         """Layout of a model vector."""
-        ...
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """The clients that stay, in canonical order."""
         ...
 
     @property
@@ -181,21 +152,8 @@ class UnlearnView(Protocol):
         ...
 
     @property
-    def statistics(self) -> Sums:
-        """The sums of clients' statistics, for unlearners that can take sums apart."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
-        ...
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
-        ...
-
-    def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now, float32 (P,)."""
+    def statistics(self) -> Statistics:
+        """What the server has added up of clients' statistics, for unlearners that can take sums apart."""
         ...
 
     def ask(

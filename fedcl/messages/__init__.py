@@ -35,11 +35,24 @@ MESSAGE_TYPE = {"train": "train", "evaluate": "evaluate"} | dict.fromkeys(
 class Request:
     """One client's instruction, unpacked.
 
-    ``committed`` is the client's last visit that the server accepted (-1: none); ``model`` the weights to start from,
-    float32 (P,), to be read only; ``name`` the question of a query. ``turn`` counts the client's trainings (-1: as
-    ``visit``): random draws are keyed by it, so that they do not depend on what else a client was told in between.
-    ``note`` is text that a kind of message needs besides: what to forget, and the tasks it lies in. ``block`` is the
-    number of the block that its reply may be folded in where it is made (-1: it must come back by itself).
+    Attributes
+    ----------
+    visit
+        The client's message number: how many messages that change its state it was sent before. A state is staged and
+        committed by it.
+    local_round
+        How many train messages the client was sent before (-1: as many as ``visit``). Random draws of training are
+        keyed by it, so that they do not depend on any other message in between.
+    committed
+        The client's last message number that the server accepted (-1: none).
+    name
+        The name of a query.
+    model
+        The weights to start from, float32 (P,), to be read only.
+    note
+        Text that some kinds of message need: what to forget, and the tasks that hold it.
+    block
+        The block in whose partial sum the reply may be (-1: none, it must come back by itself).
     """
 
     kind: Kind
@@ -52,26 +65,26 @@ class Request:
     name: str = ""
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
-    turn: int = -1
+    local_round: int = -1
     note: str = ""
     block: int = -1
 
 
 @dataclass(frozen=True, slots=True)
-class InBlock:
-    """What is left of a reply that was folded where it was made: L2 norms of its change and uploads, and its bytes."""
+class SummedReply:
+    """What the server knows of tensors that are in a partial sum: L2 norms of change and uploads, and their bytes."""
 
     norm: float
     num_bytes: int
-    payload: dict[str, float] = field(default_factory=dict)
+    payload_norms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Reply:
-    """What a client answers; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads.
+    """A client's reply; ``model`` (P,) float32 for training, ``payload`` for queries and declared uploads.
 
-    ``note`` is text: what became of a client's memory of a forget set. ``folded`` stands for model and payload where
-    they are part of a block's sum already.
+    ``note`` is text: what became of a client's memory of a forget set. ``summed`` replaces model and payload where they
+    are in a partial sum already.
     """
 
     num_examples: int
@@ -79,13 +92,13 @@ class Reply:
     model: Tensor | None = None
     payload: dict[str, Tensor] = field(default_factory=dict)
     note: str = ""
-    folded: InBlock | None = None
+    summed: SummedReply | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the arrays that the client sent, or would have sent if its reply had not been folded."""
-        if self.folded is not None:
-            return self.folded.num_bytes
+        """Bytes of the arrays that the client sent, or would have sent by itself."""
+        if self.summed is not None:
+            return self.summed.num_bytes
         return (self.model.nbytes if self.model is not None else 0) + sum(t.nbytes for t in self.payload.values())
 
 
@@ -104,7 +117,7 @@ def instruction(requests: Sequence[Request], arrays: ArrayRecord | None, payload
 
 
 def visit_record(requests: Sequence[Request]) -> ConfigRecord:
-    """Return the record that says who is addressed, at which visit, in which task."""
+    """Return the record that says who is addressed, with which message number, in which task."""
     first = requests[0]
     blocks = [r.block for r in requests]
     return ConfigRecord(
@@ -114,7 +127,7 @@ def visit_record(requests: Sequence[Request]) -> ConfigRecord:
             "clients": [r.client for r in requests],
             "visits": [r.visit for r in requests],
             "committed": [r.committed for r in requests],
-            "turns": [r.turn for r in requests],
+            "local_rounds": [r.local_round for r in requests],
             "round": first.server_round,
             "version": first.version,
             "task": first.task.to_json() if first.task is not None else "",
@@ -152,9 +165,12 @@ def requests(content: RecordDict) -> Iterator[Request]:
         payload=record_tensors(payload) if payload is not None else {},
         note=cast(str, visit.get(NOTE, "")),
     )
-    turns, blocks = cast(list[int], visit["turns"]), cast(list[int], visit.get(BLOCKS, [-1] * len(clients)))
-    for client, number, last, turn, block in zip(clients, visits, committed, turns, blocks, strict=True):
-        yield replace(shared, client=client, visit=number, committed=last, turn=turn, block=block)
+    local_rounds, blocks = (
+        cast(list[int], visit["local_rounds"]),
+        cast(list[int], visit.get(BLOCKS, [-1] * len(clients))),
+    )
+    for client, number, last, done, block in zip(clients, visits, committed, local_rounds, blocks, strict=True):
+        yield replace(shared, client=client, visit=number, committed=last, local_round=done, block=block)
 
 
 def named(content: RecordDict, name: str, kind: type[R]) -> R | None:
@@ -223,14 +239,14 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def hello_content(note: str = "") -> RecordDict:
-    """Return the question that asks a node which client it is; ``note`` is what the run expects of it."""
+    """Return the message that asks a node which client it is; ``note`` is what the run expects of it."""
     content = RecordDict()
     content[VISIT] = visit_record([Request("hello", "", 0, -1, -1, 0, None, note=note)])
     return content
 
 
 def hello_reply(client: str, num_examples: int, code: str) -> RecordDict:
-    """Return the answer to :func:`hello_content`: client id, samples held, version of fedcl."""
+    """Return the reply to :func:`hello_content`: client id, number of samples, version of fedcl."""
     content = RecordDict()
     content[VISIT] = ConfigRecord({"client": client, "code": code})
     content[METRICS] = MetricRecord({NUM_EXAMPLES: num_examples})
@@ -248,17 +264,19 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     check_records(content, {VISIT: ConfigRecord, METRICS: MetricRecord})
     visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
     if visit is None or set(visit) != {"client", "code"} or metrics is None or set(metrics) != {NUM_EXAMPLES}:
-        raise ValueError("the reply is not an answer to fedcl's hello")
+        raise ValueError("the message is not a reply to fedcl's hello")
     client, code = visit["client"], visit["code"]
     if not isinstance(client, str) or not CLIENT_ID.fullmatch(client):
-        raise ValueError(f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+        raise ValueError(
+            f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with a letter or digit"
+        )
     if not isinstance(code, str) or not CODE.fullmatch(code):
-        raise ValueError(f"version {shown(code)}: is none of fedcl's")
+        raise ValueError(f"version {shown(code)}: is not a version of fedcl")
     return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code
 
 
 def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
-    """Refuse records that have no business in a message, or are of another type than ``allowed``.
+    """Refuse records that are not in ``allowed``, or have another type.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from fedcl.config.compose import Config, compose
 from fedcl.config.value_rules import ConfigError
 from fedcl.messages import Request
 from fedcl.runs.setup import Setup
-from fedcl.server.fold import BLOCK
+from fedcl.server.aggregation import BLOCK
 
 CHOICES = ("loop", "fused", "stack")
 REPEATS = 3

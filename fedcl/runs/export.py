@@ -280,7 +280,7 @@ def _personal(
     made = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain) if field.init}
     request = Request(
         "evaluate", client, visit, visit if client in states else NEVER, last, server["version"],
-        setup.stream.test_task(seen[-1], after=seen), model=received, turn=server["turns"].get(client, 0),
+        setup.stream.test_task(seen[-1], after=seen), model=received, local_round=server["local_rounds"].get(client, 0),
     )  # fmt: skip
     vector = _Standing(**made).weights(request, store)
     if torch.equal(vector, server["models"][GLOBAL]):

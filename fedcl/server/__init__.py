@@ -1,1 +1,1 @@
-"""The server: round loop, strategy pipeline and its contracts, messaging, validation, folding."""
+"""The server: round loop, strategy pipeline, messaging, validation, aggregation."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedcl.messages import Reply, Request
 from fedcl.scenario.task import Task
+from fedcl.server.aggregation import PartialSums
 from fedcl.server.exchange import Exchange, Fault
 from fedcl.server.selection import client_order
 from fedcl.server.strategy import Outgoing
@@ -24,23 +25,8 @@ from fedcl.server.strategy import Outgoing
 POLL_SECONDS = 0.2
 
 
-class Clock(Protocol):
-    """The run's time in seconds."""
-
-    virtual: bool
-
-    @property
-    def now(self) -> float:
-        """Seconds since the run began."""
-        ...
-
-    def advance(self, to: float) -> None:
-        """Let time pass until ``to``, at least."""
-        ...
-
-
 class VirtualClock:
-    """Time that passes only when it is told to."""
+    """Time that passes only in :meth:`advance`."""
 
     virtual = True
 
@@ -75,19 +61,22 @@ class WallClock:
         time.sleep(max(0.0, to - self.now))
 
 
+Clock = VirtualClock | WallClock
+
+
 class Device(Protocol):
     """What the timeline needs to know of a client's device."""
 
     def duration(self, steps: int, bytes_down: int, bytes_up: int) -> float:
-        """Return the virtual seconds of a visit."""
+        """Return the virtual seconds from dispatch to arrival of a train message."""
         ...
 
     def available_from(self, now: float) -> float:
         """Return the earliest time from ``now`` on at which the device can be reached."""
         ...
 
-    def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether the reply of this visit is lost."""
+    def drops(self, seed: int, client: str, local_round: int) -> bool:
+        """Whether the reply of this local round is lost."""
         ...
 
 
@@ -167,7 +156,7 @@ class Arrivals:
         size = out.model.numel() * 4
         down = size + sum(tensor.nbytes for tensor in out.payload.values())
         seconds = device.duration(self.steps(out.client, request.task), down, size)
-        lost = device.drops(self.seed, out.client, request.turn)
+        lost = device.drops(self.seed, out.client, request.local_round)
         return Flight(out, request, now, now + seconds, lost, model_epoch)
 
     def _push(self, flights: Sequence[Flight]) -> None:
@@ -177,13 +166,14 @@ class Arrivals:
         for flight, message_id in zip(present, ids, strict=True):
             flight.message_id = message_id
 
-    def collect(self, *, count: int | None, deadline: float) -> list[Flight]:
+    def collect(self, *, count: int | None, deadline: float, partial: PartialSums | None = None) -> list[Flight]:
         """Return the next flights to arrive, in order: up to ``count`` (None: all), none after ``deadline``.
 
-        The clock stands at the last arrival afterwards, or at ``deadline`` if that came first.
+        Afterwards the clock is at the last arrival, or at ``deadline`` if that is earlier. ``partial`` takes the sums
+        of replies that were summed where they were made.
         """
         if not self.clock.virtual:
-            return self._collect_wall(count, deadline)
+            return self._collect_wall(count, deadline, partial)
         due = sorted(self.flights.values(), key=lambda flight: (flight.arrival, client_order(flight.client)))
         taken = [flight for flight in due if flight.arrival <= deadline][:count]
         if len(taken) < len(due) and (count is None or len(taken) < count):
@@ -193,32 +183,33 @@ class Arrivals:
         for flight in taken:
             if flight.lost:
                 flight.reply = Fault("client_failed", "the device dropped out")
-        self._fetch(taken)
+        self._fetch(taken, partial)
         return self._release(taken)
 
-    def _fetch(self, wanted: Sequence[Flight]) -> None:
+    def _fetch(self, wanted: Sequence[Flight], partial: PartialSums | None) -> None:
         """Wait until every wanted reply has been computed."""
         missing = {flight.message_id for flight in wanted if flight.reply is None}
         while missing:
-            came = self._pull(missing)
+            came = self._pull(missing, partial)
             if not came and not self.exchange.cohorts:
-                time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's answers at once
+                time.sleep(POLL_SECONDS)  # a grid of ours waits by itself, Flower's returns at once
             missing -= came
 
-    def _pull(self, message_ids: Iterable[str]) -> set[str]:
-        """Take the replies that are there; return the messages, of those in flight, that they answer."""
+    def _pull(self, message_ids: Iterable[str], partial: PartialSums | None) -> set[str]:
+        """Take the replies that are there; return the ids of the messages in flight that they reply to."""
         came = set()
-        for client, reply in self.exchange.pull(message_ids).items():
+        for client, reply in self.exchange.pull(message_ids, partial).items():
             if client in self.flights:
                 self.flights[client].reply = reply
                 came.add(self.flights[client].message_id)
         return came
 
-    def _collect_wall(self, count: int | None, deadline: float) -> list[Flight]:
+    def _collect_wall(self, count: int | None, deadline: float, partial: PartialSums | None) -> list[Flight]:
         taken: list[Flight] = []
         wanted = len(self.flights) if count is None else min(count, len(self.flights))
         while len(taken) < wanted and self.clock.now < deadline:
-            came = self._pull({flight.message_id for flight in self.flights.values() if flight.reply is None})
+            missing = {flight.message_id for flight in self.flights.values() if flight.reply is None}
+            came = self._pull(missing, partial)
             arrived = [flight for flight in self.flights.values() if flight.reply is not None]
             arrived.sort(key=lambda flight: client_order(flight.client))
             for flight in arrived[: wanted - len(taken)]:
@@ -245,7 +236,7 @@ class Arrivals:
         return {"now": self.clock.now, "models": list(models.values()), "flights": flights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the clock and send every dispatch in flight again: the same visit gives the same bits."""
+        """Restore the clock and send every dispatch in flight again: the same request gives the same bits."""
         self.clock.advance(state["now"])
         flights = [_flight_from(row, state["models"]) for row in state["flights"]]
         self.flights = {flight.client: flight for flight in flights}
@@ -260,7 +251,7 @@ def _flight_state(flight: Flight, model: int) -> dict[str, Any]:
         "model": model,
         "payload": dict(flight.out.payload),
         "visit": request.visit,
-        "turn": request.turn,
+        "local_round": request.local_round,
         "committed": request.committed,
         "round": request.server_round,
         "version": request.version,
@@ -280,7 +271,7 @@ def _flight_from(row: dict[str, Any], models: Sequence[Tensor]) -> Flight:
         kind="train",
         client=row["client"],
         visit=row["visit"],
-        turn=row["turn"],
+        local_round=row["local_round"],
         committed=row["committed"],
         server_round=row["round"],
         version=row["version"],

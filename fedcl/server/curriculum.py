@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from fedcl.contracts.requests import Forgotten
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 
-KEPT = 1024  # different tasks that are kept at hand: mostly a handful
+KEPT = 1024  # different tasks that are cached: mostly a handful
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Answers, for any client and round, with pure functions of stream, schedule and what has been forgotten."""
+    """The tasks of any client in any round: pure functions of stream, schedule and what has been forgotten."""
 
     stream: Stream
     schedule: Schedule
@@ -37,7 +37,7 @@ class Curriculum:
         return self.seen_task(client, position.task_id, server_round)
 
     def seen_task(self, client: str, task_id: int, server_round: int) -> Task:
-        """Return a task that ``client`` has met by ``server_round``, with the samples that may still be trained."""
+        """Return a task that ``client`` has seen by ``server_round``, with the samples that may still be trained."""
         return self.forgotten.task(client, self.plain_task(client, task_id, server_round))
 
     def plain_task(self, client: str, task_id: int, server_round: int) -> Task:
@@ -63,7 +63,7 @@ class Curriculum:
         return {client: p.task_id for client, p in positions.items() if p is not None and p.is_last}
 
     def seen(self, clients: Sequence[str], server_round: int) -> list[int]:
-        """Return the ids of the tasks that any of ``clients`` has met so far, ascending."""
+        """Return the ids of the tasks that any of ``clients`` has seen so far, ascending."""
         asked = clients[:1] if self.schedule.uniform else clients
         return sorted({task for client in asked for task in self.schedule.seen(client, server_round)})
 

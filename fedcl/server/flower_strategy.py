@@ -36,15 +36,14 @@ from torch import Tensor
 
 from fedcl.base.randomness import key
 from fedcl.config.value_rules import ConfigError
-from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Event, PastView, Query, Response, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.messages import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES
 from fedcl.messages.arrays import FLAT, vector_record
 from fedcl.models.flat import Spec
-from fedcl.server.fold import Contribution, RunningFold
-from fedcl.server.strategy import Outgoing
-from fedcl.server.validation import Expected
+from fedcl.server.aggregation import PartialSums
+from fedcl.server.strategy import Outgoing, Strategy
 
 _AVERAGE = (FedAvg, FedProx)  # these themselves: what is derived from them may step
 _CHOOSE = (FedMedian, FedTrimmedAvg, MultiKrum, Bulyan)
@@ -66,37 +65,14 @@ class CohortGrid(Grid):
         """Return the selected nodes."""
         return list(self._node_ids)
 
-    def set_run(self, run: Any) -> None:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    @property
-    def run(self) -> Any:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Refuse: the core does all messaging."""
-        self._refuse()
-
-    @staticmethod
-    def _refuse() -> NoReturn:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("a stock strategy may ask which nodes were selected; fedcl does all messaging itself")
 
+    set_run = create_message = push_messages = pull_messages = send_and_receive = _refuse
+    run = property(_refuse)
 
-class FlowerAdapter:
+
+class FlowerAdapter(Strategy):
     """Runs one of ``flwr.serverapp.strategy`` inside fedcl's round loop.
 
     Raises
@@ -104,10 +80,6 @@ class FlowerAdapter:
     ValueError
         If ``strategy`` is not a Flower strategy, or needs more nodes than the ``selected`` ones of a round.
     """
-
-    personal = False
-    keeps_updates = False
-    payloads: tuple[Payload, ...] = ()
 
     def __init__(self, strategy: Any, *, seed: int, nodes: Mapping[str, int], selected: int) -> None:
         if not isinstance(strategy, FlowerStrategy):
@@ -126,7 +98,7 @@ class FlowerAdapter:
         Raises
         ------
         ValueError
-            There are some, and the strategy adds noise to whatever it gets: their mean would tell what it hides.
+            If there are any and the strategy adds noise: the plain mean of the buffers would reveal what it hides.
         """
         buffers = [tensor.name for tensor in spec if tensor.kind == "buffer"]
         if buffers and isinstance(self.strategy, _PRIVATE):
@@ -136,10 +108,6 @@ class FlowerAdapter:
             )
         steps = type(self.strategy) not in _AVERAGE and not isinstance(self.strategy, _CHOOSE)
         self._parameters = spec.size - sum(t.size for t in spec if t.kind == "buffer") if buffers and steps else None
-
-    def initial(self, view: ServerView) -> dict[Target, Tensor]:
-        """Everybody uses the global model."""
-        return {}
 
     def _check_selection(self, selected: int) -> None:
         # Flower would wait, for ever, until enough nodes are there
@@ -174,18 +142,11 @@ class FlowerAdapter:
             )
         return Outgoing(client, GLOBAL, view.global_model, {}, config)
 
-    def target_of(self, client: str, view: ServerView) -> Target:
-        """Everybody uses the global model."""
-        return GLOBAL
-
-    def folding(self, expected: Expected, max_norm: float | None) -> None:
-        """Return none: Flower's strategies are given each reply."""
-
     def aggregate(
-        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+        self, positions: Sequence[Update | None], view: ServerView, partial: PartialSums | None = None
     ) -> dict[Target, Tensor]:
         """Let the strategy aggregate the accepted replies."""
-        updates = [update for update in positions if isinstance(update, Update)]
+        updates = [update for update in positions if update is not None]
         # Flower refuses replies whose metrics differ in name, and a client may have nothing to test itself on
         common = set.intersection(*(set(update.metrics) for update in updates)) if updates else set()
         replies = [self._reply(update, common) for update in updates]
@@ -219,29 +180,6 @@ class FlowerAdapter:
         finally:
             random.setstate(saved)
 
-    def queries(self, event: Event, view: ServerView) -> list[Query]:
-        """Stock strategies ask nothing."""
-        return []
-
-    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Stock strategies ask nothing."""
-
-    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Stock strategies replace nothing."""
-        return {}
-
-    def metrics(self) -> dict[str, float]:
-        """Stock strategies report nothing of their own."""
-        return {}
-
-    def timings(self) -> dict[str, float]:
-        """Stock strategies measure nothing."""
-        return {}
-
-    def notes(self) -> list[dict[str, Any]]:
-        """Stock strategies have nothing to say."""
-        return []
-
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's numeric attributes and arrays: moments of FedAdam, norms of adaptive clipping."""
         plain: dict[str, Any] = {}
@@ -263,9 +201,6 @@ class FlowerAdapter:
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Say what a stock strategy may still hold."""
         return [ErasureOutcome(type(self.strategy).__name__, "retained", "a stock strategy cannot forget its moments")]
-
-    def relearn(self, view: PastView) -> None:
-        """Learn nothing again: it has kept what it had."""
 
 
 def _arrays(value: Any) -> Any:

@@ -9,23 +9,23 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedcl.contracts.requests import Forgotten
-from fedcl.contracts.strategy import GLOBAL, Event, Query, Response, Target, Update
+from fedcl.contracts.statistics import Statistics
+from fedcl.contracts.strategy import GLOBAL, Event, Target
+from fedcl.contracts.view import Query, Response
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Schedule, Stage, Stream, Task
 from fedcl.server.arrivals import Arrivals
 from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
-from fedcl.server.fold import Contribution
 from fedcl.server.measurement import Known, Measurement, Record
-from fedcl.server.rounds import Arrived, Rounds, updates
+from fedcl.server.rounds import Round, Rounds
 from fedcl.server.state import BetweenRounds, Compute, LoopOptions, ServerData
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing, Strategy
 
 
 class Server(ServerData):
-    """Plays the rounds of a schedule, and lets ``unlearning`` do its part between them."""
+    """Runs the rounds of a schedule, and ``unlearning`` between them."""
 
     def __init__(
         self,
@@ -62,14 +62,16 @@ class Server(ServerData):
         )
         self.schedule, self.stream = schedule, stream
         self.measurement = Measurement(record, stream, evaluator, known)
-        self.rounds = Rounds(self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum, self._folds)
+        self.rounds = Rounds(
+            self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum, self._sums_suffice
+        )
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 
     def run(self, after_round: Callable[[int], None], until: int | None = None) -> None:
-        """Play every round that is still to come and call ``after_round`` with each one's number when it is over.
+        """Run all remaining rounds; after each, call ``after_round`` with its number.
 
-        ``until`` stops before that round. Requests that come after the last round are served at the end of it.
+        ``until`` stops before that round. Requests that come after the last round are processed at the end of it.
 
         Raises
         ------
@@ -83,9 +85,9 @@ class Server(ServerData):
             server_round = self.state.next_round
             started = time.perf_counter()
             self.process_requests(server_round)
-            arrived = self.rounds.run(server_round, self, self.state.model_epoch)
-            self._aggregate(server_round, arrived)
-            self._finalize(server_round, updates(arrived))
+            round_ = self.rounds.run(server_round, self, self.state.model_epoch)
+            self._aggregate(server_round, round_)
+            self._finalize(server_round, round_)
             self.state.next_round += 1
             if self.state.next_round == self.schedule.num_rounds:
                 self.process_requests(self.state.next_round, ends=True)
@@ -95,49 +97,48 @@ class Server(ServerData):
     def process_requests(self, server_round: int, *, ends: bool = False) -> bool:
         """Process the unlearning requests that are due before ``server_round``; return whether any was.
 
-        ``ends`` says that no round comes any more, so that nothing can wait.
+        ``ends`` says that no round follows, so that nothing can wait.
         """
         done = self.unlearning is not None and self.unlearning.process(self, server_round, self.recover, ends=ends)
         if done:
             self.measurement.edited()
         return done
 
-    def _aggregate(self, server_round: int, arrived: Sequence[Arrived]) -> None:
-        self._settle([one.flight.client for one in arrived], server_round)
-        counted = updates(arrived)
-        self.state.visited |= {update.client for update in counted}
-        self.state.late |= {update.client for update in counted if update.age}
+    def _aggregate(self, server_round: int, round_: Round) -> None:
+        self._finish_pending([one.flight.client for one in round_.arrivals], server_round)
+        counted = round_.counted
+        self.state.visited |= {one.flight.client for one in counted}
+        self.state.late |= {update.client for update in round_.updates if update.age}
         options = self.options.rounds
         late = options.buffer is not None or options.deadline is not None
-        arrivals = {one.flight.client: one.flight.arrival for one in arrived} if late else {}
-        self.measurement.training(counted, server_round, self.now, arrivals)
+        self.measurement.training(counted, server_round, self.now, late=late)
         if not counted:
-            self.record.event("round_skipped", round=server_round, virtual_time=self.now, replies=len(arrived))
+            replies = len(round_.arrivals)
+            self.record.event("round_skipped", round=server_round, virtual_time=self.now, replies=replies)
             return
         started = time.perf_counter()
-        self._take_in(arrived, counted)
+        self._apply(round_)
         self.record.timing(server_round, "aggregate", time.perf_counter() - started)
 
-    def _take_in(self, arrived: Sequence[Arrived], counted: Sequence[Contribution]) -> None:
+    def _apply(self, round_: Round) -> None:
         before = self.global_model
-        self._replace(self.strategy.aggregate([one.update for one in arrived], self, self.exchange.running))
-        self.exchange.running = None
+        self._replace(self.strategy.aggregate(round_.positions, self, round_.partial))
         if self.unlearning is not None:
-            self.unlearning.observe(_whole(counted), before, self)
+            self.unlearning.observe(round_.updates, before, self)
 
-    def _folds(self) -> bool:
-        """Whether nobody must see the updates of the round to come."""
+    def _sums_suffice(self) -> bool:
+        """Whether the sum of the next round's updates is all that anybody needs of them."""
         if self.unlearning is not None and self.unlearning.observes:
             return False
-        return self.strategy.folding(self.exchange.expected("train"), self.exchange.max_update_norm) is not None
+        return self.strategy.aggregation(self.exchange.expected("train"), self.exchange.max_update_norm) is not None
 
-    def _finalize(self, server_round: int, counted: Sequence[Contribution]) -> None:
-        """Do what follows a round: conclude tasks that end, ask questions, measure."""
+    def _finalize(self, server_round: int, round_: Round) -> None:
+        """Do what follows a round: finish tasks that end, ask questions, measure."""
         stage = self.curriculum.stage(server_round)
         ended = tuple(self.curriculum.ended(self._clients, server_round))
         if ended and self.options.boundary_visits:
             self._end_tasks(ended, server_round)
-        self._ask(stage.index, ended, server_round, counted)
+        self._ask(stage.index, ended, server_round, round_)
         self._measure(stage, server_round)
         self.state.visited.difference_update(ended)
         traffic = {"bytes_up": float(self.exchange.bytes_up), "bytes_down": float(self.exchange.bytes_down)}
@@ -148,7 +149,7 @@ class Server(ServerData):
             self.record.event(**{"round": server_round, "virtual_time": self.now, **note})
 
     def _measure(self, stage: Stage, server_round: int) -> None:
-        """Test the global model where that is due, and what each client would use at the end of a stage."""
+        """Evaluate the global model when that is due, and at the end of a stage each client's own."""
         every = self.options.evaluate_every
         if stage.ends or (every and (server_round + 1) % every == 0):
             seen = self.curriculum.seen(self._clients, server_round)
@@ -169,14 +170,14 @@ class Server(ServerData):
 
     def _whole_task(self, client: str, server_round: int) -> Task:
         task = self.curriculum.whole_task(client, server_round)
-        assert task is not None  # asked only of clients that take part
+        assert task is not None  # only for clients that take part
         return task
 
     def _outgoing(self, clients: Sequence[str]) -> list[Outgoing]:
         return [Outgoing(client, self.strategy.target_of(client, self), self.model_of(client)) for client in clients]
 
     def outgoing(self, selected: Sequence[str]) -> list[Outgoing]:
-        """Return what to send to each selected client: the strategy's message and the learner's sums."""
+        """Return what to send to each selected client: the strategy's message, and the sums of clients' statistics."""
         sums = self.statistics.message()
         messages = self.strategy.outgoing(selected, self)
         return [replace(out, payload=out.payload | sums) for out in messages] if sums else messages
@@ -184,31 +185,31 @@ class Server(ServerData):
     # -- task boundaries --------------------------------------------------------------------------------------------
 
     def _end_tasks(self, ended: Sequence[str], server_round: int) -> None:
-        """Let every client that learned its task conclude it, with the model the task ended with.
+        """Notify every client that has trained its task that it ended, with the model it ended with.
 
-        A client in flight does so when it is back: two messages at once would race for its state.
+        A client in flight is notified when it is back: two messages at once would race for its state.
         """
         flights = self.arrivals.flights
         self.state.pending_task_end.update({client: server_round for client in ended if client in flights})
         present = [client for client in ended if client in self.state.visited and client not in flights]
-        self._tell_end(present, server_round, server_round)
+        self._notify_end(present, server_round, server_round)
 
-    def _settle(self, clients: Sequence[str], server_round: int) -> None:
-        """Let clients that have come back conclude the tasks that ended meanwhile."""
+    def _finish_pending(self, clients: Sequence[str], server_round: int) -> None:
+        """Notify clients that have come back of the tasks that ended meanwhile."""
         for client in clients:
             ended_in = self.state.pending_task_end.pop(client, None)
             if ended_in is not None:
-                self._tell_end([client], ended_in, server_round)
+                self._notify_end([client], ended_in, server_round)
 
-    def _tell_end(self, clients: Sequence[str], ended_in: int, server_round: int) -> None:
+    def _notify_end(self, clients: Sequence[str], ended_in: int, server_round: int) -> None:
         def task_of(client: str) -> Task:
             return self._whole_task(client, ended_in)
 
         self.exchange.tell("task_end", self._outgoing(clients), task_of, server_round, self.version)
 
-    def _ask(self, stage: int, ended: tuple[str, ...], server_round: int, counted: Sequence[Contribution]) -> None:
-        """Put the strategy's and the learner's questions, and replace the models that they conclude with."""
-        kept = tuple(_whole(counted)) if self.strategy.keeps_updates else ()
+    def _ask(self, stage: int, ended: tuple[str, ...], server_round: int, round_: Round) -> None:
+        """Ask the strategy's and the learner's questions, and replace the models that the responses change."""
+        kept = tuple(round_.updates) if self.strategy.keeps_updates else ()
         last = server_round == self.schedule.num_rounds - 1
         event = Event("task_end" if ended else "round_end", stage, server_round, last, kept, ended)
         for query in self.strategy.queries(event, self):
@@ -222,7 +223,7 @@ class Server(ServerData):
             self._replace(self.statistics.solve(self.state.models))
 
     def _responses(self, query: Query, server_round: int) -> list[Response]:
-        """Return what the clients that take part in this round answer, each with its present task's data."""
+        """Return the responses of the clients that take part in this round, each with its present task's data."""
         active = set(self.curriculum.active(self._clients, server_round))
         models = {client: model for client, model in query.models.items() if client in active}
 
@@ -238,19 +239,13 @@ class Server(ServerData):
     # -- rounds besides the schedule --------------------------------------------------------------------------------
 
     def recover(self, rounds: int) -> int:
-        """Play ``rounds`` rounds of the task that was trained last, besides the schedule's; return how many counted."""
+        """Run ``rounds`` rounds of the task that was trained last, besides the schedule's; return how many counted."""
         at, visited = max(self.state.next_round - 1, 0), set(self.state.visited)
         counted = 0
         for _ in range(rounds):
-            arrived = self.rounds.run(at, self, self.state.model_epoch)
-            present = updates(arrived)
-            if present:
-                self._take_in(arrived, present)
+            round_ = self.rounds.run(at, self, self.state.model_epoch)
+            if round_.counted:
+                self._apply(round_)
                 counted += 1
         self.state.visited = visited
         return counted
-
-
-def _whole(counted: Sequence[Contribution]) -> list[Update]:
-    """Return the updates that came back by themselves: all of them, wherever somebody asks for them."""
-    return [update for update in counted if isinstance(update, Update)]

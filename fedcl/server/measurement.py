@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from fedcl.client.local_evaluation import iteration
 from fedcl.evaluation.evaluator import Evaluator
 from fedcl.scenario.task import Stage, Stream
-from fedcl.server.exchange import Exchange
-from fedcl.server.fold import Contribution
+from fedcl.server.exchange import EventLog, Exchange
+from fedcl.server.rounds import Arrival
 from fedcl.server.strategy import Outgoing
 
 _PHASES = {"accuracy_received": ("received", "accuracy"), "accuracy_trained": ("trained", "accuracy")}
 
 
-class Record(Protocol):
-    """Where the run is written down; :class:`fedcl.results.recorder.Recorder` is one."""
+class Record(EventLog, Protocol):
+    """Where a run is recorded; :class:`fedcl.results.recorder.Recorder` is one."""
 
     def row(
         self,
@@ -36,10 +37,6 @@ class Record(Protocol):
         step: int = -1,
     ) -> None:
         """Record one value."""
-        ...
-
-    def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
-        """Record that something happened."""
         ...
 
     def timing(self, round: int, name: str, seconds: float) -> None:
@@ -58,7 +55,7 @@ class Known:
 class Measurement:
     """Turns what happened into rows of the metrics table. ``headline`` is the last accuracy, in words.
 
-    It is the mean over the tasks met that have test samples; an edit of the model since is said with it.
+    It is the mean over the seen tasks that have test samples, and says so if the model was edited since.
     """
 
     def __init__(self, record: Record, stream: Stream, evaluator: Evaluator | None, known: Known | None = None) -> None:
@@ -71,40 +68,26 @@ class Measurement:
             self.record.row(round=-1, phase="server", name=name, value=value, virtual_time=now)
         if self.evaluator is None:
             return
-        tasks = list(range(self.stream.num_tasks))
-        for task, value in self.evaluator.accuracy(model, tasks, after=0).items():
-            self.record.row(round=-1, phase="test", name="accuracy", value=value, task=task, virtual_time=now)
-            samples = float(self.evaluator.num_samples(task))
-            self.record.row(
-                round=-1, phase="test", name="num_test_examples", value=samples, task=task, virtual_time=now
-            )
+        row = partial(self.record.row, round=-1, phase="test", virtual_time=now)
+        for task, value in self.evaluator.accuracy(model, list(range(self.stream.num_tasks)), after=0).items():
+            row(name="accuracy", value=value, task=task)
+            row(name="num_test_examples", value=float(self.evaluator.num_samples(task)), task=task)
 
-    def test(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
-        """Test the global model on the tasks ``seen`` by then, at the end of a stage on all."""
+    def test(self, model: Tensor, server_round: int, now: float, stage: Stage, seen: Collection[int]) -> None:
+        """Test the global model on the tasks ``seen`` so far, at the end of a stage on all."""
         if self.evaluator is None:
             return
-        tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(met)
-        accuracy = self.evaluator.accuracy(model, tasks, after=met)
-        seen = [value for task, value in accuracy.items() if task in met]
-        self._tested = f"accuracy {sum(seen) / len(seen):.3f}" if seen else "no test samples yet"
+        tasks = list(range(self.stream.num_tasks)) if stage.ends else sorted(seen)
+        accuracy = self.evaluator.accuracy(model, tasks, after=seen)
+        values = [value for task, value in accuracy.items() if task in seen]
+        self._tested = f"accuracy {sum(values) / len(values):.3f}" if values else "no test samples yet"
         self.headline = self._tested + self._since
         if self.evaluator.undefined:
-            self.record.event(
-                "test_undefined",
-                round=server_round,
-                virtual_time=now,
-                samples={str(task): count for task, count in self.evaluator.undefined.items()},
-            )
+            samples = {str(task): count for task, count in self.evaluator.undefined.items()}
+            self.record.event("test_undefined", round=server_round, virtual_time=now, samples=samples)
+        row = self._test_row(server_round, now, stage)
         for task, value in accuracy.items():
-            self.record.row(
-                round=server_round,
-                phase="test",
-                name="accuracy",
-                value=value,
-                task=task,
-                after=stage.index,
-                virtual_time=now,
-            )
+            row(name="accuracy", value=value, task=task)
 
     def edited(self) -> None:
         """Say beside the last accuracy that it is from before a request, and beside the next that it is from after."""
@@ -112,35 +95,29 @@ class Measurement:
             self.headline = f"{self._tested} before the last request"
         self._since = " after the last request"
 
-    def classes(self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int]) -> None:
+    def classes(self, model: Tensor, server_round: int, now: float, stage: Stage, seen: Collection[int]) -> None:
         """Test the global model on each class: what a joint run is a reference for, task by task."""
         if self.evaluator is None:
             return
-        for label, value in self.evaluator.accuracy_by_class(model, met).items():
-            name = f"accuracy_class_{label}"
-            self.record.row(
-                round=server_round, phase="test", name=name, value=value, after=stage.index, virtual_time=now
-            )
+        row = self._test_row(server_round, now, stage)
+        for label, value in self.evaluator.accuracy_by_class(model, seen).items():
+            row(name=f"accuracy_class_{label}", value=value)
 
     def stale_classes(
-        self, model: Tensor, server_round: int, now: float, stage: Stage, met: Collection[int], late: Collection[str]
+        self, model: Tensor, server_round: int, now: float, stage: Stage, seen: Collection[int], late: Collection[str]
     ) -> None:
         """Test the global model on the classes that ``late`` clients hold, each class weighted by their samples."""
         held = sum((Counter(self.known.class_counts.get(client, {})) for client in late), Counter[int]())
         if self.evaluator is None or not held:
             return
-        accuracy = {c: a for c, a in self.evaluator.accuracy_by_class(model, met).items() if held[c]}
+        accuracy = {c: a for c, a in self.evaluator.accuracy_by_class(model, seen).items() if held[c]}
         weight = sum(held[label] for label in accuracy)
         if weight:
             value = sum(held[label] * accuracy[label] for label in accuracy) / weight
-            self.record.row(
-                round=server_round,
-                phase="test",
-                name="accuracy_stale",
-                value=value,
-                after=stage.index,
-                virtual_time=now,
-            )
+            self._test_row(server_round, now, stage)(name="accuracy_stale", value=value)
+
+    def _test_row(self, server_round: int, now: float, stage: Stage) -> Callable[..., None]:
+        return partial(self.record.row, round=server_round, phase="test", after=stage.index, virtual_time=now)
 
     def personal(
         self,
@@ -150,37 +127,28 @@ class Measurement:
         version: int,
         now: float,
         stage: int,
-        met: Mapping[str, Collection[int]],
+        seen: Mapping[str, Collection[int]],
     ) -> None:
         """Test what each client would use after aggregation, on its own test samples of every task it has ``seen``."""
-        for task_id in sorted({task_id for tasks in met.values() for task_id in tasks}):
-            tasks = {c: self.stream.test_task(task_id, after=seen) for c, seen in met.items() if task_id in seen}
+        row = partial(self.record.row, round=server_round, phase="personal", after=stage, virtual_time=now)
+        for task_id in sorted({task_id for tasks in seen.values() for task_id in tasks}):
+            tasks = {c: self.stream.test_task(task_id, after=own) for c, own in seen.items() if task_id in own}
             asked = [out for out in outgoing if out.client in tasks]
             replies = exchange.tell("evaluate", asked, tasks.__getitem__, server_round, version)
             for client, reply in replies.items():
                 if reply.num_examples:
-                    self.record.row(
-                        round=server_round,
-                        phase="personal",
-                        name="accuracy",
-                        value=reply.metrics["accuracy"],
-                        client=client,
-                        task=task_id,
-                        after=stage,
-                        virtual_time=now,
-                    )
+                    row(name="accuracy", value=reply.metrics["accuracy"], client=client, task=task_id)
 
-    def training(
-        self, updates: Sequence[Contribution], server_round: int, now: float, arrivals: Mapping[str, float]
-    ) -> None:
-        """Record what clients report of their training; where they may be late, how late they were.
-
-        ``arrivals`` says when each client's reply came, in seconds of the run's clock; empty where all are waited for.
-        """
-        for update in updates:
-            values = {"num_examples": float(update.num_examples), **update.metrics}
-            if update.client in arrivals:
-                values |= {"age": float(update.age), "arrival": arrivals[update.client]}
+    def training(self, counted: Sequence[Arrival], server_round: int, now: float, *, late: bool) -> None:
+        """Record what clients report of their training; with ``late``, also when they came and how late."""
+        for one in counted:
+            request, reply = one.flight.request, one.reply
+            assert reply is not None
+            assert request.task is not None
+            values = {"num_examples": float(reply.num_examples), **reply.metrics}
+            if late:
+                age = one.update.age if one.update is not None else 0
+                values |= {"age": float(age), "arrival": one.flight.arrival}
             for key, value in sorted(values.items()):  # in a fixed order, whichever way they came
                 at = iteration(key)
                 phase, name = _PHASES.get(key, ("train", key)) if at is None else ("iteration", "accuracy")
@@ -189,22 +157,15 @@ class Measurement:
                     phase=phase,
                     name=name,
                     value=value,
-                    client=update.client,
-                    task=update.task if at is None else at[0],
-                    after=update.task,
+                    client=request.client,
+                    task=request.task.id if at is None else at[0],
+                    after=request.task.id,
                     step=-1 if at is None else at[1],
                     virtual_time=now,
                 )
 
-    def server(self, metrics: dict[str, float], server_round: int, now: float, reached: int) -> None:
+    def server(self, metrics: dict[str, float], server_round: int, now: float, stage: int) -> None:
         """Record what the strategy reports of itself."""
+        row = partial(self.record.row, round=server_round, phase="server", virtual_time=now)
         for name, value in metrics.items():
-            self.record.row(
-                round=server_round,
-                phase="server",
-                name=name,
-                value=value,
-                task=reached,
-                after=reached,
-                virtual_time=now,
-            )
+            row(name=name, value=value, task=stage, after=stage)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.requests import ErasureOutcome, Forgotten
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.models.flat import Spec
 from fedcl.server.arrivals import Arrivals
@@ -19,19 +20,18 @@ from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
 from fedcl.server.measurement import Record
 from fedcl.server.rounds import RoundOptions
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Strategy
 
 Compute = Callable[..., Future[Any]]
 # what a certificate says of devices that were away; the event comes in events.jsonl
-OUT_OF_REACH = "were not in reach: their devices are told when they are back, which is an event `client_told`"
+OUT_OF_REACH = "were not in reach: their devices are notified when they reconnect, which is an event `client_told`"
 
 
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
     """Settings of the loop: the keys of the configuration that carry the same names.
 
-    ``boundary_visits`` says that some plugin concludes tasks, so that clients must be told of their end.
+    ``boundary_visits`` says that some plugin acts at the end of a task, so that clients must be notified of it.
     """
 
     rounds: RoundOptions
@@ -43,12 +43,13 @@ class LoopOptions:
 
 @dataclass
 class ServerState:
-    """What a run is at the end of a round: models by target, counters, and the next round to play.
+    """What a run is at the end of a round: models by target, counters, and the next round.
 
     ``version`` counts changes of the global model; ``model_epoch`` counts edits that bypass the strategy; ``visited``
     are the clients that learned something of their present task; ``pending_task_end`` maps clients that were in flight
-    when their task ended to the round that ended it, which they finish when they are back; ``late`` are the clients
-    that an old update of counted; ``pending_notice`` are those that were out of reach when they were to forget.
+    when their task ended to the round that ended it, of which they are notified when they are back; ``late`` are the
+    clients of which a late update counted; ``pending_notice`` are those that could not be reached when they should
+    forget.
     """
 
     models: dict[Target, Tensor]
@@ -79,8 +80,8 @@ class BetweenRounds(Protocol):
     ) -> bool:
         """Do what is due before ``server_round``; return whether anything was.
 
-        ``recover(n)`` plays n rounds besides the schedule and returns how many counted. ``ends`` says that no round
-        comes any more, so that nothing can wait.
+        ``recover(n)`` runs n rounds besides the schedule and returns how many counted. ``ends`` says that no round
+        follows, so that nothing can wait.
         """
         ...
 
@@ -104,7 +105,7 @@ class BetweenRounds(Protocol):
 class ServerData:
     """A server without its timeline.
 
-    Parts see it as a :class:`~fedcl.contracts.strategy.ServerView`, unlearning edits it, a checkpoint holds it.
+    Parts see it as a :class:`~fedcl.contracts.view.ServerView`, unlearning edits it, a checkpoint holds it.
     ``everybody`` are the clients the run began with, ``initial`` the weights (P,).
     """
 
@@ -135,7 +136,7 @@ class ServerData:
         exchange.when = self.when
 
     def when(self) -> dict[str, Any]:
-        """Return the round that is being played, or comes next, and the time on the run's clock: what an event has."""
+        """Return the fields of every event: the round that is running or comes next, and the run's time."""
         return {"round": self.state.next_round, "virtual_time": self.now}
 
     # -- what parts see -----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class ServerData:
         self.state.model_epoch += 1
 
     def remove_clients(self, departing_clients: Sequence[str]) -> list[ErasureOutcome]:
-        """Drop everything that server and backend keep of clients that have left."""
+        """Drop everything that server and backend keep of departing clients."""
         if not departing_clients:
             return []
         state, cancelled = self.state, 0
@@ -219,7 +220,9 @@ class ServerData:
         state.visited.difference_update(departing_clients)
         state.late.difference_update(departing_clients)
         if self.exchange.erase is None:
-            return [ErasureOutcome("devices", "retained", "the client's own device keeps its state: it was not told")]
+            return [
+                ErasureOutcome("devices", "retained", "the client's own device keeps its state: it was not notified")
+            ]
         away = self.exchange.erase(departing_clients)
         state.pending_notice.difference_update(departing_clients)
         if away:
@@ -228,32 +231,25 @@ class ServerData:
         return [ErasureOutcome("client states, queues", "erased", f"{cancelled} message(s) in flight among them")]
 
     def cancel(self, clients: Sequence[str]) -> None:
-        """Call back what ``clients`` are computing; workers keep no copy of their states and samples."""
+        """Cancel what ``clients`` are computing; workers keep no copy of their states and samples."""
         for client in clients:
             self.arrivals.flights.pop(client, None)
         if self.exchange.release is not None:
             self.exchange.release(clients)
 
-    def leave(self, gone: Collection[str]) -> None:
-        """Send nothing more to the clients in ``gone``, and take no part of theirs into account."""
-        self._clients = tuple(client for client in self.everybody if client not in gone)
+    def leave(self, departed: Collection[str]) -> None:
+        """Leave the clients in ``departed`` out of everything that follows."""
+        self._clients = tuple(client for client in self.everybody if client not in departed)
 
     # -- survival -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything of the server that must survive."""
-        state = self.state
+        plain: dict[type, Callable[[Any], Any]] = {set: sorted, dict: dict, int: int}
         return {
-            "models": dict(state.models),
-            "version": state.version,
-            "model_epoch": state.model_epoch,
-            "next_round": state.next_round,
-            "visited": sorted(state.visited),
-            "pending_task_end": dict(state.pending_task_end),
-            "late": sorted(state.late),
-            "pending_notice": sorted(state.pending_notice),
+            **{name: plain[type(value)](value) for name, value in vars(self.state).items()},
             "visits": dict(self.exchange.visits),
-            "turns": dict(self.exchange.turns),
+            "local_rounds": dict(self.exchange.local_rounds),
             "committed": dict(self.exchange.committed),
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
@@ -264,20 +260,11 @@ class ServerData:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
-        self.state = ServerState(
-            models=dict(state["models"]),
-            version=state["version"],
-            model_epoch=state["model_epoch"],
-            next_round=state["next_round"],
-            visited=set(state["visited"]),
-            pending_task_end=dict(state["pending_task_end"]),
-            late=set(state["late"]),
-            pending_notice=set(state["pending_notice"]),
-        )
+        self.state = ServerState(**{name: type(old)(state[name]) for name, old in vars(self.state).items()})
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])
         self.exchange.visits = dict(state["visits"])
-        self.exchange.turns = dict(state["turns"])
+        self.exchange.local_rounds = dict(state["local_rounds"])
         self.exchange.committed = dict(state["committed"])
         if self.unlearning is not None and "unlearning" in state:
             self.unlearning.load_state_dict(state["unlearning"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,22 @@ from fedcl.contracts.strategy import (
     Event,
     LocalWork,
     Part,
-    PastView,
     Projection,
-    Query,
-    Response,
     ServerOptimizer,
-    ServerView,
     Staleness,
+    Stateful,
     Target,
     Update,
 )
+from fedcl.contracts.view import PastView, Query, Response, ServerView
 from fedcl.models.flat import Spec
-from fedcl.server.fold import Contribution, RunningFold, Weight, fold
-from fedcl.server.folding import Folding
+from fedcl.server.aggregation import Aggregation, PartialSums, Weight, aggregate
 from fedcl.server.validation import Expected, uploads
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """What one client is to be sent: whose model, its weights (P,), tensors to ride along, and a stock config."""
+    """What one client is to be sent: whose model, its weights (P,), tensors with it, and a Flower strategy's config."""
 
     client: str
     target: Target
@@ -44,83 +41,59 @@ class Outgoing:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-class Strategy(Protocol):
-    """What the round loop needs of a strategy.
+class Strategy(Stateful):
+    """What the round loop needs of a strategy: :class:`Pipeline`, or Flower's behind an adapter.
 
-    :class:`Pipeline` and :class:`~fedcl.server.flower_strategy.FlowerAdapter` are the two.
+    ``payloads`` are the tensors that are exchanged with every train message. ``personal`` says that clients have
+    targets of their own, ``keeps_updates`` that events must carry a round's updates.
     """
 
-    payloads: tuple[Payload, ...]
-    personal: bool
-    keeps_updates: bool
+    payloads: tuple[Payload, ...] = ()
+    personal: bool = False
+    keeps_updates: bool = False
 
     def initial(self, view: ServerView) -> dict[Target, Tensor]:
         """Return the targets besides the global model that exist from the start."""
-        ...
+        return {}
 
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Return what to send to each selected client."""
-        ...
+        raise NotImplementedError
 
-    def folding(self, expected: Expected, max_norm: float | None) -> Folding | None:
-        """Return how updates that are not late become a sum, where no more is needed of them; None where it is.
+    def aggregation(self, expected: Expected, max_norm: float | None) -> Aggregation | None:
+        """Return how fresh updates are summed if the strategy needs no more of them; otherwise None.
 
-        ``expected`` is what a reply must be.
+        ``expected`` is what a reply must be, ``max_norm`` the largest L2 norm of an accepted change.
         """
-        ...
+        return None
 
     def aggregate(
-        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+        self, positions: Sequence[Update | None], view: ServerView, partial: PartialSums | None = None
     ) -> dict[Target, Tensor]:
         """Turn a round's updates, one place for each selected position, into new models (P,).
 
-        ``running`` holds the sums of those that were folded where they were made.
+        ``partial`` holds the sums of those that were summed where they were made: their places are None.
         """
-        ...
+        raise NotImplementedError
 
     def target_of(self, client: str, view: ServerView) -> Target:
         """Return whose model ``client`` uses."""
-        ...
+        return GLOBAL
 
     def queries(self, event: Event, view: ServerView) -> list[Query]:
         """Return what to ask clients at ``event``."""
-        ...
+        return []
 
     def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Take the answers to a query."""
-        ...
+        """Learn from the responses to a query."""
 
     def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Return models that replace their targets' at ``event``, after the answers have been taken."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Return numbers worth recording."""
-        ...
-
-    def timings(self) -> dict[str, float]:
-        """Return seconds measured since the last call."""
-        ...
-
-    def notes(self) -> list[dict[str, Any]]:
-        """Return events that a person should see."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that must survive."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        ...
+        """Return models that replace their targets' at ``event``, after all responses have been consumed."""
+        return {}
 
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
-        """Let every part forget."""
-        ...
-
-    def relearn(self, view: PastView) -> None:
-        """Let every part learn again what it must, once the models are edited."""
-        ...
+        """Forget the forget set and say, part by part, what became of it."""
+        raise NotImplementedError
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -131,7 +104,7 @@ def exact_sum(a: Tensor, b: Tensor) -> Tensor:
 def check_payloads(expected: Sequence[Payload], plugins: Sequence[Plugin]) -> None:
     """Refuse clients that send what the server part does not take, or that need what it does not send.
 
-    Otherwise every reply would be rejected for its payload, round after round.
+    Otherwise every reply would be rejected for its payload.
 
     Raises
     ------
@@ -146,7 +119,7 @@ def check_payloads(expected: Sequence[Payload], plugins: Sequence[Plugin]) -> No
             if known.get(payload.name) != payload:
                 raise ValueError(
                     f"{name} exchanges {payload.name!r} ({payload.direction}) with every train message, "
-                    "which the strategy's server side does not declare so"
+                    "which the strategy's server side declares otherwise, or not at all"
                 )
             if payload.direction == "up" and payload.name in owners:
                 raise ValueError(f"{owners[payload.name]} and {name} both upload {payload.name!r}")
@@ -156,8 +129,8 @@ def check_payloads(expected: Sequence[Payload], plugins: Sequence[Plugin]) -> No
         raise ValueError(f"strategy.collaboration.client: nobody uploads {missing[0]!r}, which the server side needs")
 
 
-class Pipeline:
-    """Four parts in a row. Each is one small object; none knows of the others."""
+class Pipeline(Strategy):
+    """Four parts, one after the other. Each is one small object; none knows of the others."""
 
     def __init__(
         self,
@@ -220,26 +193,26 @@ class Pipeline:
         """Return whose model ``client`` trains from."""
         return self.collaboration.message_for(client, view)[0]
 
-    def folding(self, expected: Expected, max_norm: float | None) -> Folding | None:
+    def aggregation(self, expected: Expected, max_norm: float | None) -> Aggregation | None:
         """Return the collaboration's sum, unless a part must see each update."""
         part, late = self.collaboration, type(self.staleness)
         looks = late.admit is not Staleness.admit or late.observe is not Staleness.observe or self.keeps_updates
         if looks or part.needs != "sum" or set(uploads(self.payloads)) != set(self._sums):
             return None
-        return Folding(expected.spec, part.term, self._weight, self._sums, expected, max_norm)
+        return Aggregation(expected.spec, part.term, self._weight, self._sums, expected, max_norm)
 
     def aggregate(
-        self, positions: Sequence[Contribution | None], view: ServerView, running: RunningFold | None = None
+        self, positions: Sequence[Update | None], view: ServerView, partial: PartialSums | None = None
     ) -> dict[Target, Tensor]:
         """Run the pipeline over one round and return the new models."""
-        kept = positions if running is not None else self._admitted(positions, view)
+        kept = positions if partial is not None else self._admitted(positions, view)
         models = {GLOBAL: view.global_model}
-        if self.collaboration.needs == "sum":
-            part = self.collaboration
-            total = fold(kept, part.term, view.spec, self._sums, weight=self._weight, running=running)
+        part = self.collaboration
+        if part.needs == "sum":
+            total = aggregate(kept, part.term, view.spec, self._sums, weight=self._weight, partial=partial)
             changes = part.finish(total, view)
         else:
-            combined = self.collaboration.combine([u for u in kept if isinstance(u, Update)], view)
+            combined = part.combine([update for update in kept if update is not None], view)
             models |= {target: view.model_at(target) for target in combined if target != GLOBAL}
             changes = {target: new.double() - models[target].double() for target, new in combined.items()}
         result = {}
@@ -252,23 +225,23 @@ class Pipeline:
 
     @property
     def _weight(self) -> Weight | None:
-        """What a change weighs, where changes and nothing else are summed."""
+        """What a change weighs, if changes and nothing else are summed."""
         part = self.collaboration
         return part.weight if type(part).term is Collaboration.term else None
 
-    def _admitted(self, positions: Sequence[Contribution | None], view: ServerView) -> list[Contribution | None]:
-        present = [update for update in positions if isinstance(update, Update)]
+    def _admitted(self, positions: Sequence[Update | None], view: ServerView) -> list[Update | None]:
+        present = [update for update in positions if update is not None]
         for update in present:
             self.staleness.observe(update, view)
         admitted = {update.client: update for update in self.staleness.admit(present, view)}
         return [admitted.get(update.client) if update is not None else None for update in positions]
 
     def queries(self, event: Event, view: ServerView) -> list[Query]:
-        """Return the projection's questions."""
+        """Return the projection's queries."""
         return self.projection.queries(event, view)
 
     def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Hand the answers to the projection."""
+        """Pass the responses to the projection."""
         self.projection.consume(query, responses, view)
 
     def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -45,9 +45,9 @@ def uploads(payloads: Iterable[Payload]) -> Form:
 class Expected:
     """What a reply to one kind of message must be, with every length a number; :meth:`of` works it out.
 
-    ``tensors`` are those of its payload; ``always`` the names that must come, each of ``groups`` names that come
-    together or not at all; ``owed`` the metrics that a client with samples owes. ``num_tasks`` is how many tasks the
-    run has where clients test themselves while they train, 0 where they do not.
+    ``tensors`` are those of its payload, ``always`` the names that must be there, each of ``groups`` names of which all
+    or none must be there. ``required`` are the metrics that a client with samples must send. ``num_tasks`` is the
+    number of the run's tasks if clients evaluate themselves during training, otherwise 0.
     """
 
     kind: Kind
@@ -57,7 +57,7 @@ class Expected:
     tensors: Form
     always: frozenset[str]
     groups: tuple[frozenset[str], ...]
-    owed: frozenset[str]
+    required: frozenset[str]
     num_tasks: int = 0
 
     @classmethod
@@ -68,17 +68,32 @@ class Expected:
         for name, tensor in form.items():
             groups.setdefault(tensor.group, set()).add(name)
         always, *others = (frozenset(names) for names in groups.values())
-        owed = frozenset(name for name, number in fields.metrics.items() if number.owed)
+        required = frozenset(name for name, number in fields.metrics.items() if number.owed)
         tensors = {name: tensor.resolved(sizes) for name, tensor in form.items()}
-        return cls(kind, spec, fields, MODEL.resolved(sizes), tensors, always, tuple(others), owed, num_tasks)
+        return cls(kind, spec, fields, MODEL.resolved(sizes), tensors, always, tuple(others), required, num_tasks)
+
+
+class Diverged(NamedTuple):
+    """The number that shows that training has diverged: a loss or a weight that is not finite, or too large."""
+
+    of: Literal["loss", "weights"]
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a reply cannot be used, in words that name the field at fault."""
+
+    reason: str
+    diverged: Diverged | None = None
 
 
 def rejection(
     reply: Reply, expected: Expected, *, base: Tensor | None = None, max_norm: float | None = None
-) -> str | None:
-    """Return why ``reply`` must not be used, naming the field at fault, or None when it is sound.
+) -> Rejection | None:
+    """Return why ``reply`` cannot be used, or None if it is sound.
 
-    Whatever a client made of the reply's fields is data: nothing here raises.
+    Whatever a client wrote into the reply's fields is data: nothing here raises.
 
     Parameters
     ----------
@@ -87,52 +102,53 @@ def rejection(
     """
     count = cast(Any, reply.num_examples)
     if type(count) is not int or not 0 <= count <= MAX_EXAMPLES:
-        return f"num_examples={shown(count)}: must be a whole number (int) in [0, {MAX_EXAMPLES}]"
-    reason = _metrics(reply, expected)
-    if reason is None and (expected.fields.model or reply.model is not None):
-        reason = _model(reply.model, expected)
-    if reason is None and (reply.payload or (expected.tensors and count)):
-        reason = _payload(reply, expected)
-    if reason is None and (reply.note or expected.fields.note):
-        reason = _note(reply.note, expected.fields.note)
-    if reason is None and max_norm is not None and reply.model is not None and base is not None:
+        return Rejection(f"num_examples={shown(count)}: must be a whole number (int) in [0, {MAX_EXAMPLES}]")
+    found: Rejection | str | None = _metrics(reply, expected)
+    if found is None and (expected.fields.model or reply.model is not None):
+        found = _model(reply.model, expected)
+    if found is None and (reply.payload or (expected.tensors and count)):
+        found = _payload(reply, expected)
+    if found is None and (reply.note or expected.fields.note):
+        found = _note(reply.note, expected.fields.note)
+    if found is None and max_norm is not None and reply.model is not None and base is not None:
         norm = change_norm(reply.model, base)
         if norm > max_norm:
-            reason = f"the change has norm {norm:.6g}, beyond max_update_norm={max_norm:g}"
-    return reason
+            found = f"the change has norm {norm:.6g}, beyond max_update_norm={max_norm:g}"
+    return Rejection(found) if isinstance(found, str) else found
 
 
-def _metrics(reply: Reply, expected: Expected) -> str | None:
+def _metrics(reply: Reply, expected: Expected) -> Rejection | str | None:
     metrics, known = reply.metrics, expected.fields.metrics
     if len(metrics) > MAX_METRICS:
-        return f"{len(metrics)} metrics: at most {MAX_METRICS} may come"
-    owed = 0
+        return f"{len(metrics)} metrics: at most {MAX_METRICS} are allowed"
+    required = 0
     for name, value in metrics.items():
         number = known.get(name) or _iteration(name, expected)
         if number is None:
-            return f"metric {shown(name)} is none of those that a reply to {expected.kind!r} may hold"
-        owed += number.owed
+            return f"metric {shown(name)} is not allowed in a reply to {expected.kind!r}"
+        required += number.owed
         if type(value) is float and number.low <= value <= number.high and not number.whole:
             continue  # as most are
         refused = number.refusal(value)
         if refused is not None:
-            return f"metric {name} is {shown(value)}: {refused}"
-    if reply.num_examples and owed < len(expected.owed):
-        return f"metric {min(expected.owed - metrics.keys())} is missing"
+            diverged = Diverged("loss", value) if name == "loss" and isinstance(value, float) else None
+            return Rejection(f"metric {name} is {shown(value)}: {refused}", diverged)
+    if reply.num_examples and required < len(expected.required):
+        return f"metric {min(expected.required - metrics.keys())} is missing"
     return None
 
 
 def _iteration(name: Any, expected: Expected) -> Any:
-    """Return what a metric of a test within training must be, if ``name`` is such a one and the run has them."""
+    """Return what a metric of an evaluation within training must be, if ``name`` is one and the run has them."""
     match = ITERATION.fullmatch(name) if expected.num_tasks and isinstance(name, str) else None
     if match is None or not expected.fields.iterations or int(match[1]) >= expected.num_tasks:
         return None
     return expected.fields.metrics["accuracy_received"]
 
 
-def _model(vector: Any, expected: Expected) -> str | None:
+def _model(vector: Any, expected: Expected) -> Rejection | str | None:
     if not expected.fields.model:
-        return f"a model came back to {expected.kind!r}, which asks for none"
+        return f"a model in a reply to {expected.kind!r}, which asks for none"
     if vector is None:
         return "no model in the reply"
     reason = _tensor("model", vector, expected.model)
@@ -141,11 +157,9 @@ def _model(vector: Any, expected: Expected) -> str | None:
     if not isinstance(vector, Tensor) or vector.dtype != torch.float32 or vector.shape != expected.model.shape:
         return reason
     bad = int(torch.nonzero(~(vector.abs() <= LARGEST))[0])
-    tensor = expected.spec.tensor_at(bad)
-    return f"tensor {tensor.name} holds {float(vector[bad]):.6g} at position {bad - tensor.start}{_BEYOND}"
-
-
-_BEYOND = f": must be a number in [{-LARGEST:g}, {LARGEST:g}]"
+    tensor, value = expected.spec.tensor_at(bad), float(vector[bad])
+    where = f"tensor {tensor.name} holds {value:.6g} at position {bad - tensor.start}"
+    return Rejection(f"{where}: must be a number in [{-LARGEST:g}, {LARGEST:g}]", Diverged("weights", value))
 
 
 def _payload(reply: Reply, expected: Expected) -> str | None:
@@ -166,7 +180,7 @@ def _payload(reply: Reply, expected: Expected) -> str | None:
 
 
 def _tensor(name: str, tensor: Any, declared: TensorField) -> str | None:
-    """Return what is wrong with a tensor: its kind and shape first, so that no look at it can take long."""
+    """Return what is wrong with a tensor: type and shape first, so that reading its values cannot take long."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         return f"{name} is {shown(type(tensor).__name__)}: must be a dense tensor"
     if tensor.dtype is not _DTYPES[declared.dtype]:
@@ -175,7 +189,7 @@ def _tensor(name: str, tensor: Any, declared: TensorField) -> str | None:
         return f"{name} has shape {shown(tuple(tensor.shape))}: must be {declared.shape}"
     if not tensor.numel():
         return None
-    # one pass over memory; what is not a number is both the least and the largest
+    # one pass over memory; nan is both the least and the largest
     least_of, largest_of = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
     least, largest, low, high = float(least_of), float(largest_of), declared.low, declared.high
     if low <= least and largest <= high:
@@ -186,7 +200,7 @@ def _tensor(name: str, tensor: Any, declared: TensorField) -> str | None:
 
 def _note(note: Any, wanted: bool) -> str | None:
     if not wanted:
-        return "a note came, which was not asked for"
+        return "unexpected note: none was asked for"
     if not isinstance(note, str) or len(note) > MAX_NOTE:
         return f"note is {shown(note)}: must be a text of at most {MAX_NOTE} characters"
     try:
@@ -214,10 +228,7 @@ def payload_norms(payload: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def outliers(norms: Mapping[str, float]) -> tuple[float, list[str]]:
-    """Return the median of ``norms`` by client, and the clients far beyond it: nobody among fewer than three.
-
-    Of two, neither is the odd one out.
-    """
+    """Return the median of ``norms`` by client, and the clients far beyond it; none of fewer than three clients."""
     if len(norms) < 3:
         return 0.0, []
     median = statistics.median(norms.values())
@@ -229,8 +240,8 @@ def payload_outliers(
 ) -> Iterator[dict[str, Any]]:
     """Yield, as an event's fields, whose tensor is far larger than the others' of its name.
 
-    ``norms`` are by client and name. With ``sizes``, the samples that each client's tensors are sums over, it must be
-    so for a sample of it too.
+    ``norms`` are by client and name, ``sizes`` the numbers of samples that a client's tensors are sums over: with them,
+    the norm for each sample must be far larger too.
     """
     for name in {name: None for own in norms.values() for name in own}:
         whole = {client: own[name] for client, own in norms.items() if name in own}

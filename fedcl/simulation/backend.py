@@ -13,7 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedcl import __version__
-from fedcl.assembly import client_ids, client_runtime, make_folding, participants, simulated_data
+from fedcl.assembly import client_ids, client_runtime, make_aggregation, participants, simulated_data
 from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
@@ -105,7 +105,9 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     backend = cfg["backend"]
     if backend["name"] == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
-        return InlineGrid(nodes, ClientHost(runtime, states, make_folding(cfg, runtime.model, dataset)), run_id=RUN_ID)
+        return InlineGrid(
+            nodes, ClientHost(runtime, states, make_aggregation(cfg, runtime.model, dataset)), run_id=RUN_ID
+        )
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
     classes = backend["worker_classes"]

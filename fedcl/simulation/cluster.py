@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fedcl.config.value_rules import ConfigError
 from fedcl.simulation.compat import quiet_environment
+from fedcl.simulation.pool import WorkerClass, demand
 
 SETTLE_SECONDS = 0.5  # a cluster's view of its free resources trails behind by less
 SETTLE_LIMIT = 10.0
@@ -135,6 +136,22 @@ def check_fits(demand: Mapping[str, float]) -> None:
                 f"backend: its workers ask for {amount:g} {name} together, Ray has {total.get(name, 0.0):g}; "
                 "change backend.workers, backend.gpus_per_worker or backend.worker_classes"
             )
+
+
+def reserve(
+    address: str | None, workers: int | None, gpus: float, classes: Sequence[WorkerClass] | None, *, owned: bool
+) -> Sequence[WorkerClass]:
+    """Start or join Ray if the caller is to own it, and return the workers to have; parameters as of ``RayGrid``."""
+    if classes is None and (workers is not None or (owned and address is None)):
+        classes = [WorkerClass(workers or os.cpu_count() or 1, num_gpus=gpus)]
+    if owned:
+        asked = demand(classes or ())
+        cpus, devices = asked.pop("CPU", 0.0), asked.pop("GPU", 0.0)
+        start_ray(address, workers=cpus, gpus=devices, resources=asked)
+    if classes is None:
+        classes = [WorkerClass(free_places(gpus), num_gpus=gpus)]
+    check_fits(demand(classes))
+    return classes
 
 
 def _ray() -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,25 @@ def message_with(metadata: Metadata, outcome: RecordDict | Error) -> Message:
     named = {"error": outcome} if isinstance(outcome, Error) else {"content": outcome}
     message: Message = build(metadata=metadata, **named)
     return message
+
+
+def reply_message(sent: Metadata, message_id: str, label: str, source: int, outcome: RecordDict | Error) -> Message:
+    """Return a reply from the node ``source`` to the message ``sent`` with the id ``message_id``.
+
+    ``label`` makes the reply's own id.
+    """
+    metadata = Metadata(
+        run_id=sent.run_id,
+        message_id=f"{message_id}/{label}",
+        src_node_id=source,
+        dst_node_id=sent.src_node_id,
+        reply_to_message_id=message_id,
+        group_id=sent.group_id,
+        created_at=time.time(),
+        ttl=sent.ttl,
+        message_type=sent.message_type,
+    )
+    return message_with(metadata, outcome)
 
 
 def set_source(message: Message, node_id: int) -> None:

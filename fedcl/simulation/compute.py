@@ -26,7 +26,7 @@ class Remote(Future[Any]):
             return ray.get(self._ref, timeout=timeout)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
-        except ray.exceptions.RayError:  # the worker is gone: the function is pure, so it can be done again
+        except ray.exceptions.RayError:  # the worker is lost: the function is pure, so it can be repeated
             return self._again().result()
 
 

@@ -12,26 +12,17 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any
 
 from fedcl.base import randomness
-from fedcl.config.value_rules import parse_rule, show
-from fedcl.simulation.profile import RULES, DeviceProfile, check, uniform
+from fedcl.simulation.profile import DeviceProfile, uniform
 from fedcl.simulation.trace import Trace
 
-__all__ = ["DeviceProfile", "Devices", "Homogeneous", "Ideal", "LogNormal", "Tiers", "Trace"]
-
-
-class Devices(Protocol):
-    """A family of devices."""
-
-    def profile(self, client: str) -> DeviceProfile:
-        """Return a client's device: always the same one."""
-        ...
+__all__ = ["DeviceProfile", "Homogeneous", "Ideal", "LogNormal", "Tiers", "Trace"]
 
 
 class Ideal:
-    """Every visit takes no time, every device is always there."""
+    """Nothing takes any time, and every device is always available."""
 
     def __init__(self, *, clients: Sequence[str], seed: int) -> None:
         del clients, seed
@@ -113,9 +104,6 @@ class LogNormal:
         dropout: float = 0.0,
     ) -> None:
         del clients
-        for name, value in (("sigma", sigma), ("bandwidth_sigma", bandwidth_sigma)):
-            if not 0 <= value <= 10:
-                raise ValueError(f"devices.{name}={value}: must be number in [0, 10]")
         self._seed = seed
         self._sigmas = (sigma, bandwidth_sigma)
         self._phase = phase
@@ -144,7 +132,7 @@ class Tiers:
         :class:`Homogeneous`. Shares sum to 1.
     exact
         True: the counts are the shares times the number of clients, rounded by largest remainder (ties: the earlier
-        tier), and clients are dealt to the tiers in the order of their hash; so a client's tier depends on who the
+        tier), and clients are assigned to the tiers in the order of their hash; so a client's tier depends on who the
         run's clients are. False: its tier depends on its own hash alone, and the shares hold only on average.
     clients, seed
         The run's clients and seed.
@@ -153,46 +141,24 @@ class Tiers:
     def __init__(
         self, *, clients: Sequence[str], seed: int, tiers: Sequence[Mapping[str, Any]], exact: bool = True
     ) -> None:
-        if not isinstance(tiers, (list, tuple)) or not tiers:
-            raise ValueError(f"devices.tiers={show(tiers)}: must be a list with at least one tier")
-        shares = [_share(tier, f"devices.tiers[{i}]") for i, tier in enumerate(tiers)]
+        shares = [Fraction(str(tier["share"])) for tier in tiers]  # the decimal numbers that were written
         if abs(float(sum(shares)) - 1) > 1e-6:
             raise ValueError(f"devices.tiers: the shares sum to {float(sum(shares)):g}: must be 1")
         self._seed = seed
-        self._kinds = [_tier(tier, f"devices.tiers[{i}]", clients, seed) for i, tier in enumerate(tiers)]
+        kinds = [{name: value for name, value in tier.items() if name != "share"} for tier in tiers]
+        self._kinds = [Homogeneous(clients=clients, seed=seed, **kind) for kind in kinds]
         self._bounds = [float(bound / sum(shares)) for bound in accumulate(shares)]
-        self._dealt = _deal(clients, shares, seed) if exact else None
+        self._assigned = _assign(clients, shares, seed) if exact else None
 
     def profile(self, client: str) -> DeviceProfile:
         """Return the profile of the client's tier; with ``exact``, KeyError for who is none of the run's clients."""
-        if self._dealt is not None:
-            return self._kinds[self._dealt[client]].profile(client)
+        if self._assigned is not None:
+            return self._kinds[self._assigned[client]].profile(client)
         draw = uniform(self._seed, client, "devices.tier")
         return self._kinds[next(i for i, bound in enumerate(self._bounds) if draw < bound)].profile(client)
 
 
-def _share(tier: Mapping[str, Any], place: str) -> Fraction:
-    """Check a tier's keys and values; return its share as the decimal number that was written."""
-    known = ("share", *RULES)
-    if not isinstance(tier, Mapping):
-        raise ValueError(f"{place}={show(tier)}: must be a mapping with the keys {', '.join(known)}")
-    for name, value in tier.items():
-        if name not in known:
-            raise ValueError(f"{place}.{name}={show(value)}: no such key; known here: {', '.join(known)}")
-        # As in the other families, a phase of null is drawn.
-        if name != "share" and not (name == "phase" and value is None):
-            check(name, value, f"{place}.")
-    share = tier.get("share")
-    if not parse_rule("number in (0, 1]", place).accepts(share):
-        raise ValueError(f"{place}.share={show(share)}: must be number in (0, 1]")
-    return Fraction(str(share))
-
-
-def _tier(tier: Mapping[str, Any], place: str, clients: Sequence[str], seed: int) -> Homogeneous:
-    return Homogeneous(clients=clients, seed=seed, **{name: value for name, value in tier.items() if name != "share"})
-
-
-def _deal(clients: Sequence[str], shares: Sequence[Fraction], seed: int) -> dict[str, int]:
+def _assign(clients: Sequence[str], shares: Sequence[Fraction], seed: int) -> dict[str, int]:
     """Return client -> tier, the tiers filled one after another in the order of the clients' hashes."""
     quotas = [share / sum(shares) * len(clients) for share in shares]
     counts = [math.floor(quota) for quota in quotas]

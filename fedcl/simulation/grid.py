@@ -12,12 +12,28 @@ from flwr.serverapp import Grid
 
 from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.server.state import Compute, at_once
-from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, message_with
+from fedcl.simulation.compat import NODE_UNAVAILABLE, empty_run, reply_message
 from fedcl.simulation.host import ClientHost, Failure, Outcome
 from fedcl.simulation.jobs import without
 
 
-class BaseGrid(Grid):
+class ClientGrid(Grid):
+    """A grid that has one number for each client, whatever is behind it."""
+
+    nodes: Mapping[str, int]
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to one client."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the number of every client, in canonical order."""
+        return list(self.nodes.values())
+
+
+class BaseGrid(ClientGrid):
     """Message ids, order and delivery; a subclass computes.
 
     A message may address a cohort: then the replies of its clients, or of blocks of them, are delivered all together.
@@ -49,18 +65,18 @@ class BaseGrid(Grid):
         """Drop what is queued or being computed for ``clients``, and every copy of their states and samples."""
 
     def release(self, clients: Sequence[str]) -> None:
-        """Drop the messages of ``clients``, however far they are, and all copies of their states and samples.
+        """Drop the messages of ``clients`` and all copies of their states and samples.
 
-        What is under way is neither delivered nor staged when it comes. The states kept here, which count, stay.
+        What is being computed is neither delivered nor staged. The states kept here, which count, stay.
         """
-        gone = frozenset(clients)
+        dropped = frozenset(clients)
         for message_id, outcome in list(self._done.items()):
-            left = [(client, reply) for client, reply in outcome if client not in gone]
+            left = [(client, reply) for client, reply in outcome if client not in dropped]
             if left:
                 self._done[message_id] = left
             else:
                 del self._done[message_id], self._sent[message_id]
-        self._cancel(gone)
+        self._cancel(dropped)
 
     def erase(self, clients: Sequence[str]) -> None:
         """Drop everything about ``clients``: messages, copies, and their states."""
@@ -79,16 +95,6 @@ class BaseGrid(Grid):
     def run(self) -> Any:
         """The run this grid works for."""
         return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> list[int]:
-        """Return every node, in canonical client order."""
-        return list(self.nodes.values())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Accept messages and return their ids."""
@@ -131,23 +137,11 @@ class BaseGrid(Grid):
         outcomes, delivered = self._done.pop(message_id), set()
         for client, outcome in outcomes:
             if id(outcome) in delivered:
-                continue  # what several clients answer as one is delivered once
+                continue  # one reply of several clients is delivered once
             delivered.add(id(outcome))
-            metadata = Metadata(
-                run_id=self.run_id,
-                message_id=f"{message_id}/{client}",
-                src_node_id=self.nodes.get(client, sent.dst_node_id),
-                dst_node_id=sent.src_node_id,
-                reply_to_message_id=message_id,
-                group_id=sent.group_id,
-                created_at=time.time(),
-                ttl=sent.ttl,
-                message_type=sent.message_type,
-            )
-            if isinstance(outcome, Failure):
-                replies.append(message_with(metadata, Error(outcome.code, outcome.reason)))
-            else:
-                replies.append(message_with(metadata, outcome))
+            source = self.nodes.get(client, sent.dst_node_id)
+            content = Error(outcome.code, outcome.reason) if isinstance(outcome, Failure) else outcome
+            replies.append(reply_message(sent, message_id, client, source, content))
         return replies
 
 

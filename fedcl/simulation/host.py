@@ -13,14 +13,14 @@ from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import ClientStateStore
 from fedcl.contracts.fields import clean
 from fedcl.messages import CHANGES_STATE, Reply, Request, reply_content, requests
-from fedcl.messages.blocks import block_content
-from fedcl.server.folding import Folding
+from fedcl.messages.partial_sums import partial_sum_content
+from fedcl.server.aggregation import Aggregation
 from fedcl.simulation.compat import CLIENT_RAISED
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a client did not answer: one of Flower's error codes and a sentence."""
+    """Why a client sent no reply: one of Flower's error codes and a sentence."""
 
     code: int
     reason: str
@@ -31,11 +31,11 @@ Outcome = list[tuple[str, RecordDict | Failure]]  # replies by client, in the or
 
 @dataclass
 class ClientHost:
-    """A runtime and the states of the clients it has met; with ``folding`` it adds up blocks of replies itself."""
+    """A runtime and the states of the clients it has seen; with ``aggregation`` it sums blocks of replies itself."""
 
     runtime: ClientRuntime
     store: ClientStateStore
-    folding: Folding | None = None
+    aggregation: Aggregation | None = None
 
     def run(self, content: RecordDict) -> Iterator[tuple[str, RecordDict | Failure]]:
         """Run an instruction for each client it addresses and yield (client, reply).
@@ -46,22 +46,16 @@ class ClientHost:
             asked = list(group)
             if kind in CHANGES_STATE:
                 for request in asked:
-                    # a question may come while a later visit waits for the server's word: that one's state must stay
+                    # a question may come while a later message waits to be committed: its state must stay
                     self.store.commit(request.client, request.committed)
             replies = self.runtime.train(asked, self.store) if kind == "train" else self._visits(asked)
             pairs = zip(asked, replies, strict=True)
             for number, members in groupby(pairs, key=lambda pair: pair[0].block):
-                if number < 0 or self.folding is None:
+                if number < 0 or self.aggregation is None:
                     for request, reply in members:
                         yield request.client, _content(reply)
                 else:
-                    yield from self._folded(number, list(members), self.folding)
-
-    def _folded(self, number: int, members: Sequence[tuple[Request, Reply | Exception]], folding: Folding) -> Outcome:
-        """Return a block's reply for each client that is in its sum, always the same, and what the others answered."""
-        block = folding.block(number, [request for request, _ in members], [reply for _, reply in members])
-        left = {} if block is None else dict.fromkeys(block[1], block_content(*block))
-        return [(request.client, left.get(request.client) or _content(reply)) for request, reply in members]
+                    yield from _summed(number, list(members), self.aggregation)
 
     def _visits(self, asked: Sequence[Request]) -> Iterator[Reply | Exception]:
         for request in asked:
@@ -72,6 +66,13 @@ class ClientHost:
             return self.runtime.visit(request, self.store)
         except BaseException as error:
             return client_fault(error)
+
+
+def _summed(number: int, members: Sequence[tuple[Request, Reply | Exception]], aggregation: Aggregation) -> Outcome:
+    """Return one and the same partial sum for each client that is in it, and the replies of the others."""
+    found = aggregation.partial_sum(number, [request for request, _ in members], [reply for _, reply in members])
+    summed = {} if found is None else dict.fromkeys(found[1], partial_sum_content(*found))
+    return [(request.client, summed.get(request.client) or _content(reply)) for request, reply in members]
 
 
 def _content(reply: Reply | Exception) -> RecordDict | Failure:

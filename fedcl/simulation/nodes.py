@@ -35,7 +35,7 @@ def bind_node(folder: Path, node: int, client: str) -> None:
 
 
 def owners() -> Callable[[int], str | None] | None:
-    """Return what tells the client whose key a node has (None: nobody's), or None where keys are not looked at."""
+    """Return a function from a node to the client whose key it has (None: no client's); None if keys are not used."""
     folder = Path(os.environ.get(SERVER_FOLDER, ""))
     if SERVER_FOLDER not in os.environ or not (folder / _NODES).is_file():
         return None
@@ -80,7 +80,7 @@ def read_order(folder: Path, run: str) -> dict[str, str]:
     """
     file = folder / _ORDERS / f"{run}.json"
     if not _RUN.fullmatch(run) or not file.is_file():
-        raise ConfigError(f"run={run!r}: this server was not told of such a run; start one with: fedcl deploy run")
+        raise ConfigError(f"run={run!r}: this server has no such run; start one with: fedcl deploy run")
     order: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
     return order
 

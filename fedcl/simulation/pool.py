@@ -16,7 +16,7 @@ from fedcl.simulation.worker import Worker
 POLL_SECONDS = 1.0
 LIVENESS_SECONDS = 2.0  # between two looks at which nodes are alive
 START_SECONDS = 300.0  # for a worker to be placed, to import its libraries and to build its client side
-START_LIMIT = 3  # workers of one place that may die in a row before they are built
+START_LIMIT = 3  # workers of one slot that may die in a row before they are built
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class WorkerClass:
 
 @dataclass(eq=False)
 class Slot:
-    """A worker's place, whose worker changes when one dies.
+    """The place of a worker, which is replaced when it dies.
 
-    ``starting`` is the call that answers once the worker is built, None from then on; ``held`` the visits it caches
-    for each client; ``calls`` what it was given, in order, so that only the first can be running, ``since`` when that
-    one can have begun.
+    ``starting`` is the call that returns once the worker is built, None from then on. ``held`` are the message numbers
+    of the states that it caches, by client, ``calls`` what it was given, in order, so that only the first can be
+    running, and ``since`` the earliest time at which that one began.
     """
 
     kind: WorkerClass
@@ -50,12 +50,17 @@ class Slot:
     since: float = 0.0
     failed_starts: int = 0
 
+    def overdue(self, limit: float) -> bool:
+        """Whether the running call has taken longer than ``limit`` seconds for each of its clients."""
+        running = next(iter(self.calls.values()), None)
+        return running is not None and time.monotonic() - self.since > limit * len(running.clients)
+
 
 class WorkerPool:
     """Persistent workers on the nodes of a Ray cluster.
 
-    A dead worker's place asks for a new one and is left out until that one is built; where the capacity is gone, its
-    actor waits for a node to come while the others do the work.
+    A dead worker is replaced, and its slot is left out until the new one is built; without capacity for it, its actor
+    waits for a node while the others work.
 
     Parameters
     ----------
@@ -90,11 +95,11 @@ class WorkerPool:
         return actor, actor.ready.remote()
 
     def ready(self) -> list[Slot]:
-        """Return the places whose worker is built."""
+        """Return the slots whose worker is built."""
         return [slot for slot in self.slots if slot.starting is None]
 
     def starting(self) -> dict[Any, Slot]:
-        """Return the places whose worker is not built yet, by the call that answers when it is."""
+        """Return the slots whose worker is not built yet, by the call that returns when it is."""
         return {slot.starting: slot for slot in self.slots if slot.starting is not None}
 
     def wait(self) -> None:
@@ -108,7 +113,7 @@ class WorkerPool:
         while starting := self.starting():
             done, _ = self._ray.wait(list(starting), num_returns=1, timeout=POLL_SECONDS)
             for call in done:
-                self.settle(starting[call])
+                self.started(starting[call])
             late = [slot for slot in starting.values() if time.monotonic() - slot.asked > START_SECONDS]
             if not done and late:
                 raise ConfigError(
@@ -116,8 +121,8 @@ class WorkerPool:
                     f"free in the cluster: {self._ray.available_resources()}"
                 )
 
-    def settle(self, slot: Slot) -> None:
-        """Take note of a worker that has been built, or try again where it died on the way.
+    def started(self, slot: Slot) -> None:
+        """Mark a worker that has been built as ready, or start another if it died on the way.
 
         Raises
         ------
@@ -144,7 +149,7 @@ class WorkerPool:
             slot.starting, slot.failed_starts = None, 0
 
     def replace(self, slot: Slot, why: object) -> None:
-        """End the place's worker, dead or not, and ask for another; what it was doing is the caller's to move."""
+        """End the slot's worker, dead or not, and start another; the caller moves its calls."""
         log.warning("a worker on node %s is replaced: %s", slot.node[:8] or "?", str(why).strip().splitlines()[0])
         self._ray.kill(slot.actor)
         slot.actor, slot.starting = self._spawn(slot.kind)
@@ -155,9 +160,9 @@ class WorkerPool:
         return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
 
     def stranded(self) -> list[Slot]:
-        """Return the places whose node has gone; looks every few seconds only.
+        """Return the slots whose node is lost; looks every few seconds only.
 
-        A result that lay on a lost node never comes, and no call on it need ever fail.
+        A result on a lost node never comes, and the call for it need not fail.
         """
         if time.monotonic() - self._checked < LIVENESS_SECONDS:
             return []
@@ -166,7 +171,7 @@ class WorkerPool:
         return [slot for slot in self.ready() if slot.node not in alive]
 
     def check_alive(self) -> None:
-        """Refuse to wait on when nobody is left to work.
+        """Refuse to wait if no worker is left.
 
         Raises
         ------

@@ -1,10 +1,9 @@
-"""One simulated device: how long a visit takes, when the device is there, which visits it loses. Virtual seconds."""
+"""One simulated device: how long a local round takes, when it is available, which replies it loses. Virtual seconds."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from fedcl.base import randomness
 from fedcl.config.value_rules import parse_rule, show
@@ -26,7 +25,7 @@ PARSED = {name: parse_rule(rule, name) for name, rule in RULES.items()}
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """One device. The defaults are an ideal one: no visit takes any time, it is always there, no visit is lost.
+    """One device. The defaults are an ideal one: it takes no time, is always available, and loses no reply.
 
     Attributes
     ----------
@@ -37,12 +36,12 @@ class DeviceProfile:
     down, up
         Bytes per second to and from the device; may be infinite.
     latency
-        Seconds that a visit takes besides its steps and bytes, all its messages together.
+        Seconds that a local round takes besides its steps and bytes.
     period, duty, phase
         The device is there at time t while (t + phase) mod period < duty * period (seconds, fraction, seconds);
         always, if the period is None.
     dropout
-        Probability that a dispatched visit never comes back.
+        Probability that a train message gets no reply.
 
     Raises
     ------
@@ -63,10 +62,12 @@ class DeviceProfile:
     def __post_init__(self) -> None:
         for name in RULES:
             value = getattr(self, name)
-            check(name, None if name in ("down", "up") and value == math.inf else value, "devices.")
+            value = None if name in ("down", "up") and value == math.inf else value
+            if not PARSED[name].accepts(value):
+                raise ValueError(f"devices.{name}={show(value)}: must be {PARSED[name].text}")
 
     def duration(self, steps: int, bytes_down: int, bytes_up: int) -> float:
-        """Return the seconds of a visit: latency + bytes_down / down + steps * step_seconds / speed + bytes_up / up."""
+        """Return the seconds of a local round: of its bytes down, its steps and its bytes up, and the latency."""
         compute = steps * self.step_seconds / self.speed
         return self.latency + bytes_down / self.down + compute + bytes_up / self.up
 
@@ -101,15 +102,9 @@ class DeviceProfile:
                 outside = middle
         return inside
 
-    def drops(self, seed: int, client: str, visit: int) -> bool:
-        """Whether this visit never comes back; a draw of its own for each (seed, client, visit)."""
-        return uniform(seed, client, visit, "devices.dropout") < self.dropout
-
-
-def check(name: str, value: Any, place: str) -> None:
-    """Raise a ValueError, naming ``place`` and ``name``, if ``value`` is against the rule of ``name``."""
-    if not PARSED[name].accepts(value):
-        raise ValueError(f"{place}{name}={show(value)}: must be {PARSED[name].text}")
+    def drops(self, seed: int, client: str, local_round: int) -> bool:
+        """Whether the reply of a local round is lost; one draw for each (seed, client, local round)."""
+        return uniform(seed, client, local_round, "devices.dropout") < self.dropout
 
 
 def uniform(*parts: object) -> float:

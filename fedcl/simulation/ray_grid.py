@@ -7,10 +7,8 @@ driver owns order, ids and every client's state, so a worker or a node that dies
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -19,13 +17,12 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.messages import ARRAYS, VISIT
-from fedcl.simulation.cluster import check_fits, free_places, start_ray
+from fedcl.simulation.cluster import reserve, start_ray
 from fedcl.simulation.compat import CLIENT_CRASHED, NODE_UNAVAILABLE, quiet_environment
 from fedcl.simulation.compute import on_workers
 from fedcl.simulation.grid import BaseGrid
-from fedcl.simulation.host import Failure, Outcome
-from fedcl.simulation.jobs import Job
-from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool, demand
+from fedcl.simulation.jobs import Job, JobQueue
+from fedcl.simulation.pool import POLL_SECONDS, Slot, WorkerClass, WorkerPool
 from fedcl.simulation.worker import Shared, pack_states, unpack_states
 
 __all__ = ["RayGrid", "WorkerClass", "start_ray"]
@@ -79,40 +76,20 @@ class RayGrid(BaseGrid):
         self._client_timeout = client_timeout
         clients = tuple(nodes)
         self._sizes = {client: len(part) for client, part in zip(clients, partition.train, strict=True)}
-        self._suspects: deque[Job] = deque()  # jobs that a worker was lost with: each travels alone
-        self._queue: deque[Job] = deque()
-        self._outcomes: dict[str, dict[str, RecordDict | Failure | None]] = {}
+        self._jobs = JobQueue(self._done.__setitem__)
         self._owns_ray = not ray.is_initialized()
         self._pool: WorkerPool | None = None
         try:
-            classes = self._join(address, workers, gpus_per_worker, worker_classes)
-            data = (ray.put(dataset), ray.put(partition), clients, _user_paths())
-
-            def arguments(kind: WorkerClass) -> tuple[Any, ...]:
-                # a worker may use a GPU only where it has reserved one
-                return (config if kind.num_gpus else {**config, "device": "cpu"}, *data)
-
-            self._pool = WorkerPool(classes, arguments)
+            classes = reserve(address, workers, gpus_per_worker, worker_classes, owned=self._owns_ray)
+            # with the paths of the user's own modules
+            data = (ray.put(dataset), ray.put(partition), clients, [path for path in sys.path if path])
+            without_gpu = {**config, "device": "cpu"}  # for a worker that has reserved none
+            self._pool = WorkerPool(classes, lambda kind: (config if kind.num_gpus else without_gpu, *data))
             self._pool.wait()
             self.compute = on_workers(self._pool)
         except BaseException:
             self.close()
             raise
-
-    def _join(
-        self, address: str | None, workers: int | None, gpus: float, classes: Sequence[WorkerClass] | None
-    ) -> Sequence[WorkerClass]:
-        """Start or join Ray, unless this process has one already, and return the workers to have."""
-        if classes is None and (workers is not None or (self._owns_ray and address is None)):
-            classes = [WorkerClass(workers or os.cpu_count() or 1, num_gpus=gpus)]
-        if self._owns_ray:
-            asked = demand(classes or ())
-            cpus, devices = asked.pop("CPU", 0.0), asked.pop("GPU", 0.0)
-            start_ray(address, workers=cpus, gpus=devices, resources=asked)
-        if classes is None:
-            classes = [WorkerClass(free_places(gpus), num_gpus=gpus)]
-        check_fits(demand(classes))
-        return classes
 
     @property
     def _workers(self) -> WorkerPool:
@@ -139,12 +116,11 @@ class RayGrid(BaseGrid):
             for job in whole.split(most):
                 job.size = sum(self._sizes[client] for client in job.clients)
                 jobs.append(job)
-            self._outcomes[message_id] = dict.fromkeys(clients)
-        self._queue.extend(sorted(jobs, key=lambda job: -job.size))
+        self._jobs.add(jobs)
         self._feed()
 
     def _most(self, batch: Sequence[tuple[str, RecordDict]]) -> int:
-        """Return how many clients a call may have: a call costs as much as many visits that train a small model."""
+        """Return how many clients a call may have: a call costs as much as training many small models."""
         records = [cast(ArrayRecord, content[ARRAYS]) for _, content in batch[:1] if ARRAYS in content]
         size = sum(4 * math.prod(array.shape) for record in records for array in record.values())
         clients = sum(len(cast(list[str], cast(ConfigRecord, content[VISIT])["clients"])) for _, content in batch)
@@ -168,11 +144,11 @@ class RayGrid(BaseGrid):
     def _feed(self) -> None:
         """Give work to the workers that are up; while there are suspects, only to idle ones and these first."""
         slots = self._workers.ready()
-        while slots and (self._suspects or self._queue):
+        while slots:
             slot = min(slots, key=lambda slot: len(slot.calls))
-            if len(slot.calls) >= (1 if self._suspects else IN_FLIGHT):
+            if len(slot.calls) >= (1 if self._jobs.suspects else IN_FLIGHT) or (job := self._jobs.next()) is None:
                 return
-            self._dispatch(slot, (self._suspects or self._queue).popleft())
+            self._dispatch(slot, job)
 
     def _dispatch(self, slot: Slot, job: Job) -> None:
         states = []
@@ -187,7 +163,7 @@ class RayGrid(BaseGrid):
     def _progress(self, timeout: float | None) -> None:
         """Wait a moment for whatever comes first, then look after the workers: no wait here is without a bound."""
         self._feed()
-        if not self._outcomes:
+        if not self._jobs.open:
             return
         pool = self._workers
         starting = pool.starting()
@@ -196,17 +172,17 @@ class RayGrid(BaseGrid):
         done, _ = self._ray.wait([*flying, *starting], num_returns=1, timeout=wait)
         for call in done:
             if call in starting:
-                pool.settle(starting[call])
+                pool.started(starting[call])
             elif (error := self._receive(flying[call], call)) is not None:
                 self._bury(flying[call], error)
         for slot in pool.stranded():
-            self._bury(slot, ConnectionError("its node is gone"))
+            self._bury(slot, ConnectionError("its node is lost"))
         self._end_overdue()
         pool.check_alive()
         self._feed()
 
     def _receive(self, slot: Slot, call: Any) -> Exception | None:
-        """File a call's result; return what it failed of if its worker is of no more use."""
+        """File a call's result; return why it failed if its worker cannot be used any more."""
         errors = self._ray.exceptions
         try:
             outcome, staged = self._ray.get(call, timeout=GET_SECONDS)
@@ -227,18 +203,8 @@ class RayGrid(BaseGrid):
                 continue
             self.states.stage(client, visit, state)
             slot.held[client] = (*slot.held.get(client, ()), visit)
-        self._collect(job.message_id, [(client, reply) for client, reply in outcome if client not in job.cancelled])
+        self._jobs.collect(job.message_id, [(c, reply) for c, reply in outcome if c not in job.cancelled])
         return None
-
-    def _collect(self, message_id: str, outcome: Outcome) -> None:
-        """File replies under their message, which is done when each of its clients has one."""
-        outcomes = self._outcomes.get(message_id)
-        if outcomes is None:
-            return  # all its clients were cancelled
-        outcomes.update(outcome)
-        if all(reply is not None for reply in outcomes.values()):
-            del self._outcomes[message_id]
-            self._done[message_id] = [(client, reply) for client, reply in outcomes.items() if reply is not None]
 
     def _cancel(self, clients: frozenset[str]) -> None:
         for slot in self._workers.slots:
@@ -246,21 +212,14 @@ class RayGrid(BaseGrid):
                 job.cancelled |= clients & set(job.clients)
             for client in clients:
                 slot.held.pop(client, None)
-        self._queue = deque(job for job in self._queue if job.cancel(clients))
-        self._suspects = deque(job for job in self._suspects if job.cancel(clients))
-        for message_id, outcomes in list(self._outcomes.items()):
-            for client in clients & outcomes.keys():
-                del outcomes[client]
-            if outcomes:
-                self._collect(message_id, [])
-            else:
-                del self._outcomes[message_id], self._sent[message_id]
+        for message_id in self._jobs.cancel(clients):
+            del self._sent[message_id]
         self._clear_workers(sorted(clients))
 
     def _clear_workers(self, clients: Sequence[str]) -> None:
-        """Wait until no worker has a copy of anything of ``clients``: one that is lost meanwhile takes its own along.
+        """Wait until no worker has a copy of anything of ``clients``; one that is lost meanwhile has none.
 
-        A worker does what it is told in order, so it has ended whatever it had been at before.
+        A worker executes calls in order, so it has ended every earlier one.
         """
         waiting = {slot.actor.erase.remote(clients): (slot, slot.actor) for slot in self._workers.ready()}
         errors = self._ray.exceptions
@@ -276,11 +235,11 @@ class RayGrid(BaseGrid):
                     if slot.actor is actor:
                         self._bury(slot, error)
             for slot in self._workers.stranded():
-                self._bury(slot, ConnectionError("its node is gone"))
+                self._bury(slot, ConnectionError("its node is lost"))
             self._end_overdue()
             waiting = {call: (slot, actor) for call, (slot, actor) in waiting.items() if slot.actor is actor}
         for slot in self._workers.ready():
-            self._salvage(slot)  # results that lie ready may hold what was to be dropped
+            self._salvage(slot)  # results that are ready may hold what is to be dropped
 
     def _salvage(self, slot: Slot) -> None:
         """File the results that a worker finished before its end, so that the first call left is the one it ran."""
@@ -290,61 +249,50 @@ class RayGrid(BaseGrid):
                 return
 
     def _bury(self, slot: Slot, error: Exception) -> None:
-        """Replace a worker that is lost and try again what it held, each client of the running call by itself.
+        """Replace a worker that is lost and repeat what it held, each client of the running call by itself.
 
-        Only a death of the worker itself is held against a client, and only if it ran alone: a node or a connection
-        takes the innocent with it.
+        Only a death of the worker itself counts against a client, and only if it ran alone: the loss of a node or a
+        connection says nothing of the client.
         """
         self._salvage(slot)
         errors = self._ray.exceptions
         own_death = isinstance(error, (errors.ActorDiedError, errors.OutOfMemoryError, MemoryError))
         own_death = own_death and slot.node in self._workers.nodes()
-        jobs = list(slot.calls.values())
-        self._workers.replace(slot, error)
-        self._queue.extendleft(job for job in jobs[1:] if job.cancel(job.cancelled))
-        for job in jobs[:1]:
-            job.losses += 1
-            job.deaths += own_death and len(job.clients) == 1
-            if not job.cancel(job.cancelled):
-                continue
-            name = type(error).__name__
-            if job.deaths >= DEATH_LIMIT:
-                self._give_up(job, CLIENT_CRASHED, f"the worker died with this client {job.deaths} times: {name}")
-            elif job.losses >= LOSS_LIMIT:
-                self._give_up(job, NODE_UNAVAILABLE, f"lost with {job.losses} workers in a row: {name}")
-            else:
-                self._suspects.extend(job.split())
+        alone = any(len(job.clients) == 1 for job in list(slot.calls.values())[:1])
+        job = self._replace(slot, error)
+        if job is None:
+            return
+        job.losses += 1
+        job.deaths += own_death and alone
+        name = type(error).__name__
+        if job.deaths >= DEATH_LIMIT:
+            self._jobs.give_up(job, CLIENT_CRASHED, f"the worker died with this client {job.deaths} times: {name}")
+        elif job.losses >= LOSS_LIMIT:
+            self._jobs.give_up(job, NODE_UNAVAILABLE, f"lost with {job.losses} workers in a row: {name}")
+        else:
+            self._jobs.suspect(job)
 
-    def _give_up(self, job: Job, code: int, reason: str) -> None:
-        self._collect(job.message_id, [(client, Failure(code, reason)) for client in job.clients])
+    def _replace(self, slot: Slot, why: object) -> Job | None:
+        """Replace a worker, queue the calls it had not begun, and return the job that it ran if that still counts."""
+        jobs = list(slot.calls.values())
+        self._workers.replace(slot, why)
+        self._jobs.put_back(jobs[1:])
+        return jobs[0] if jobs and jobs[0].cancel(jobs[0].cancelled) else None
 
     def _end_overdue(self) -> None:
-        """Replace workers whose call takes too long; a cohort is tried again client by client to find who hangs."""
+        """Replace workers whose call takes too long; a cohort is repeated one by one to find the client that hangs."""
         limit = self._client_timeout
         if limit is None:
             return
         for slot in self._workers.ready():
-            if not _overdue(slot, limit):
+            if not slot.overdue(limit):
                 continue
-            self._salvage(slot)  # it may have finished while nobody looked
-            if not _overdue(slot, limit):
+            self._salvage(slot)  # it may have finished since
+            if not slot.overdue(limit):
                 continue
-            jobs = list(slot.calls.values())
-            self._workers.replace(slot, f"no answer within backend.client_timeout={limit:g} s for each client")
-            self._queue.extendleft(job for job in jobs[1:] if job.cancel(job.cancelled))
-            if not jobs[0].cancel(jobs[0].cancelled):
-                continue
-            if len(jobs[0].clients) == 1:
-                self._give_up(jobs[0], CLIENT_CRASHED, f"no answer within backend.client_timeout={limit:g} s")
-            else:
-                self._suspects.extend(jobs[0].split())
-
-
-def _overdue(slot: Slot, limit: float) -> bool:
-    running = next(iter(slot.calls.values()), None)
-    return running is not None and time.monotonic() - slot.since > limit * len(running.clients)
-
-
-def _user_paths() -> list[str]:
-    """Return the entries of sys.path that a worker lacks: the user's folder and configuration folders."""
-    return [path for path in sys.path if path]
+            why = f"no answer within backend.client_timeout={limit:g} s"
+            job = self._replace(slot, f"{why} for each client")
+            if job is not None and len(job.clients) == 1:
+                self._jobs.give_up(job, CLIENT_CRASHED, why)
+            elif job is not None:
+                self._jobs.suspect(job)

@@ -38,20 +38,20 @@ class Worker:
         self, config: dict[str, Any], dataset: Dataset, partition: Partition, clients: tuple[str, ...], paths: list[str]
     ) -> None:
         torch.set_num_threads(1)
-        # whether to stop is the driver's to say, so that a client's own KeyboardInterrupt can be told from a person's
+        # the driver decides whether to stop: a client's own KeyboardInterrupt must not look like a person's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         quiet_environment()
         sys.path.extend(path for path in paths if path not in sys.path)
         from fedcl.assembly import (  # after the user's own modules can be found
             client_runtime,
-            make_folding,
+            make_aggregation,
             simulated_data,
         )
 
         runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
         self._data = runtime.data
         self._store = _NotingStore()
-        self._host = ClientHost(runtime, self._store, make_folding(config, runtime.model, dataset))
+        self._host = ClientHost(runtime, self._store, make_aggregation(config, runtime.model, dataset))
         self._records: OrderedDict[str, Any] = OrderedDict()
 
     def ready(self) -> str:
@@ -96,7 +96,7 @@ class Worker:
 
 
 class _NotingStore(MemoryStateStore):
-    """A store that notes what is staged, so that the driver can be told."""
+    """A store that records what is staged, for the driver."""
 
     def __init__(self) -> None:
         super().__init__()

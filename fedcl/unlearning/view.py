@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fedcl.contracts.fields import Form
 from fedcl.contracts.requests import ErasureOutcome, ForgetInstruction, ForgetRequest, Forgotten, outcomes_from
-from fedcl.contracts.strategy import Query, Response, Target
+from fedcl.contracts.statistics import Statistics
+from fedcl.contracts.strategy import Target
 from fedcl.contracts.unlearner import Value
+from fedcl.contracts.view import Query, Response
 from fedcl.messages import Reply
 from fedcl.models.flat import Spec
 from fedcl.scenario.task import Task
 from fedcl.server.state import OUT_OF_REACH, ServerData
-from fedcl.server.statistics import Statistics
 from fedcl.server.strategy import Outgoing
 
 Saved = tuple[dict[str, Any], dict[str, tuple[int, Any]]]  # a server's state, and clients' states by visit

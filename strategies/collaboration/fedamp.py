@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 
 
 def attention(models_KP: Tensor, sigma: float, alpha: float) -> Tensor:
@@ -40,27 +41,18 @@ class FedAMP(Collaboration):
         Squared distance at which attraction has fallen to 1/e. Its scale is that of ||w_i - w_j||^2.
     alpha
         Step size; with ``sigma`` it bounds a neighbour's weight by alpha / sigma.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is not positive.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
 
     def __init__(self, *, sigma: float = 1.0, alpha: float = 0.1) -> None:
-        for name, value in (("sigma", sigma), ("alpha", alpha)):
-            if not value > 0:
-                raise ValueError(f"strategy.collaboration.server.{name}={value}: must be > 0")
         self.sigma = sigma
         self.alpha = alpha
         self._models: dict[str, Tensor] = {}
         self._own_share = 1.0
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's own target once it has a model there."""
         return (client if client in self._models else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
@@ -80,7 +72,6 @@ class FedAMP(Collaboration):
         return {"models": dict(self._models), "own_share": self._own_share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._models, self._own_share = dict(state["models"]), state["own_share"]
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, ServerView, Target, Update
-from fedcl.server.fold import fold
+from fedcl.contracts.strategy import GLOBAL, Target, Update
+from fedcl.contracts.view import ServerView
+from fedcl.server.aggregation import aggregate
 from strategies.collaboration.fedavg import FedAvg
 
 
@@ -54,11 +55,6 @@ class FedAT(FedAvg):
         Aggregations between two looks, at least 1.
     weighting
         Of clients within their tier.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
@@ -70,9 +66,6 @@ class FedAT(FedAvg):
         retier_every: int = 10,
         weighting: Literal["num_examples", "uniform"] = "num_examples",
     ) -> None:
-        for name, value in (("tiers", tiers), ("retier_every", retier_every)):
-            if value < 1:
-                raise ValueError(f"strategy.collaboration.server.{name}={value}: must be int >= 1")
         super().__init__(weighting=weighting)
         self.tiers = tiers
         self.retier_every = retier_every
@@ -83,7 +76,6 @@ class FedAT(FedAvg):
         self._models: dict[str, Tensor] = {}  # tier's number as text -> its model, float64 (P,)
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
-        """Return the new global model, float64 (P,)."""
         if not updates:
             return {}
         self._observe_ages(updates)
@@ -95,7 +87,7 @@ class FedAT(FedAvg):
 
         for tier in sorted({self._tier[update.client] for update in updates}):
             members = [update for update in updates if self._tier[update.client] == tier]
-            self._models[str(tier)] = global_P + fold(members, term, view.spec).mean()
+            self._models[str(tier)] = global_P + aggregate(members, term, view.spec).mean()
             self._counts[tier] += 1
         self._aggregations += 1
         weights = tier_weights(self._counts)
@@ -122,7 +114,6 @@ class FedAT(FedAvg):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._aggregations = state["aggregations"]
         self._ages = {client: list(age) for client, age in state["ages"].items()}
         self._tier, self._counts, self._models = dict(state["tier"]), list(state["counts"]), dict(state["models"])

@@ -22,7 +22,6 @@ class FedBN(FedAvg):
     """
 
     def setup(self, spec: Spec) -> None:
-        """Check that there is something to keep and something to share."""
         shared = {self.shares(tensor) for tensor in spec}
         if shared != {True, False}:
             raise ValueError(

@@ -15,8 +15,9 @@ from torch import Tensor
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, ServerView, Target, Update
-from fedcl.models.flat import Spec, TensorSpec
+from fedcl.contracts.strategy import GLOBAL, Collaboration, LocalWork, Target, Update
+from fedcl.contracts.view import ServerView
+from fedcl.models.flat import Spec
 from fedcl.models.masks import common_bits, count_bits, critical_mask, pack_bits, trained_parameters, unpack_bits
 
 __all__ = ["FedCAC", "collaboration_threshold", "collaborators", "critical_mask", "overlap", "overlap_packed"]
@@ -91,23 +92,12 @@ class FedCAC(Collaboration):
         ``server`` computes the masks there, from the model that was sent, or what staleness correction made of it.
         ``client`` has them sent, one bit a parameter, by ``clients.strategies.fedcac.CriticalMask``. On time both are
         the same.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
     personal: ClassVar[bool] = True
 
     def __init__(self, *, tau: float = 0.5, beta: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
-        if not 0 < tau <= 1:
-            raise ValueError(f"strategy.collaboration.server.tau={tau}: must be in (0, 1]")
-        if not (0 < beta < 1 or (beta >= 1 and float(beta).is_integer())):
-            raise ValueError(f"strategy.collaboration.server.beta={beta}: must be int >= 1 or number in (0, 1)")
-        if masks not in ("server", "client"):
-            raise ValueError(f"strategy.collaboration.server.masks={masks}: must be server or client")
         self.tau = tau
         self.beta = beta
         self.masks = masks
@@ -126,7 +116,6 @@ class FedCAC(Collaboration):
             self._horizon = max(1, round(self.beta * work.num_rounds))
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's own target once it has a model there."""
         return (client if client in self._models else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
@@ -146,7 +135,7 @@ class FedCAC(Collaboration):
         model, mask = update.model.clone(), self._mask_of(update, spec)
         before = self._packed.get(update.client)
         known = None if before is None else unpack_bits(before, spec.size)
-        for tensor in _foreign(update, spec):
+        for tensor in update.other_heads(spec):
             part = slice(tensor.start, tensor.stop)
             model[part] = update.base[part]
             mask[part] = False if known is None else known[part]
@@ -222,7 +211,6 @@ class FedCAC(Collaboration):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._aggregations = state["aggregations"]
         self._models, self._packed = dict(state["models"]), dict(state["masks"])
         self._seen, self._metrics = dict(state["seen"]), dict(state["metrics"])
@@ -247,10 +235,6 @@ class FedCAC(Collaboration):
     def metrics(self) -> dict[str, float]:
         """Return eps_t, mean number of collaborators, critical share, age of the oldest model, ``overlap/<i>/<j>``."""
         return dict(self._metrics)
-
-
-def _foreign(update: Update, spec: Spec) -> list[TensorSpec]:
-    return [tensor for tensor in spec if tensor.task is not None and tensor.task != update.head]
 
 
 def _pairs(clients: list[str], overlap_KK: Tensor) -> dict[str, float]:

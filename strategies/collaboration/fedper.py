@@ -26,7 +26,6 @@ class FedPer(Collaboration):
     """
 
     def setup(self, spec: Spec) -> None:
-        """Check that there is a head and a body."""
         shared = {self.shares(tensor) for tensor in spec}
         if shared != {True, False}:
             raise ValueError(
@@ -34,5 +33,4 @@ class FedPer(Collaboration):
             )
 
     def shares(self, tensor: TensorSpec) -> bool:
-        """Whether ``tensor`` belongs to the body."""
         return _HEAD.search(tensor.name) is None

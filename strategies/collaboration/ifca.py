@@ -17,9 +17,10 @@ from torch import Tensor
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, LocalWork, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
-from fedcl.server.fold import fold
+from fedcl.server.aggregation import aggregate
 from strategies.collaboration.fedavg import FedAvg
 
 _PREFIX = "cluster-"
@@ -61,11 +62,6 @@ class IFCA(FedAvg):
         pretrained model.
     weighting
         Of clients within their cluster.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     needs: ClassVar[Literal["sum", "stack"]] = "stack"
@@ -78,10 +74,6 @@ class IFCA(FedAvg):
         spread: float = 1.0,
         weighting: Literal["num_examples", "uniform"] = "num_examples",
     ) -> None:
-        if clusters < 1:
-            raise ValueError(f"strategy.collaboration.server.clusters={clusters}: must be int >= 1")
-        if not 0 < spread <= 1:
-            raise ValueError(f"strategy.collaboration.server.spread={spread}: must be in (0, 1]")
         super().__init__(weighting=weighting)
         self.clusters = clusters
         choice = TensorField((1,), "int64", low=0, high=clusters - 1)
@@ -108,7 +100,6 @@ class IFCA(FedAvg):
         return {f"{_PREFIX}{j}": model for j, model in enumerate([view.global_model.clone(), *others])}
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the client's cluster, and the models of the others."""
         own = self._choices.get(client, 0)
         if self.clusters == 1:
             return _PREFIX + "0", {}
@@ -138,7 +129,7 @@ class IFCA(FedAvg):
         self._switched = switched / len(updates)
         new = [model.double() for model in self._current(view)]
         for index, chosen in members.items():
-            new[index] = new[index] + fold(chosen, self.term, view.spec).mean()
+            new[index] = new[index] + aggregate(chosen, self.term, view.spec).mean()
         return {GLOBAL: self._mean(new), **{f"{_PREFIX}{index}": new[index] for index in sorted(members)}}
 
     def _mean(self, models: list[Tensor]) -> Tensor:
@@ -151,7 +142,6 @@ class IFCA(FedAvg):
         return {"choices": dict(self._choices), "switched": self._switched}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._choices, self._switched = dict(state["choices"]), state["switched"]
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 
 
 class Local(Collaboration):
@@ -24,7 +25,6 @@ class Local(Collaboration):
         self._clients: list[str] = []
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, torch.Tensor]]:
-        """Return the client's own target once there is one."""
         return (client if client in self._clients else GLOBAL), {}
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, torch.Tensor]:
@@ -40,11 +40,9 @@ class Local(Collaboration):
         return models
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the clients that have a target."""
         return {"clients": list(self._clients)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._clients = list(state["clients"])
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

@@ -24,11 +24,6 @@ class QFedAvg(Collaboration):
     """Average with weights h_k of vectors L F_k^q delta_k / h_k, which is the paper's step.
 
     With ``q`` 0 it is the plain mean over clients. Its client half is ``clients.strategies.qfedavg.QFedAvg``.
-
-    Raises
-    ------
-    ValueError
-        If ``q`` is negative or ``lipschitz`` not positive.
     """
 
     payloads: ClassVar[tuple[Payload, ...]] = (
@@ -36,10 +31,6 @@ class QFedAvg(Collaboration):
     )
 
     def __init__(self, *, q: float = 0.1, lipschitz: float = 3.3) -> None:
-        if not q >= 0:
-            raise ValueError(f"strategy.collaboration.server.q={q}: must be >= 0")
-        if not lipschitz > 0:
-            raise ValueError(f"strategy.collaboration.server.lipschitz={lipschitz}: must be > 0")
         self.q = q
         self.lipschitz = lipschitz
 

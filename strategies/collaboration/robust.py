@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedcl.contracts.strategy import GLOBAL, Collaboration, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 
 
@@ -73,7 +74,6 @@ class Robust(Collaboration):
         return weights_K @ deltas_KG / weights_K.sum()
 
     def combine(self, updates: list[Update], view: ServerView) -> dict[Target, Tensor]:
-        """Return the new global model, float64 (P,)."""
         if not updates:
             return {}
         deltas_KP = torch.stack([update.delta for update in updates])
@@ -107,17 +107,9 @@ class Median(Robust):
 
 
 class TrimmedMean(Robust):
-    """Coordinate-wise mean without the ``share`` smallest and largest values. It takes no weights either.
-
-    Raises
-    ------
-    ValueError
-        If ``share`` is outside [0, 0.5).
-    """
+    """Coordinate-wise mean without the ``share`` smallest and largest values. It takes no weights either."""
 
     def __init__(self, *, share: float = 0.25) -> None:
-        if not 0 <= share < 0.5:
-            raise ValueError(f"strategy.collaboration.server.share={share}: must be in [0, 0.5)")
         self.share = share
 
     def reduce(self, deltas_KG: Tensor, weights_K: Tensor) -> Tensor:
@@ -129,18 +121,9 @@ class Krum(Robust):
     """Krum (``keep`` 1) and Multi-Krum: the mean of the updates that are nearest to their neighbours.
 
     The paper's guarantee needs K >= 2 ``attackers`` + 3 updates; with fewer, a score still counts one neighbour.
-
-    Raises
-    ------
-    ValueError
-        If ``attackers`` is negative or ``keep`` less than 1.
     """
 
     def __init__(self, *, attackers: int = 1, keep: int = 1) -> None:
-        if attackers < 0:
-            raise ValueError(f"strategy.collaboration.server.attackers={attackers}: must be int >= 0")
-        if keep < 1:
-            raise ValueError(f"strategy.collaboration.server.keep={keep}: must be int >= 1")
         self.attackers = attackers
         self.keep = keep
 
@@ -163,11 +146,6 @@ class GeometricMedian(Robust):
         Steps from the mean; 0 is the mean itself.
     weighting
         The paper's alpha_k: ``num_examples`` as there, or ``uniform``, which no client can raise for itself.
-
-    Raises
-    ------
-    ValueError
-        If ``nu`` is not positive or ``iterations`` negative.
     """
 
     def __init__(
@@ -177,10 +155,6 @@ class GeometricMedian(Robust):
         iterations: int = 10,
         weighting: Literal["num_examples", "uniform"] = "uniform",
     ) -> None:
-        if not nu > 0:
-            raise ValueError(f"strategy.collaboration.server.nu={nu}: must be > 0")
-        if iterations < 0:
-            raise ValueError(f"strategy.collaboration.server.iterations={iterations}: must be int >= 0")
         self.nu = nu
         self.iterations = iterations
         self.weighting = weighting

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedcl.contracts.fields import MODEL
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Collaboration, Fold, ServerView, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Aggregate, Collaboration, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 
 
@@ -24,11 +25,6 @@ class Scaffold(Collaboration):
 
     Its client half is ``clients.strategies.scaffold.Scaffold``. The server holds the sum over clients alone, never one
     client's variate, so forgetting starts the variates over: here and, through ``control_epoch``, at every client.
-
-    Raises
-    ------
-    ValueError
-        If ``server_lr`` is not positive.
     """
 
     payloads: ClassVar[tuple[Payload, ...]] = (
@@ -38,8 +34,6 @@ class Scaffold(Collaboration):
     )
 
     def __init__(self, *, server_lr: float = 1.0) -> None:
-        if not server_lr > 0:
-            raise ValueError(f"strategy.collaboration.server.server_lr={server_lr}: must be > 0")
         self.server_lr = server_lr
         self._epoch = 0
         self._set_control(torch.zeros(0, dtype=torch.float64))
@@ -50,29 +44,25 @@ class Scaffold(Collaboration):
         self._payload = {"control": control_P.float(), "control_epoch": torch.tensor([self._epoch])}
 
     def setup(self, spec: Spec) -> None:
-        """Start from c = 0."""
         self._set_control(torch.zeros(spec.size, dtype=torch.float64))
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:
-        """Return the global model and c, float32 (P,)."""
         return GLOBAL, dict(self._payload)
 
     def weight(self, update: Update) -> float:
         """Return one for a change, times what staleness made of the weight."""
         return update.weight / update.num_examples
 
-    def finish(self, fold: Fold, view: ServerView) -> dict[Target, Tensor]:
+    def finish(self, aggregate: Aggregate, view: ServerView) -> dict[Target, Tensor]:
         """Move c and return the change of the global model."""
-        if fold.clients:
-            self._set_control(self._control + fold.payload["control_delta"] / len(view.clients))
-        return {GLOBAL: self.server_lr * fold.mean()}
+        if aggregate.clients:
+            self._set_control(self._control + aggregate.payload["control_delta"] / len(view.clients))
+        return {GLOBAL: self.server_lr * aggregate.mean()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return c in float64 (P,) and its epoch."""
         return {"control": self._control, "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._epoch = state["epoch"]
         self._set_control(state["control"])
 
@@ -85,5 +75,4 @@ class Scaffold(Collaboration):
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return the norm of c."""
         return {"control_norm": float(self._control.norm())}

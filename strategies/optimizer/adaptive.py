@@ -43,22 +43,11 @@ class Adaptive(ServerOptimizer):
         Degree of adaptivity: the smaller, the more alike all steps are.
     initial_v
         Where v starts; ``None`` is tau^2, the least that the paper allows.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
-    def __init__(self, *, lr: float, beta_1: float, tau: float, initial_v: float | None) -> None:
-        if not lr > 0:
-            raise ValueError(f"strategy.optimizer.server.lr={lr}: must be > 0")
-        if not 0 <= beta_1 < 1:
-            raise ValueError(f"strategy.optimizer.server.beta_1={beta_1}: must be in [0, 1)")
-        if not tau > 0:
-            raise ValueError(f"strategy.optimizer.server.tau={tau}: must be > 0")
-        if initial_v is not None and not initial_v >= 0:
-            raise ValueError(f"strategy.optimizer.server.initial_v={initial_v}: must be >= 0 or null")
+    def __init__(
+        self, *, lr: float = 0.01, beta_1: float = 0.0, tau: float = 1e-3, initial_v: float | None = None
+    ) -> None:
         self.lr = lr
         self.beta_1 = beta_1
         self.tau = tau
@@ -72,7 +61,6 @@ class Adaptive(ServerOptimizer):
         """Return the new v from the old one and the squared change, float64 (parameters,)."""
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers begin."""
         self._parameters = sum(tensor.size for tensor in spec if tensor.kind == "parameter")
 
     def step(self, target: Target, change: Tensor) -> Tensor:
@@ -90,7 +78,6 @@ class Adaptive(ServerOptimizer):
         return {"m": dict(self._m), "v": dict(self._v)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._m, self._v = dict(state["m"]), dict(state["v"])
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
@@ -105,11 +92,6 @@ class Adaptive(ServerOptimizer):
 
 class Adagrad(Adaptive):
     """FedAdagrad: v is the sum of all squared changes. The paper runs it with ``beta_1`` 0."""
-
-    def __init__(
-        self, *, lr: float = 0.01, beta_1: float = 0.0, tau: float = 1e-3, initial_v: float | None = None
-    ) -> None:
-        super().__init__(lr=lr, beta_1=beta_1, tau=tau, initial_v=initial_v)
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return v + Delta^2."""
@@ -127,8 +109,6 @@ class _Decaying(Adaptive):
         initial_v: float | None = None,
     ) -> None:
         super().__init__(lr=lr, beta_1=beta_1, tau=tau, initial_v=initial_v)
-        if not 0 <= beta_2 < 1:
-            raise ValueError(f"strategy.optimizer.server.beta_2={beta_2}: must be in [0, 1)")
         self.beta_2 = beta_2
 
 

@@ -23,25 +23,15 @@ class SGD(ServerOptimizer):
 
     With ``lr`` 1 and ``momentum`` 0 a change is returned as it came, bit for bit. Buffers, such as running statistics,
     are no weights: their change is applied as it is.
-
-    Raises
-    ------
-    ValueError
-        If ``lr`` is not positive or ``momentum`` is outside [0, 1).
     """
 
     def __init__(self, *, lr: float = 1.0, momentum: float = 0.9) -> None:
-        if not lr > 0:
-            raise ValueError(f"strategy.optimizer.server.lr={lr}: must be > 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.optimizer.server.momentum={momentum}: must be in [0, 1)")
         self.lr = lr
         self.momentum = momentum
         self._parameters = 0
         self._velocity: dict[Target, Tensor] = {}
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers begin."""
         self._parameters = sum(tensor.size for tensor in spec if tensor.kind == "parameter")
 
     def step(self, target: Target, change: Tensor) -> Tensor:
@@ -60,7 +50,6 @@ class SGD(ServerOptimizer):
         return {"velocity": dict(self._velocity)} if self.momentum else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._velocity = dict(state.get("velocity", {}))
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:

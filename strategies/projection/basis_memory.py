@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedcl.contracts.strategy import Response
+from fedcl.contracts.view import Response
 
 UnlearnBasis = Literal["keep", "drop_task", "keep_grams", "recompute"]
 WHY = {
@@ -21,7 +21,7 @@ WHY = {
 
 @dataclass
 class Extension:
-    """One extension of the bases: when it was, whose answers made it, and how many directions N a layer gained.
+    """One extension of the bases: when it was, whose responses made it, and how many directions N a layer gained.
 
     ``responses`` are kept where bases are to be rebuilt from them, else there are none.
     """
@@ -32,14 +32,14 @@ class Extension:
     responses: tuple[Response, ...] = ()
 
     def without(self, client: str) -> Extension:
-        """Return the extension as if ``client`` had not answered."""
+        """Return the extension as if ``client`` had not responded."""
         clients = tuple(one for one in self.clients if one != client)
         return Extension(
             self.server_round, clients, self.added, tuple(one for one in self.responses if one.client != client)
         )
 
     def num_bytes(self) -> int:
-        """Return the size of the answers kept."""
+        """Return the size of the responses kept."""
         return sum(tensor.nbytes for response in self.responses for tensor in response.tensors.values())
 
     def state(self) -> dict[str, Any]:
@@ -72,13 +72,13 @@ class BasisMemory:
     def drop_task(self, clients: set[str], bases: dict[str, Tensor]) -> tuple[int, bool]:
         """Take out of ``bases`` (layer -> (D, K)), in place, what extensions with any of ``clients`` have added.
 
-        Returns how many extensions are gone, and whether one that stays came later: its directions were found outside
-        of what is gone.
+        Returns how many extensions were dropped, and whether one that stays came later: its directions were found
+        outside of what was dropped.
         """
-        gone = [bool(clients & set(one.clients)) for one in self.extensions]
+        dropped = [bool(clients & set(one.clients)) for one in self.extensions]
         for layer, basis_DK in list(bases.items()):
             parts, start = [], 0
-            for one, drop in zip(self.extensions, gone, strict=True):
+            for one, drop in zip(self.extensions, dropped, strict=True):
                 stop = start + one.added.get(layer, 0)
                 parts += [] if drop else list(range(start, stop))
                 start = stop
@@ -86,12 +86,12 @@ class BasisMemory:
                 bases[layer] = basis_DK[:, parts].clone()
             else:
                 del bases[layer]
-        later = any(gone) and not all(gone[gone.index(True) :])
-        self.extensions = [one for one, drop in zip(self.extensions, gone, strict=True) if not drop]
-        return sum(gone), later
+        later = any(dropped) and not all(dropped[dropped.index(True) :])
+        self.extensions = [one for one, drop in zip(self.extensions, dropped, strict=True) if not drop]
+        return sum(dropped), later
 
     def num_bytes(self) -> int:
-        """Return the size of all answers kept."""
+        """Return the size of all responses kept."""
         return sum(one.num_bytes() for one in self.extensions)
 
     def state(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Bakman, Yaldiz, Ezzeldin, Avestimehr, "Federated Orthogonal Training: Mitigating Global Catastrophic Forgetting in
 Continual Federated Learning", ICLR 2024: FedProject (:meth:`FOT.apply`) and global principal subspace extraction
-(:meth:`FOT.queries`, :meth:`FOT.consume`). ``docs/methods/fot.md`` tells the two variants apart.
+(:meth:`FOT.queries`, :meth:`FOT.consume`). ``docs/methods/fot.md`` explains the two variants.
 """
 
 # P = parameters, D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, N = new directions
@@ -14,13 +14,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedcl.base.linalg import project_out
-from fedcl.contracts.strategy import Event, LocalWork, Query, Response, ServerView, Target
+from fedcl.contracts.strategy import Event, LocalWork, Target
+from fedcl.contracts.view import Query, Response, ServerView
 from fedcl.models.flat import Spec, TensorSpec
 from strategies.projection.basis_memory import UnlearnBasis
 from strategies.projection.growth import GrowingBases, Method, Variant
 from strategies.projection.subspace import KEY, frozen, inputs, protected, readable, unprotected
 
-Fate = Literal["average", "freeze"]
+Policy = Literal["average", "freeze"]
 
 
 class FOT(GrowingBases):
@@ -48,14 +49,14 @@ class FOT(GrowingBases):
         What becomes of biases, and of the parameters and statistics of normalisation layers, after the first
         extension: ``average`` as before, or ``freeze``, no change any more.
     asks
-        Which clients answer in the corrected variant: ``all``; those whose task has ``ended``; or those of the last
-        round (``updated``), to whom ``official`` always turns.
+        Which clients are queried in the corrected variant: ``all``; those whose task has ``ended``; or those of the
+        last round (``updated``), as always in ``official``.
     extend_at
         ``task``: whenever a task ends. A number n: every n rounds, for streams whose tasks have no ends.
     unlearn_basis
-        What an unlearning request does to the bases. ``keep``: nothing. ``drop_task``: directions that came with
-        answers of the clients concerned are taken out. ``keep_grams``: every client's Gram matrices are kept, and bases
-        rebuilt without those of the clients concerned. ``recompute``: clients are asked for all of it again.
+        What an unlearning request does to the bases. ``keep``: nothing. ``drop_task``: directions from responses of the
+        clients concerned are taken out. ``keep_grams``: every client's Gram matrices are kept, and bases are rebuilt
+        without those of the clients concerned. ``recompute``: clients are queried for all of it again.
 
     Raises
     ------
@@ -73,8 +74,8 @@ class FOT(GrowingBases):
         sketch_width: int | None = None,
         layers: Sequence[str] | None = None,
         project_heads: bool = True,
-        biases: Fate = "average",
-        norms: Fate = "average",
+        biases: Policy = "average",
+        norms: Policy = "average",
         asks: Literal["all", "ended", "updated"] = "all",
         extend_at: Literal["task"] | int = "task",
         unlearn_basis: UnlearnBasis = "keep",
@@ -99,14 +100,11 @@ class FOT(GrowingBases):
         return self.variant == "official" or self.asks == "updated"
 
     def setup(self, spec: Spec) -> None:
-        """Find the weights to protect, and what is to be frozen."""
         if self.variant == "official" and self.method in ("gram", "range_finder"):
             raise ValueError(f"{KEY}.method={self.method}: variant=official sends sketches; use auto")
         if self.unlearn_basis == "keep_grams" and (self.sketches or self.method == "range_finder"):
             raise ValueError(f"{KEY}.unlearn_basis=keep_grams: needs variant=corrected and method=gram or auto")
         every = self.extend_at
-        if every != "task" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"{KEY}.extend_at={every}: must be task or int >= 1")
         if every != "task" and self.asks == "ended":
             raise ValueError(f"{KEY}.asks=ended: with extend_at={every} no task ends; use all or updated")
         weights = {t.name.removesuffix(".weight"): t for t in protected(spec, self.layers, self.project_heads)}
@@ -169,7 +167,6 @@ class FOT(GrowingBases):
 
     def metrics(self) -> dict[str, float]:
         """Return ``rank/<layer>``, ``frozen_share/<layer>`` (rank over inputs), epsilon, and how often it all grew."""
-        # a row of old: answers that do not fit are rejected before they come here, and named in the events
         numbers = {"epsilon": self.epsilon, "answers_ignored": 0.0}
         numbers["extensions"] = float(self._extensions)
         if self.unlearn_basis == "keep_grams":

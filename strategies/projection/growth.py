@@ -1,4 +1,4 @@
-"""The bases of FOT: how they grow with clients' answers, and how a client's share is taken out of them again."""
+"""The bases of FOT: how they grow with clients' responses, and how a client's share is taken out of them again."""
 
 # D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, N = new directions
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 from fedcl.base.linalg import extend_basis
 from fedcl.contracts.fields import NOTHING, Form, TensorField
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import PastView, Projection, Query, Response, ServerView
+from fedcl.contracts.strategy import Projection
+from fedcl.contracts.view import PastView, Query, Response, ServerView
 from fedcl.models.flat import TensorSpec
 from strategies.projection.basis_memory import WHY, BasisMemory, Extension, UnlearnBasis
 from strategies.projection.subspace import Found, from_grams, from_official, from_ranges, from_sketches, inputs
@@ -24,7 +25,7 @@ Method = Literal["auto", "gram", "sketch", "range_finder"]
 
 
 class GrowingBases(Projection):
-    """An orthonormal basis for each layer, extended by what clients' answers hold outside of it.
+    """An orthonormal basis for each layer, extended by what clients' responses hold outside of it.
 
     The parameters are those of :class:`~strategies.projection.fot.FOT`, which says when clients are asked, and what the
     bases are for.
@@ -79,7 +80,7 @@ class GrowingBases(Projection):
         return min(count, self.sketch_width or -(-count // 4))
 
     def _response(self) -> Form:
-        """Return what an answer must be: the tensors that the client half's summaries give."""
+        """Return what a response must be: the tensors of the client side's summaries."""
         response: dict[str, TensorField] = {}
         energy = TensorField((1,), "float64", low=0.0)
         for layer, weight in self._weights.items():
@@ -136,8 +137,8 @@ class GrowingBases(Projection):
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
         """Do with the bases what ``unlearn_basis`` says. They hold nobody's samples, but directions of their inputs.
 
-        A request that names clients takes out all their answers, also where it asks for some of their samples only.
-        One that names none can only be answered by ``recompute``.
+        A request that names clients takes out all their responses, also if it asks for some of their samples only.
+        For one that names none, only ``recompute`` works.
         """
         name, mode = type(self).__name__, self.unlearn_basis
         if not self._extensions:
@@ -165,10 +166,10 @@ class GrowingBases(Projection):
         return ErasureOutcome(type(self).__name__, "recomputed", WHY["keep_grams"])
 
     def _drop(self, concerned: set[str]) -> ErasureOutcome:
-        gone, later = self._memory.drop_task(concerned, self._bases)
+        dropped, later = self._memory.drop_task(concerned, self._bases)
         self._extensions = len(self._memory.extensions)
         self.epsilon = min(1.0, self._first_epsilon + self._extensions * self.epsilon_increment)
-        why = f"directions of {gone} extensions are dropped, and with them what they protected"
+        why = f"directions of {dropped} extensions are dropped, and with them what they protected"
         if later:
             why = f"{why}; later extensions stay, whose directions were looked for outside of the dropped ones"
             return ErasureOutcome(type(self).__name__, "retained", why)
@@ -198,7 +199,6 @@ class GrowingBases(Projection):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._bases = dict(state["bases"])
         self.epsilon = float(state["epsilon"])
         self._extensions = int(state["extensions"])

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import Event, Projection, ServerView, Target
+from fedcl.contracts.strategy import Event, Projection, Target
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from fedcl.models.merge import layer_factors, scaled_change
 
@@ -41,7 +42,6 @@ class LiNeS(Projection):
         self._factors_P = torch.zeros(0)
 
     def setup(self, spec: Spec) -> None:
-        """Work out the factors."""
         self._factors_P = layer_factors(spec, self.shallow).double()
 
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
@@ -77,5 +77,4 @@ class LiNeS(Projection):
         return {"base": dict(self._base), "tasks": self._tasks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._base, self._tasks = dict(state["base"]), state["tasks"]

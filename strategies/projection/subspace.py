@@ -1,4 +1,4 @@
-"""What FOT makes of its clients' answers: which layers there are to protect, and which directions of their inputs."""
+"""What FOT makes of its clients' responses: which layers there are to protect, and which directions of their inputs."""
 
 # D = inputs of a layer, K = rank of its basis, Q = columns of a sketch, M = spectrum's length, N = new directions
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedcl.base.linalg import (
     random_signs,
     sketch_spectrum,
 )
-from fedcl.contracts.strategy import Response
+from fedcl.contracts.view import Response
 from fedcl.models.flat import Spec, TensorSpec
 
 KEY = "strategy.projection.server"

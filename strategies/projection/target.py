@@ -2,7 +2,7 @@
 
 Zhang et al., "TARGET: Federated Class-Continual Learning via Exemplar-Free Distillation", ICCV 2023. When a task ends,
 the server trains a generator against the global model, synthesises samples of all classes so far, and sends them to
-clients with the model's own answers; ``docs/methods/target.md`` says what differs from the published code.
+clients with the model's own outputs; ``docs/methods/target.md`` says what differs from the published code.
 """
 
 # P = parameters, N = synthetic samples, B = batch, C = logit columns, Z = latent numbers
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection, ServerView
+from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection
 from fedcl.contracts.strategy import Target as TargetName
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import FlatModel
 
 INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
@@ -83,15 +84,11 @@ def synthesise(
     """
     draw = torch.Generator().manual_seed(seed)
     teacher, student = model.copy(), model.copy()
-    teacher.load(teacher_P)
-    student.load(student_P)
-    teacher.eval()
-    student.eval()
+    for network, weights_P in ((teacher, teacher_P), (student, student_P)):
+        network.load(weights_P)
+        network.eval()
     width = teacher(torch.zeros(1, *shape, device=model.device)).logits.shape[1]
-    columns = torch.tensor([column for group in groups for column in group])
-    about = torch.zeros(width, width, dtype=torch.bool)  # row: a column; the columns it competes with
-    for group in groups:
-        about[torch.tensor(group)[:, None], torch.tensor(group)] = True
+    columns, about = torch.tensor([column for group in groups for column in group]), _competing(groups, width)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         generator = Generator(how.latent, width, how.hidden, shape).to(model.device)
@@ -116,6 +113,14 @@ def synthesise(
         y = columns[torch.arange(how.samples) % len(columns)]
         x = made(y)
         return {INPUTS: x.cpu(), LOGITS: teacher(x).logits.cpu(), COLUMNS: about[y].to(torch.uint8)}
+
+
+def _competing(groups: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Return the columns that each column competes with, bool (C, C): those of its group."""
+    about = torch.zeros(width, width, dtype=torch.bool)
+    for group in groups:
+        about[torch.tensor(group)[:, None], torch.tensor(group)] = True
+    return about
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -161,11 +166,10 @@ class TARGET(Projection):
         self._work, self._student = work, work.model.vector().cpu()
 
     def message_for(self, client: str, view: ServerView) -> dict[str, Tensor]:
-        """Return the samples; none before a task has ended."""
         return self._made
 
     def finalize(self, event: Event, view: ServerView) -> dict[TargetName, Tensor]:
-        """Make new samples of all columns met so far, where a task has ended and others are to come."""
+        """Make new samples of all columns seen so far, if a task has ended and others follow."""
         if event.kind != "task_end" or event.is_last_task or self._work is None or self._student is None:
             return {}
         groups = self._groups(event.task)
@@ -186,15 +190,13 @@ class TARGET(Projection):
         return [sorted(columns) for columns in by_head.values() if columns]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples that are being sent."""
         return {"made": dict(self._made)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._made = dict(state["made"])
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
-        """Drop the samples: each is made from a model that has seen everybody."""
+        """Drop the samples: each is made from a model that all clients trained."""
         self._made = {}
         return ErasureOutcome(type(self).__name__, "reset", "synthetic samples are dropped until the next task ends")
 

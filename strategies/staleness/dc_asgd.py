@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from strategies.staleness.rebase import rebased
 
@@ -40,22 +41,11 @@ class DCASGD(Staleness):
         Divide lambda_0 by sqrt(MS + 1e-7), with MS the moving mean of squared gradients over all updates.
     momentum
         Of that mean, in [0, 1).
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
         self, *, strength: float = 4.0, lr: float = 1.0, adaptive: bool = False, momentum: float = 0.95
     ) -> None:
-        if strength < 0:
-            raise ValueError(f"strategy.staleness.server.strength={strength}: must be >= 0")
-        if lr <= 0:
-            raise ValueError(f"strategy.staleness.server.lr={lr}: must be > 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.staleness.server.momentum={momentum}: must be in [0, 1)")
         self.strength, self.lr = strength, lr
         self.adaptive, self.momentum = adaptive, momentum
         self._mean_square = torch.zeros(0, dtype=torch.float64)
@@ -83,11 +73,9 @@ class DCASGD(Staleness):
         return rebased(update, change, view)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving mean."""
         return {"mean_square": self._mean_square} if self.adaptive else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         if self.adaptive:
             self._mean_square = state["mean_square"]
 

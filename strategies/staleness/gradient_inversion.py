@@ -1,6 +1,6 @@
 """Late updates brought up to date by gradient inversion: invert at the old model, train again at the present one.
 
-Wang and Gao, AAAI 2025 (arXiv 2309.13536). The client's visit is played through by
+Wang and Gao, AAAI 2025 (arXiv 2309.13536). The client's local round is simulated by
 :mod:`strategies.staleness.inversion`, samples are searched for by :mod:`strategies.staleness.search`.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import LocalWork, ServerView, Staleness, Update
+from fedcl.contracts.strategy import LocalWork, Staleness, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.hindsight import Hindsight
 from strategies.staleness.inversion import Variant
 from strategies.staleness.rebase import rebased
@@ -43,9 +44,9 @@ class GradientInversion(Staleness):
 
     Samples are sought whose training at the client's base gives its change (softmax cross-entropy with soft labels: the
     client's own loss); the same training at the present model is the new change. A late update is only weighted by
-    2^(-age / ``half_life``) instead when the samples explain its change too badly (as where the client descends on more
-    than that loss), when the visit is too long to play through, when it is not unlike the fresh ones, or when hindsight
-    says that inversion errs more than staleness does.
+    2^(-age / ``half_life``) instead if the samples do not explain its change (the client may minimise more than that
+    loss), if the local round is too long to simulate, if the change is not unlike the fresh ones, or if inversion has
+    erred more than staleness so far.
 
     Hindsight: when a client's next update comes, what its samples predict at *that* update's base, and its late
     change, are both compared with what the client really did. Moving means of the two relative L1 errors decide for
@@ -75,16 +76,11 @@ class GradientInversion(Staleness):
     half_life
         Of the weighting in versions; null: the change as it came.
     together
-        Late clients that are inverted as one batch, where their visits have the same shape.
+        Late clients that are inverted as one batch, if their local rounds have the same shape.
     variant
         ``official`` is the published code's: sign of the inputs' gradient, binary cross-entropy on log-probabilities,
         standard normal inputs and target logits, a box around the inputs, the last samples instead of the best, no warm
         start, and whatever is found is used. Made for lr 1, 256 samples and 40,000 iterations.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
@@ -107,16 +103,6 @@ class GradientInversion(Staleness):
         together: int = 4,
         variant: Variant = "consistent",
     ) -> None:
-        counts = {"samples": samples, "iterations": iterations, "patience": patience, "max_steps": max_steps}
-        sizes = {"together": together, "lr": lr, "max_residual": max_residual, "spread": spread}
-        for name, value in (counts | sizes | {"half_life": 1.0 if half_life is None else half_life}).items():
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
-        for name, value in (("tolerance", tolerance), ("label_spread", label_spread), ("uniqueness", uniqueness)):
-            if value < 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be >= 0")
-        if not 0 < top <= 1:
-            raise ValueError(f"strategy.staleness.server.top={top}: must be in (0, 1]")
         official = variant == "official"
         self.samples, self.max_steps, self.together = samples, max_steps, together
         self.spread = (1.0, 1.0) if official else (spread, label_spread)
@@ -132,7 +118,6 @@ class GradientInversion(Staleness):
         self._notes: list[dict[str, Any]] = []
 
     def bind(self, work: LocalWork) -> None:
-        """Learn how clients train."""
         self._visits = Visits(work, self.samples, self.variant)
         if not work.plain_loss:
             self._notes.append({"kind": "inversion_of_plain_loss", "why": "clients descend on more than cross-entropy"})
@@ -140,15 +125,14 @@ class GradientInversion(Staleness):
     # -- late updates -----------------------------------------------------------------------------------------------
 
     def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
-        """Bring late updates up to date."""
         late = [update for update in updates if update.age]
         if not late:
             return updates
         fresh = [update.delta for update in updates if update.age == 0]
         why = {update.client: self._unfit(update, fresh) for update in late}
-        answers = self._solved([update for update in late if why[update.client] is None], view)
+        solutions = self._solved([update for update in late if why[update.client] is None], view)
         return [
-            self._corrected(update, answers.get(update.client), why[update.client], view) if update.age else update
+            self._corrected(update, solutions.get(update.client), why[update.client], view) if update.age else update
             for update in updates
         ]
 
@@ -165,7 +149,7 @@ class GradientInversion(Staleness):
         return "uniqueness" if nearest < self.uniqueness else None
 
     def _solved(self, updates: Sequence[Update], view: ServerView) -> dict[str, Answer]:
-        """Return the clients' answers: all are asked for before the first is waited for."""
+        """Return the solutions by client: all searches start before the first is waited for."""
         asked = []
         shaped = sorted(updates, key=self._bound().shape)  # stable: canonical order within a shape
         for _, group in groupby(shaped, key=self._bound().shape):
@@ -174,14 +158,14 @@ class GradientInversion(Staleness):
                 batch = alike[start : start + self.together]
                 riddles = [self._riddle(update, view) for update in batch]
                 asked.append((batch, self._submit(batch[0].task, riddles, view)))
-        answers: dict[str, Answer] = {}
+        solutions: dict[str, Answer] = {}
         for batch, future in asked:
             found, seconds = future.result()
             self._seconds += seconds
-            answers |= {update.client: answer for update, answer in zip(batch, found, strict=True)}
-        if answers:
-            self._counts["residual"] = sum(answer.residual for answer in answers.values()) / len(answers)
-        return answers
+            solutions |= {update.client: answer for update, answer in zip(batch, found, strict=True)}
+        if solutions:
+            self._counts["residual"] = sum(answer.residual for answer in solutions.values()) / len(solutions)
+        return solutions
 
     def _submit(self, task: int, riddles: list[Riddle], view: ServerView) -> Future[tuple[list[Answer], float]]:
         visits = self._bound()
@@ -230,7 +214,7 @@ class GradientInversion(Staleness):
 
     def _bound(self) -> Visits:
         if self._visits is None:
-            raise RuntimeError("gradient inversion was not told how clients train: call bind first")
+            raise RuntimeError("gradient inversion does not know how clients train: call bind first")
         return self._visits
 
     def _count(self, name: str, more: float = 1.0) -> None:
@@ -249,8 +233,8 @@ class GradientInversion(Staleness):
             return
         base, x, y = (tensor.to(visits.device)[None] for tensor in (update.base, known.x, known.y))
         plan = [rows[None] for rows in visits.plan(update, view)]
-        told = visits.simulation(update.task).changes(base, x, y, plan)[0].cpu()
-        errors = self.hindsight.compare(update.task, told, late, update.delta * visits.trained.cpu())
+        predicted = visits.simulation(update.task).changes(base, x, y, plan)[0].cpu()
+        errors = self.hindsight.compare(update.task, predicted, late, update.delta * visits.trained.cpu())
         if errors:
             self._notes.append({"kind": "hindsight", "client": update.client, "age": known.age, **errors})
 
@@ -277,7 +261,6 @@ class GradientInversion(Staleness):
         return {name: part for name, part in parts.items() if part}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self._clients = {client: Memory(**{"change": None, **m}) for client, m in state.get("clients", {}).items()}
         self._counts = dict(state.get("counts", {}))
         self.hindsight.load_state_dict(state.get("errors", {}))

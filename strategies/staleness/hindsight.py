@@ -25,8 +25,8 @@ class Hindsight:
         self.after = after
         self.errors: dict[str, float] = {}
 
-    def compare(self, task: int, told: Tensor, late: Tensor, true: Tensor) -> dict[str, float]:
-        """Take in what inversion ``told`` (P,), what the ``late`` change (P,) said, and the ``true`` one (P,).
+    def compare(self, task: int, predicted: Tensor, late: Tensor, true: Tensor) -> dict[str, float]:
+        """Compare what inversion ``predicted`` (P,) and the ``late`` change (P,) with the ``true`` one (P,).
 
         Returns the relative L1 errors of both guesses; nothing where nothing was learned.
         """
@@ -37,7 +37,7 @@ class Hindsight:
             self.errors = {"task": task, "compared": 0}
         first = self.errors["compared"] == 0
         errors = {}
-        for name, guess in (("inverted", told), ("late", late)):
+        for name, guess in (("inverted", predicted), ("late", late)):
             errors[name] = error = float((guess.double() - true).abs().sum()) / size
             self.errors[name] = error if first else DECAY * self.errors[name] + (1 - DECAY) * error
         self.errors["compared"] += 1
@@ -51,13 +51,10 @@ class Hindsight:
         return errors["inverted"] > errors["late"]
 
     def metrics(self) -> dict[str, float]:
-        """Return the two means."""
         return {f"hindsight_{name}": self.errors[name] for name in ("inverted", "late") if name in self.errors}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the means and their count."""
         return dict(self.errors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self.errors = dict(state)

@@ -1,4 +1,4 @@
-"""A client's visit played through at the server, differentiably: what gradient inversion descends through.
+"""A client's local round simulated at the server, differentiably: what gradient inversion descends through.
 
 Wang and Gao, AAAI 2025 (arXiv 2309.13536): find samples D with LocalUpdate(w_base; D) - w_base = change. They need not
 look like the client's; they stand for them in LocalUpdate(w_now; D). The search is in
@@ -21,14 +21,14 @@ from fedcl.contracts.learner import LocalTraining
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.models.networks import Output
 
-# K = clients played through at once, P = parameters and buffers, N = made-up samples, B = rows of a step,
+# K = clients simulated at once, P = parameters and buffers, N = made-up samples, B = rows of a step,
 # C = allowed columns
 Variant = Literal["consistent", "official"]
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Visits of K clients, played through differentiably in evaluation mode.
+    """Local rounds of K clients, simulated differentiably in evaluation mode.
 
     ``trained`` (P,) bool marks what training moves, ``columns`` (C,) the columns a prediction may choose from, None for
     all. Holds no reference to a run, so that it can be sent to another process.
@@ -60,7 +60,7 @@ class Simulation:
     def changes(
         self, base: Tensor, x: Tensor, y: Tensor, plan: Sequence[Tensor], *, differentiable: bool = False
     ) -> Tensor:
-        """Return what the visits change in ``base`` (K, P), float32; zero where nothing is trained.
+        """Return what the local rounds change in ``base`` (K, P), float32; zero where nothing is trained.
 
         ``x`` (K, N, ...) and ``y`` (K, N, C) are the clients' samples and target logits, ``plan`` has the rows (K, B)
         of each step.

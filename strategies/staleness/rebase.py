@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedcl.contracts.strategy import ServerView, Update
+from fedcl.contracts.strategy import Update
+from fedcl.contracts.view import ServerView
 from fedcl.server.strategy import exact_sum
 
 

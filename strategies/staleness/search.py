@@ -86,7 +86,7 @@ class Search:
 
 
 class _Best:
-    """The best samples met by each of K searches, and which of the searches are over.
+    """The best samples found by each of K searches, and which of the searches are over.
 
     The official search has no best: whatever came last counts.
     """
@@ -120,8 +120,8 @@ def invert(
 ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
     """Return inputs (K, N, ...) and target logits (K, N, C) whose training at ``base`` gives ``change``, and the steps.
 
-    ``base`` and ``change`` are (K, P), ``plan`` has rows (K, B). The best samples met are returned, which are those of
-    ``start`` if nothing improves on them. One client's search does not depend on the others' but for rounding.
+    ``base`` and ``change`` are (K, P), ``plan`` has rows (K, B). Returns the best samples found: those of ``start`` if
+    nothing improves on them. One client's search does not depend on the others' but for rounding.
     """
     matched = torch.stack([largest(one, simulation.trained, search.top) for one in change])
     goal = change * matched
@@ -140,9 +140,9 @@ def invert(
 
 
 def solve(simulation: Simulation, search: Search, riddles: Sequence[Riddle]) -> tuple[list[Answer], float]:
-    """Answer ``riddles`` of one shape together; return the answers and the seconds it took.
+    """Solve ``riddles`` of one shape together; return the solutions and the seconds it took.
 
-    A pure function of its arguments but for the seconds: it gives the same answers in every process.
+    A pure function of its arguments but for the seconds: it gives the same solutions in every process.
     """
     started = time.perf_counter()
     base, change, now, x, y = (
@@ -152,6 +152,6 @@ def solve(simulation: Simulation, search: Search, riddles: Sequence[Riddle]) -> 
     x, y, steps = invert(simulation, base, change, (x, y), plan, search)
     left = torch.linalg.vector_norm(simulation.changes(base, x, y, plan) - change, dim=1)
     outcomes = (left / torch.linalg.vector_norm(change, dim=1)).tolist()
-    told = simulation.changes(now, x, y, plan)
-    answers = [Answer(x[k], y[k], told[k], outcomes[k], steps[k]) for k in range(len(riddles))]
-    return answers, time.perf_counter() - started
+    predicted = simulation.changes(now, x, y, plan)
+    solutions = [Answer(x[k], y[k], predicted[k], outcomes[k], steps[k]) for k in range(len(riddles))]
+    return solutions, time.perf_counter() - started

@@ -1,11 +1,12 @@
-"""Late clients' visits as the server can play them through: how many steps, which batches, which columns."""
+"""Late clients' local rounds as the server can simulate them: how many steps, which batches, which columns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fedcl.contracts.strategy import LocalWork, ServerView, Update
+from fedcl.contracts.strategy import LocalWork, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.inversion import Simulation, Variant, batch_plan, trainable
 
 # P = parameters, N = made-up samples, C = allowed columns
@@ -35,16 +36,16 @@ class Visits:
         return -(-update.num_examples // self.training.batch_size)
 
     def steps(self, update: Update) -> int:
-        """Return the steps of the visit."""
+        """Return the number of steps of the local round."""
         return self.epoch(update) * self.training.epochs
 
     def shape(self, update: Update) -> tuple[int, ...]:
-        """Return what two visits must share to be played through together."""
+        """Return what two local rounds must share to be simulated together."""
         # with several batches an epoch their sizes follow from the number of samples
         return update.task, self.rows(update), update.num_examples if self.epoch(update) > 1 else 0
 
     def simulation(self, task: int) -> Simulation:
-        """Return the simulation of a visit of ``task``."""
+        """Return the simulation of a local round of ``task``."""
         mask = self.stream.train_task(task).mask
         columns = None if mask is None else torch.tensor(mask, device=self.device)
         model = self.model

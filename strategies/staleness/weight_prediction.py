@@ -1,4 +1,4 @@
-"""Weight prediction: send clients where the model will be when they answer, instead of where it is.
+"""Weight prediction: send clients the model extrapolated to the version at which they will reply.
 
 As the linear prediction "W-Pred" in the comparison of Wang and Gao, AAAI 2025 (arXiv 2309.13536), after Hakimi et al.,
 "Taming Momentum in a Distributed Asynchronous Environment", 2019 (arXiv 1907.11612).
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from fedcl.server.strategy import exact_sum
 
@@ -31,18 +32,9 @@ class WeightPrediction(Staleness):
         h, in versions; null: the age of the client's latest update, so that nothing is predicted while all are fresh.
     momentum
         Of the mean over steps, in [0, 1).
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(self, *, horizon: float | None = None, momentum: float = 0.9) -> None:
-        if horizon is not None and horizon < 0:
-            raise ValueError(f"strategy.staleness.server.horizon={horizon}: must be >= 0 or null")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"strategy.staleness.server.momentum={momentum}: must be in [0, 1)")
         self.horizon, self.momentum = horizon, momentum
         self._last: Tensor | None = None
         self._version = 0
@@ -52,11 +44,11 @@ class WeightPrediction(Staleness):
         self._sent: dict[float, Tensor] = {}  # predictions of the present version: equal ones travel as one message
 
     def setup(self, spec: Spec) -> None:
-        """Learn where the buffers are: running statistics are no weights, and a variance foretold may be below 0."""
+        """Learn where the buffers are: running statistics are no weights, and a predicted variance may be below 0."""
         self._buffers = slice(spec.size - sum(tensor.size for tensor in spec if tensor.kind == "buffer"), spec.size)
 
     def outgoing(self, model: Tensor, client: str, view: ServerView) -> Tensor:
-        """Return the model as it is expected to be at the client's answer, float32 (P,)."""
+        """Return the model as it is expected to be at the client's reply, float32 (P,)."""
         self._follow(view)
         horizon = self.horizon if self.horizon is not None else self._ages.get(client, 0)
         if model is not view.global_model or self._step is None or horizon == 0:
@@ -84,7 +76,6 @@ class WeightPrediction(Staleness):
         return updates
 
     def metrics(self) -> dict[str, float]:
-        """Return the norm of the mean step."""
         return {} if self._step is None else {"step_norm": float(torch.linalg.vector_norm(self._step))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +88,6 @@ class WeightPrediction(Staleness):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self._last, self._version = state.get("last"), state.get("version", 0)
         self._step, self._ages = state.get("step"), dict(state.get("ages", {}))
         self._sent.clear()

@@ -11,7 +11,8 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from fedcl.contracts.strategy import ServerView, Staleness, Update
+from fedcl.contracts.strategy import Staleness, Update
+from fedcl.contracts.view import ServerView
 from strategies.staleness.rebase import rebased
 
 
@@ -56,11 +57,6 @@ class Weighting(Staleness):
         False: the change is scaled, so a round of nothing but late updates moves the model less, as FedBuff's
         1/K sum does. True: the weight within the round's mean is scaled, and a round of equally old updates moves the
         model as far as fresh ones would.
-
-    Raises
-    ------
-    ValueError
-        If ``half_life`` or ``slope`` is not positive.
     """
 
     def __init__(
@@ -72,9 +68,6 @@ class Weighting(Staleness):
         cutoff: float = 10.0,
         relative: bool = False,
     ) -> None:
-        for name, value in (("half_life", half_life), ("slope", slope)):
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
         self.rule = rule
         self.half_life, self.slope, self.cutoff = half_life, slope, cutoff
         self.relative = relative
@@ -90,7 +83,6 @@ class Weighting(Staleness):
         return fedbuff(age) if self.rule == "fedbuff" else 0.0
 
     def admit(self, updates: list[Update], view: ServerView) -> list[Update]:
-        """Scale or drop late updates."""
         if self.rule == "drop":
             return [update for update in updates if update.age == 0]
         return [self._scaled(update, view) for update in updates]
@@ -119,11 +111,6 @@ class FedAsync(Staleness):
         1 / (slope (age - cutoff) + 1).
     alpha
         Mixing weight of late models, in (0, 1].
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
@@ -135,11 +122,6 @@ class FedAsync(Staleness):
         slope: float = 10.0,
         cutoff: float = 4.0,
     ) -> None:
-        if not 0 < alpha <= 1:
-            raise ValueError(f"strategy.staleness.server.alpha={alpha}: must be in (0, 1]")
-        for name, value in (("power", power), ("slope", slope)):
-            if value <= 0:
-                raise ValueError(f"strategy.staleness.server.{name}={value}: must be > 0")
         self.weighting, self.alpha = weighting, alpha
         self.power, self.slope, self.cutoff = power, slope, cutoff
 

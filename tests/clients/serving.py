@@ -12,13 +12,14 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import LocalWork, Response, Target
+from fedcl.contracts.statistics import Statistics
+from fedcl.contracts.strategy import LocalWork, Target
 from fedcl.contracts.unlearner import Samples, UnlearnContext, Unlearner, Value
+from fedcl.contracts.view import Response
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel, Spec
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.scenario.task import Task
-from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
 
 NOTHING = Samples(torch.empty(0), torch.empty(0, dtype=torch.long))
@@ -94,7 +95,7 @@ class Serving:
         forget, retain = self.held[client]
         return UnlearnContext(
             model=self.model, received=vector, forget=forget, retain=retain, requests=(ASKED,),
-            training=LocalTraining(), client=client, seed=0, turn=0, num_columns=self.num_columns,
+            training=LocalTraining(), client=client, seed=0, local_round=0, num_columns=self.num_columns,
             tensors=tensors or {}, args=args or {},
         )  # fmt: skip
 

@@ -15,12 +15,12 @@ from clients.learners.quadratic import summands, summed
 from clients.learners.si import SI
 from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Query, Response
+from fedcl.contracts.statistics import Statistics
+from fedcl.contracts.view import Query, Response
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
 from fedcl.scenario.task import Task
-from fedcl.server.statistics import Statistics
 from fedcl.server.validation import Expected, rejection
 
 NOTHING: tuple[Batch, Output] = (None, None)  # type: ignore[assignment]

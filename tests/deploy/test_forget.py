@@ -118,7 +118,7 @@ def test_samples_a_class_and_a_client_out_of_reach_are_forgotten_while_a_run_goe
     checked = fedcl("verify", str(folder))
     assert checked.returncode == 0, checked.stdout + checked.stderr
     remains = [row["why"] for row in certificate(folder, "bye")["erasure"] if row["outcome"] == "retained"]
-    assert any(why.startswith("client(s) 2 were not in reach: their devices are told") for why in remains)
+    assert any(why.startswith("client(s) 2 were not in reach: their devices are notified") for why in remains)
     assert [(row["client"], row["requests"][0]) for row in said(folder, "client_told")] == [("2", "bye")]
     assert not list((fleet.device("2") / "state").rglob("visit_*.safetensors"))
     assert not any("not in reach" in row["why"] for row in certificate(folder, "few")["erasure"])

@@ -18,7 +18,8 @@ from fedcl.assembly import device_of
 from fedcl.cli import main
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
-from fedcl.contracts.strategy import GLOBAL, Query, Response
+from fedcl.contracts.strategy import GLOBAL
+from fedcl.contracts.view import Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.results import load

@@ -245,14 +245,14 @@ def test_a_reply_kept_back_and_delivered_first_in_a_later_round_is_not_that_roun
             kept.extend(_like(m) for m in messages if m.metadata.src_node_id == 101)
         return old + messages
 
-    _assert_forged_replies_change_nothing(build, replay, "answers another message than", rounds=[1, 2, 3])
+    _assert_forged_replies_change_nothing(build, replay, "replies to another message than", rounds=[1, 2, 3])
 
 
 def test_a_reply_to_a_message_that_was_never_sent_is_refused(build: Any) -> None:
     def foresee(messages: list[Message]) -> list[Message]:
         return [_like(messages[0], reply_to_message_id="1-999"), *messages]
 
-    _assert_forged_replies_change_nothing(build, foresee, "answers another message than", rounds=[0, 1, 2, 3])
+    _assert_forged_replies_change_nothing(build, foresee, "replies to another message than", rounds=[0, 1, 2, 3])
 
 
 def test_a_reply_of_a_node_that_nobody_knows_is_refused(build: Any) -> None:

@@ -15,7 +15,8 @@ from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, ClientStateStore
 from fedcl.contracts.fields import MODEL, TensorField
 from fedcl.contracts.learner import Context, Payload, Plugin, State
-from fedcl.contracts.strategy import Collaboration, Query
+from fedcl.contracts.strategy import Collaboration
+from fedcl.contracts.view import Query
 from fedcl.messages import Reply, Request
 from fedcl.server.strategy import Outgoing, Pipeline
 from fedcl.simulation.host import ClientHost, Failure
@@ -200,7 +201,7 @@ def test_a_client_that_raises_costs_its_own_reply(build: Any, cohorts: bool) -> 
         (lambda reply: replace(reply, metrics={}), "metric loss is missing"),
         (lambda reply: replace(reply, metrics=reply.metrics | {"surprise": 1.0}), "surprise"),
         (lambda reply: replace(reply, payload={"gift": torch.ones(2)}), "gift"),
-        (lambda reply: replace(reply, note="[]"), "a note came"),
+        (lambda reply: replace(reply, note="[]"), "unexpected note"),
     ],
 )
 def test_a_reply_at_fault_is_rejected_by_name(build: Any, cohorts: bool, change: Any, names: str) -> None:

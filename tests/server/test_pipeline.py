@@ -13,16 +13,8 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import MODEL, TensorField
 from fedcl.contracts.learner import Payload, Plugin
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import (
-    GLOBAL,
-    Collaboration,
-    Projection,
-    ServerOptimizer,
-    ServerView,
-    Staleness,
-    Target,
-    Update,
-)
+from fedcl.contracts.strategy import GLOBAL, Collaboration, Projection, ServerOptimizer, Staleness, Target, Update
+from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.server.strategy import Pipeline, check_payloads
 from strategies.collaboration.fedavg import FedAvg

@@ -200,7 +200,7 @@ def test_who_was_away_when_asked_to_forget_is_told_when_it_is_back(tmp_path: Pat
     folder = on_devices(grid, overrides)
     for file in sorted((folder / "certificates").glob("0*.json")):
         remains = [row["why"] for row in json.loads(file.read_text())["erasure"] if row["outcome"] == "retained"]
-        assert any(text.startswith("client(s) 1 were not in reach: their devices are told") for text in remains)
+        assert any(text.startswith("client(s) 1 were not in reach: their devices are notified") for text in remains)
         assert any(text.startswith("client(s) 2 were") and text.endswith("they begin again") for text in remains)
     assert verify(folder)
     events = load(folder).events
@@ -295,7 +295,7 @@ def test_nodes_that_do_not_say_who_they_are_are_ignored_with_an_event(
     events = load(beset).events
     rejected = events[events["kind"] == "hello_rejected"]
     assert rejected["node"].tolist() == ["300", "301"]
-    assert rejected["reason"].str.contains("not an answer to fedcl's hello|client id '../../x'").all()
+    assert rejected["reason"].str.contains("not a reply to fedcl's hello|client id '../../x'").all()
     assert metrics_hash(beset) == metrics_hash(run_experiment("inline", *SHORT, *plain, "data.partition.alpha=0.3"))
 
 
@@ -335,7 +335,7 @@ def test_a_servers_process_does_what_was_written_down_there_and_nothing_else(
     monkeypatch.setenv(SERVER_FOLDER, str(tmp_path))
     short = [*SHORT, *DEVICES, "learner=finetune", "strategy/projection=none"]
     grid = grid_of(devices, [*short, f"run_dir={tmp_path / 'theirs'}"])
-    with pytest.raises(ConfigError, match="run='r1': this server was not told of such a run"):
+    with pytest.raises(ConfigError, match="run='r1': this server has no such run"):
         run_app(grid, grid.run_config)
     write_order(tmp_path, "r1", {"overrides": shlex.join([*short, f"run_dir={tmp_path / 'ours'}"])})
     run_app(grid, grid.run_config)

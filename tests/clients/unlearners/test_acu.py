@@ -12,13 +12,13 @@ from clients.learners.ranpac import GRAM, RanPAC, gram_sums
 from clients.unlearners.acu import ACU, restore_columns, same_below_heads
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Query, Response
+from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.unlearner import Samples
+from fedcl.contracts.view import Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from fedcl.runs.setup import Setup
 from fedcl.scenario.task import Task
-from fedcl.server.statistics import Statistics
 from tests.clients.serving import NOTHING, Serving
 from tests.toy import configure, run_toy, write_files
 

@@ -22,8 +22,8 @@ from clients.unlearners.pgd import PGD, reference, shuffled
 from clients.unlearners.random_label import RandomLabel, relabelled
 from clients.unlearners.steps import clip, project
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Response
 from fedcl.contracts.unlearner import Samples, Unlearner
+from fedcl.contracts.view import Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from tests.clients.serving import NOTHING, Serving

@@ -21,8 +21,9 @@ from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.fields import Form
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, LocalWork, Response, Update
+from fedcl.contracts.strategy import GLOBAL, LocalWork, Update
 from fedcl.contracts.unlearner import Samples, UnlearnContext
+from fedcl.contracts.view import Response
 from fedcl.messages import Reply
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model

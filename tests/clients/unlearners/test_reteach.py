@@ -22,8 +22,8 @@ from clients.unlearners.sparing import (
 from clients.unlearners.steps import gradients
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Response
 from fedcl.contracts.unlearner import Samples
+from fedcl.contracts.view import Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, LeNet, Output, build_model
 from tests.clients.serving import NOTHING, Serving

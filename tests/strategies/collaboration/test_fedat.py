@@ -132,9 +132,3 @@ def test_the_slow_devices_end_in_the_slow_tier_and_a_resumed_run_agrees(mode: st
     assert part["tier"]["1"] > part["tier"]["0"]
     assert part["tier"]["3"] > part["tier"]["2"]
     assert part["counts"][0] > part["counts"][-1] > 0
-
-
-@pytest.mark.parametrize("settings", [{"tiers": 0}, {"retier_every": 0}])
-def test_parameters_out_of_range(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"=0: must be int >= 1"):
-        FedAT(**settings)

@@ -4,7 +4,7 @@ import torch
 
 from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.models.flat import Spec, TensorSpec
-from fedcl.server.fold import fold
+from fedcl.server.aggregation import aggregate
 from strategies.collaboration.fedavg import FedAvg
 
 SPEC = Spec([TensorSpec("w", (2,), 0, 2, "parameter", None)])
@@ -21,12 +21,12 @@ def updates() -> list[Update | None]:
 
 
 def test_weighted_by_samples() -> None:
-    mean = fold(updates(), FedAvg().term, SPEC).mean()
+    mean = aggregate(updates(), FedAvg().term, SPEC).mean()
     assert mean.tolist() == [(1 * 1 + 2 * 4 + 5 * 0) / 8, (1 * 0 + 2 * -2 + 5 * 4) / 8]
 
 
 def test_uniform() -> None:
-    mean = fold(updates(), FedAvg(weighting="uniform").term, SPEC).mean()
+    mean = aggregate(updates(), FedAvg(weighting="uniform").term, SPEC).mean()
     torch.testing.assert_close(mean, torch.tensor([5 / 3, 2 / 3], dtype=torch.float64), rtol=0, atol=1e-15)
 
 
@@ -35,5 +35,5 @@ def test_a_staleness_weight_counts_in_both() -> None:
         late = updates()
         assert late[1] is not None
         late[1].weight *= 0.5
-        mean = fold(late, FedAvg(weighting=weighting).term, SPEC).mean()  # type: ignore[arg-type]
+        mean = aggregate(late, FedAvg(weighting=weighting).term, SPEC).mean()  # type: ignore[arg-type]
         torch.testing.assert_close(mean[0].item(), expected)

@@ -357,12 +357,6 @@ def test_forgetting() -> None:
 @pytest.mark.parametrize(
     ("half", "key", "value"),
     [
-        (FedCAC, "tau", 0.0),
-        (FedCAC, "tau", 1.5),
-        (FedCAC, "beta", 0),
-        (FedCAC, "beta", -0.5),
-        (FedCAC, "beta", 2.5),
-        (FedCAC, "masks", "both"),
         (CriticalMask, "tau", 0.0),
         (CriticalMask, "masks", "both"),
     ],

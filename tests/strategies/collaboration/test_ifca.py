@@ -148,19 +148,6 @@ def test_forgetting_drops_choices() -> None:
     assert part.forget(ForgetRequest("r", "class")).outcome == "reset"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"clusters": 0}, r"clusters=0: must be int >= 1"),
-        ({"spread": 0.0}, r"spread=0\.0: must be in \(0, 1\]"),
-        ({"spread": 1.5}, r"spread=1\.5: must be in \(0, 1\]"),
-    ],
-)
-def test_parameters_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IFCA(**settings)
-
-
 # -- with its clients -----------------------------------------------------------------------------------------------
 
 

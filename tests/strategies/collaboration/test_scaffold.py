@@ -224,11 +224,6 @@ def test_state_of_the_server_half() -> None:
     assert other.metrics() == federation.part.metrics()
 
 
-def test_server_lr_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"server_lr=0\.0: must be > 0"):
-        strategies.collaboration.scaffold.Scaffold(server_lr=0.0)
-
-
 SETTING = [
     "scenario=joint",
     "strategy/projection=none",

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedcl.base.randomness import torch_generator
 from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.requests import ForgetRequest
-from fedcl.contracts.strategy import Event, Query, Response
+from fedcl.contracts.strategy import Event
+from fedcl.contracts.view import Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, build_model
 from strategies.projection.fot import FOT

@@ -1,7 +1,7 @@
-"""Sums of clients' statistics: asked when tasks end, added up exactly, sent along or written into the model.
+"""Sums of clients' statistics: queried when tasks end, added up exactly, sent to clients or written into the model.
 
-A learner whose answers are plain sums over samples (class means, Gram matrices, importances) comes out as if one client
-held all the data, whoever holds which sample: the contract is :meth:`fedcl.contracts.learner.Plugin.solve`.
+A learner whose responses are plain sums over samples (class means, Gram matrices, importances) gives the same result as
+if one client held all the data: the contract is :meth:`fedcl.contracts.learner.Plugin.solve`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from fedcl.contracts.learner import Payload, Plugin
 from fedcl.contracts.learner import overrides as defines
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest, Forgotten
-from fedcl.contracts.strategy import Query, Response, Target
+from fedcl.contracts.strategy import Target
+from fedcl.contracts.view import Query, Response
 from fedcl.models.flat import FlatModel
 from fedcl.scenario.task import Task
 
@@ -33,7 +34,7 @@ class Statistics:
         self._model = model
         self._sums: dict[str, Sums] = {name: {} for name in self._owners}
         self._consumed: dict[str, dict[str, list[Task]]] = {name: {} for name in self._owners}
-        self._settled: set[tuple[str, str]] = set()  # (query, request) that need no forgetting any more
+        self._free_of: set[tuple[str, str]] = set()  # (query, request) whose forget set is in no sum any more
         self.payloads: tuple[Payload, ...] = tuple(
             payload
             for plugin in plugins
@@ -46,7 +47,7 @@ class Statistics:
         return [Query(name, dict(models), plugin.sums[name]) for name, plugin in self._owners.items()] if models else []
 
     def consume(self, query: Query, responses: Sequence[Response], tasks: Mapping[str, Task] | None = None) -> None:
-        """Add the answers, in canonical client order; ``tasks`` are those whose samples they are sums over."""
+        """Add the responses, in canonical client order; ``tasks`` are those whose samples they are sums over."""
         sums, consumed = self._sums[query.name], self._consumed[query.name]
         for response in responses:
             if tasks is not None:
@@ -72,7 +73,7 @@ class Statistics:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The queries whose answers are added up."""
+        """The queries whose responses are added up."""
         return tuple(self._owners)
 
     def sums(self, name: str) -> Sums:
@@ -84,7 +85,7 @@ class Statistics:
         return {client: tuple(tasks) for client, tasks in self._consumed[name].items()}
 
     def replace(self, name: str, sums: Sums, holders: Collection[str], requests: Sequence[ForgetRequest]) -> None:
-        """Put sums in place that hold only what ``holders`` may keep after ``requests``, so that none is forgotten."""
+        """Replace sums by ones of what ``holders`` may keep after ``requests``, which need not forget them any more."""
         after = Forgotten(list(requests))
         self._sums[name] = {tensor: value.double() for tensor, value in sums.items()}
         self._consumed[name] = {
@@ -92,10 +93,10 @@ class Statistics:
             for client, tasks in self._consumed[name].items()
             if client in holders and client not in after.clients
         }
-        self._settled |= {(name, request.id) for request in requests}
+        self._free_of |= {(name, request.id) for request in requests}
 
     def message(self) -> dict[str, Tensor]:
-        """Return what rides along with every train message, float32."""
+        """Return the tensors that are sent with every train message, float32."""
         return {
             f"{payload.name}/{name}": tensor.float()
             for payload in self.payloads
@@ -120,10 +121,10 @@ class Statistics:
         }
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
-        """Drop the sums that still hold the forget set: nobody's share can be told apart."""
+        """Drop the sums that still hold the forget set: no client's share can be taken out of them."""
         if not any(self._sums.values()):
             return ErasureOutcome("Statistics", "not applicable", "keeps no sums")
-        mixed = [name for name in self._owners if (name, request.id) not in self._settled]
+        mixed = [name for name in self._owners if (name, request.id) not in self._free_of]
         for name in mixed:
             self._sums[name], self._consumed[name] = {}, {}
         if not mixed:

@@ -1,4 +1,4 @@
-"""Replies that are folded where they are made: the same bits as if each had come back by itself."""
+"""Replies that are summed where they are made: the same bits as if each had come back by itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,17 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from fedcl.assembly import load_dataset, make_folding, make_model, make_stream
+from fedcl.assembly import load_dataset, make_aggregation, make_model, make_stream
 from fedcl.base.randomness import torch_generator
 from fedcl.config.compose import compose
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.strategy import GLOBAL, Update
 from fedcl.messages import VISIT, Reply, Request, visit_record
-from fedcl.messages.blocks import BlockSum, block_content, is_block, read_block
+from fedcl.messages.partial_sums import PartialSum, is_partial_sum, partial_sum_content, read_partial_sum
 from fedcl.models.flat import Spec, TensorSpec
 from fedcl.scenario.task import Task
-from fedcl.server.exchange import COHORT
-from fedcl.server.fold import BLOCK, Folded, RunningFold, fold, fold_block
-from fedcl.server.folding import Folding
+from fedcl.server.aggregation import BLOCK, Aggregation, PartialSums, aggregate
+from fedcl.server.cohorts import COHORT
 from fedcl.server.loop import Server
 from fedcl.server.validation import Expected
 from fedcl.simulation.jobs import Job, without
@@ -34,7 +33,7 @@ SPEC = Spec([TensorSpec("body", (3,), 0, 3, "parameter", None), TensorSpec("head
 TASK = Task(id=1, classes=(0, 1), columns=(0, 1), head=1)
 BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 EXPECTED = Expected.of("train", SPEC, {"s": TensorField((4,))})
-FOLDING = Folding(SPEC, lambda u: (u.delta, u.weight), lambda u: u.weight, ("s",), EXPECTED, max_norm=100.0)
+AGGREGATION = Aggregation(SPEC, lambda u: (u.delta, u.weight), lambda u: u.weight, ("s",), EXPECTED, max_norm=100.0)
 
 
 def request(client: str, block: int = 0) -> Request:
@@ -59,31 +58,31 @@ def test_a_block_by_hand() -> None:
         reply(1.0, 0),
         reply(90.0, 3),  # a change of norm 180
     ]
-    found = FOLDING.block(7, asked, responses)
+    found = AGGREGATION.partial_sum(7, asked, responses)
     assert found is not None
     sums, left = found
-    assert (sums.number, list(left)) == (7, ["a", "c"])
+    assert (sums.block, sums.clients, list(left)) == (7, ("a", "c"), ["a", "c"])
     assert sums.total.tolist() == [14.0] * 4  # 2 * 1 + 6 * 2
     assert sums.weights.tolist() == [8.0, 8.0]
     assert sums.payload["s"].tolist() == [30.0] * 4
-    assert left["a"].folded is not None
-    assert left["a"].folded.norm == 2.0
-    assert left["a"].folded.payload == {"s": 20.0}
+    assert left["a"].summed is not None
+    assert left["a"].summed.norm == 2.0
+    assert left["a"].summed.payload_norms == {"s": 20.0}
     assert (left["a"].num_examples, left["a"].metrics, left["a"].model) == (2, metrics(1.0), None)
     assert left["a"].num_bytes == 32  # of the model and the upload that it stands for
 
 
 def test_a_block_of_which_nothing_counts_is_none() -> None:
-    assert FOLDING.block(0, [request("a")], [ValueError("no")]) is None
+    assert AGGREGATION.partial_sum(0, [request("a")], [ValueError("no")]) is None
 
 
 def test_a_block_travels_as_it_is() -> None:
-    found = FOLDING.block(3, [request(c) for c in "ab"], [reply(0.1, 1), reply(0.2, 2)])
+    found = AGGREGATION.partial_sum(3, [request(c) for c in "ab"], [reply(0.1, 1), reply(0.2, 2)])
     assert found is not None
     found[1]["b"].metrics = {"accuracy": 0.5}  # a client may have nothing to test itself on, or nothing else
-    content = block_content(*found)
-    assert is_block(content)
-    sums, replies = read_block(content)
+    content = partial_sum_content(*found)
+    assert is_partial_sum(content)
+    sums, replies = read_partial_sum(content)
     assert replies == found[1]
     for name in ("total", "weights"):
         assert torch.equal(getattr(sums, name), getattr(found[0], name))
@@ -102,34 +101,34 @@ def updates(count: int) -> list[Update | None]:
     return made
 
 
-def folded(update: Update | None) -> Folded | None:
-    return None if update is None else Folded(update.client, update.num_examples, 1, {}, 0.0)
-
-
-def block_of(positions: list[Update | None], number: int) -> BlockSum:
-    members = [u for u in positions[number * BLOCK : (number + 1) * BLOCK] if u is not None]
-    return fold_block(number, members, FOLDING.term, SPEC, ("s",), weight=FOLDING.weight)
+def block_of(positions: list[Update | None], number: int) -> PartialSum:
+    members = positions[number * BLOCK : (number + 1) * BLOCK]
+    alone = aggregate(members, AGGREGATION.term, SPEC, ("s",), weight=AGGREGATION.weight)
+    weights_T = alone.weight[[tensor.start for tensor in SPEC]]
+    return PartialSum(number, alone.clients, alone.total, weights_T, alone.payload)
 
 
 @pytest.mark.parametrize("by_itself", [(), (0,), (2,), (1, 3)])
 def test_whichever_blocks_come_in_whichever_order_the_sum_has_the_same_bits(by_itself: tuple[int, ...]) -> None:
     positions = updates(3 * BLOCK + 3)
-    whole = fold(positions, FOLDING.term, SPEC, ("s",), weight=FOLDING.weight)
+    whole = aggregate(positions, AGGREGATION.term, SPEC, ("s",), weight=AGGREGATION.weight)
     there = [number for number in range(4) if number not in by_itself]
     for order in itertools.permutations(there):
-        running = RunningFold(range(4))
+        partial = PartialSums(range(4))
         for number in order:
-            running.add(block_of(positions, number))
-        mixed = [u if i // BLOCK in by_itself else folded(u) for i, u in enumerate(positions)]
-        again = fold(mixed, FOLDING.term, SPEC, ("s",), weight=FOLDING.weight, running=running)
+            partial.add(block_of(positions, number))
+        mixed = [u if i // BLOCK in by_itself else None for i, u in enumerate(positions)]
+        again = aggregate(mixed, AGGREGATION.term, SPEC, ("s",), weight=AGGREGATION.weight, partial=partial)
         assert torch.equal(again.total, whole.total)
         assert torch.equal(again.weight, whole.weight)
         assert torch.equal(again.payload["s"], whole.payload["s"])
         assert again.clients == whole.clients
 
 
-def test_a_round_of_which_nothing_came_folds_to_nothing() -> None:
-    again = fold([None, None], FOLDING.term, SPEC, ("s",), weight=FOLDING.weight, running=RunningFold(range(1)))
+def test_a_round_of_which_nothing_came_sums_to_nothing() -> None:
+    again = aggregate(
+        [None, None], AGGREGATION.term, SPEC, ("s",), weight=AGGREGATION.weight, partial=PartialSums(range(1))
+    )
     assert again.clients == ()
     assert not again.total.any()
 
@@ -180,13 +179,13 @@ def test_a_run_has_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[int] = []
-    add = RunningFold.add
+    add = PartialSums.add
 
-    def noting(self: RunningFold, block: BlockSum) -> None:
-        taken.append(block.number)
-        add(self, block)
+    def noting(self: PartialSums, partial: PartialSum) -> None:
+        taken.append(partial.block)
+        add(self, partial)
 
-    monkeypatch.setattr(RunningFold, "add", noting)
+    monkeypatch.setattr(PartialSums, "add", noting)
     settings = ["rounds_per_task=2", "scenario.num_tasks=2", *overrides]
     where_made = metrics_hash(run_experiment("where-made", *settings))
     assert taken
@@ -194,14 +193,14 @@ def test_a_run_has_the_same_bits(
         assert max(taken) == 150 // BLOCK  # more than one message: they end with a block
         assert COHORT < 150
     taken.clear()
-    monkeypatch.setattr(Server, "_folds", lambda self: False)
+    monkeypatch.setattr(Server, "_sums_suffice", lambda self: False)
     assert metrics_hash(run_experiment("here", *settings)) == where_made
     assert not taken
 
 
 def test_a_staleness_part_that_looks_at_updates_sees_them(run_experiment: Callable[..., Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunningFold, "add", partial(pytest.fail, "nothing may be folded elsewhere"))
+        patch.setattr(PartialSums, "add", bound(pytest.fail, "nothing may be summed elsewhere"))
         run_experiment("seen", "num_clients=9", "rounds_per_task=1", "strategy/staleness=dc_asgd")
 
 
@@ -213,17 +212,17 @@ def test_requests_keep_their_block_on_the_way() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedper", "fedrep", "ditto", "apfl", "pfedme", "scaffold"])
-def test_what_needs_a_sum_and_no_more_is_folded_where_it_is_made(name: str) -> None:
-    assert _foldable(name)
+def test_what_needs_a_sum_and_no_more_is_summed_where_it_is_made(name: str) -> None:
+    assert _summable(name)
 
 
 @pytest.mark.parametrize("name", ["median", "krum", "fedcac", "fedamp", "ifca", "local", "fedat"])
 def test_what_needs_each_reply_is_not(name: str) -> None:
-    assert not _foldable(name)
+    assert not _summable(name)
 
 
-def _foldable(collaboration: str) -> bool:
+def _summable(collaboration: str) -> bool:
     cfg = compose([f"strategy/collaboration={collaboration}", "strategy/projection=none"])
     dataset = load_dataset(cfg)
     model = make_model(cfg, dataset, make_stream(cfg, dataset), torch.device("cpu"))
-    return make_folding(cfg, model, dataset) is not None
+    return make_aggregation(cfg, model, dataset) is not None
