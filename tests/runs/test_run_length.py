@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.target import TargetAccuracy
 from fedcl.runs.experiment import resume
-from fedcl.scenario.schedule import Listed, Span, Synchronous
+from fedcl.scenario.schedule import Listed, Span, Synchronous, chained
 
 RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=2", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")
@@ -66,12 +66,17 @@ def test_it_stops_and_stays_stopped(run_experiment: RunExperiment, metrics_hash:
     assert "target/rounds" not in never.summary
 
 
+class LastTaskFirst(Listed):
+    def itineraries(self, rounds: Sequence[int]) -> dict[str, list[Span]]:
+        return {client: chained([2, 0], [rounds[2], rounds[0]]) for client in self.clients}
+
+
 def test_rates_by_task() -> None:
     tasks = Synchronous(num_tasks=3, rounds_per_task=[2, 1, 1])
     rates = TaskDecay(0.4, 0.5, tasks)
     assert [rates("0", r) for r in range(4)] == [0.4, 0.4, 0.2, 0.1]
     # a client that starts with the last task takes the full rate there
-    own = TaskDecay(0.4, 0.5, Listed({"0": [Span(2, 0, 1), Span(0, 1, 4)]}, 3))
+    own = TaskDecay(0.4, 0.5, LastTaskFirst(num_tasks=3, rounds_per_task=[3, 1, 1], clients=["0"], seed=0))
     assert [own("0", r) for r in range(4)] == [0.4, 0.2, 0.2, 0.2]
 
 
