@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedcl.assembly import local_training
+from fedcl.assembly import Settings
 from fedcl.cli import main
 from fedcl.client.lr_schedule import TaskDecay
 from fedcl.config.compose import compose
@@ -113,7 +113,7 @@ def test_what_is_refused(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_who_reckons_with_one_rate_refuses_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_that_assumes_one_rate_refuses_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     late = ["strategy/staleness=gradient_inversion", "async.buffer=2", "scenario=class_incremental", "num_clients=4"]
     line = [
         "run",
@@ -124,6 +124,6 @@ def test_who_reckons_with_one_rate_refuses_several(tmp_path: Path, capsys: pytes
         "compare_with=null",
     ]
     assert main([*line, "client.optimizer.task_decay=0.5"]) == 2
-    assert "which reckons with one learning rate" in capsys.readouterr().err
+    assert "which assumes one learning rate" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    assert local_training(compose(["client.optimizer.task_decay=0.5"])).lr == 0.3
+    assert Settings.of(compose(["client.optimizer.task_decay=0.5"])).training.lr == 0.3
