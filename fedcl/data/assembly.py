@@ -47,20 +47,6 @@ def resolve(root: str | None) -> Path:
     return path
 
 
-def checked_limit(limit: int) -> int:
-    """Return ``limit``; ValueError unless it is at least 1."""
-    if limit < 1:
-        raise ValueError(f"data.source: a limit of {limit} samples must be null or >= 1")
-    return limit
-
-
-def checked_fraction(fraction: float) -> float:
-    """Return ``fraction``; ValueError unless it is in (0, 1)."""
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"data.source.test_fraction={fraction}: must be in (0, 1)")
-    return fraction
-
-
 def stratified(y: Codes, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Return a mask (N,) that is true for ``fraction`` of each class, rounded, for one sample and all but one at least.
 

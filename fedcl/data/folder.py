@@ -16,7 +16,6 @@ from fedcl.data.assembly import (
     Half,
     Size,
     assemble,
-    checked_fraction,
     resolve,
     stack_images,
     stratified,
@@ -74,8 +73,6 @@ def folder(
         Pillow is not installed, a folder is missing, there is no image, one is damaged, no file, of another size, or of
         a class that ``train`` lacks, or there is a ``test_fraction`` and a test folder.
     """
-    if test_fraction is not None:
-        checked_fraction(test_fraction)
     passed: list[str] = []
     train, test = _halves(resolve(root), root)
     files = _images(train, root, passed)
