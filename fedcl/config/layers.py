@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedcl.config.choices import choice
 from fedcl.config.conform import SPECIAL
-from fedcl.config.overrides import Setting
+from fedcl.config.overrides import Setting, in_quotes, parse
 from fedcl.config.value_rules import ConfigError, show
 
 Groups = Mapping[str, Mapping[str, Path]]
@@ -42,6 +43,28 @@ def experiment(name: str, file: Path) -> Layer:
         values |= part_values
     settings = tuple(Setting(f"{key}={show(value)}", key, value) for key, value in values.items())
     return Layer(f"experiment={name}", choices, settings, file.parent)
+
+
+def typed(overrides: Sequence[str], groups: Groups, origin: str) -> Layer:
+    """Return the layer of overrides that were typed; ConfigError for one that is not an override of one run."""
+    choices: dict[str, str] = {}
+    values: list[Setting] = []
+    for text in overrides:
+        override = parse(text)
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{text}: one run takes one value; for a list write key=[a,b], for text {in_quotes(text)}"
+            )
+        if override.is_delete() or override.package is not None:
+            raise ConfigError(f"{text}: keys cannot be removed or moved, only set: key=value")
+        key = override.key_or_group
+        if key in groups:
+            choices[key] = choice(key, override, groups[key])
+        elif override.is_add() or override.is_force_add():
+            raise ConfigError(f"{text}: keys cannot be added, only set: {text.lstrip('+')}")
+        else:
+            values.append(Setting(text, key, override))
+    return Layer(origin, choices, tuple(values))
 
 
 def _read(file: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
