@@ -2,7 +2,7 @@
 
 Hydra composes; this module adds what Hydra leaves open: the type of a plain value, the rules beside it
 (`fedcl.config.value_rules`), near misses of a key's name, and which code a ``_target_`` may name
-(`fedcl.config.instantiate`). It never imports torch, so a mistake is answered at once.
+(`fedcl.config.instantiate`). It never imports torch, so a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes:
     overrides
         Hydra overrides such as ``learner=[ewc,er]``, ``strategy/projection=none`` or ``client.epochs=2``.
     config_dirs
-        Folders with choices of one's own, laid out like ``configs/``. The built-in choices win over the same name.
+        Folders with the user's own choices, laid out like ``configs/``. The built-in choices win over the same name.
     changes
         Further overrides, before which settings of `overrides` give way that their choices do not take.
 
@@ -86,7 +86,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes:
 
 
 def remarks(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes: Sequence[str] = ()) -> list[str]:
-    """Return what is to be said of a configuration: settings that gave way, pairs that are better not combined.
+    """Return remarks on a configuration: settings that were left out, pairs that are better not combined.
 
     Parameters and errors are those of `compose`.
     """
@@ -162,15 +162,15 @@ def to_yaml(cfg: Mapping[str, Any]) -> str:
 def _compose(
     overrides: tuple[str, ...], changes: tuple[str, ...], folders: tuple[str, ...], cwd: str, config_dir: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the configuration, and what is to be said of it."""
-    del cwd  # part of the cache's key only: modules of one's own are looked for there
+    """Return the configuration, and remarks on it."""
+    del cwd  # part of the cache's key only: the user's modules are searched there
     roots = (Path(config_dir), *map(Path, folders))
     for folder in roots:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder")
     groups = groups_in(roots)
     layers = _layers(overrides, changes, groups)
-    choices, said = chosen(layers, groups)
+    choices, left_out = chosen(layers, groups)
     schema = _schema(roots, tuple(choices.values()))
     layers = [replace(layer, settings=tuple(_read(one, schema) for one in layer.settings)) for layer in layers]
 
@@ -183,7 +183,7 @@ def _compose(
     if plugins:
         cfg["trusted_packages"] = sorted({*cfg.get("trusted_packages", []), *plugins})
     cross_check(cfg)
-    return cfg, (*said, *more, *check_pairs(cfg, schema))
+    return cfg, (*left_out, *more, *check_pairs(cfg, schema))
 
 
 def _layers(overrides: Sequence[str], changes: Sequence[str], groups: Groups) -> list[Layer]:
@@ -240,7 +240,7 @@ def _plain(composed: DictConfig, *, complete: bool) -> dict[str, Any]:
 
 
 def _hydra(roots: tuple[Path, ...], choices: tuple[str, ...]) -> DictConfig:
-    own = len(roots) > 1  # folders of one's own may change while the process lives
+    own = len(roots) > 1  # the user's folders may change while the process lives
     try:
         with _HYDRA_LOCK:
             return (_composed.__wrapped__ if own else _composed)(roots, choices)
@@ -290,7 +290,7 @@ def _is_key(place: str, schema: Mapping[str, Any]) -> bool:
     parts = place.split(".")
     for i, part in enumerate(parts):
         if not isinstance(node, Mapping) or part not in node or part in SPECIAL:
-            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that nobody knows beforehand
+            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that are not known in advance
         node = node[part]
     return True
 

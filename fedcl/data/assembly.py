@@ -93,7 +93,7 @@ def assemble(
     (x_train, y_train), (x_test, y_test) = halves
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         raise ConfigError(f"data.root={root}: train and test samples differ in shape or type")
-    codes, names, said = encode(root, (y_train, y_test), classes, vocabulary=vocabulary)
+    codes, names, more = encode(root, (y_train, y_test), classes, vocabulary=vocabulary)
     _check_normalisation(scale, mean, std, x_train.shape[1])
     return Dataset(
         train=ArrayDataset(x_train, codes[0], dict(meta[0])),
@@ -102,7 +102,7 @@ def assemble(
         scale=scale,
         mean=tuple(float(value) for value in mean),
         std=tuple(float(value) for value in std),
-        notes=(*notes, *said),
+        notes=(*notes, *more),
         vocabulary=vocabulary,
     )
 
@@ -118,7 +118,7 @@ def _check_normalisation(scale: float, mean: Sequence[float], std: Sequence[floa
 
 
 def check_halves(dataset: Dataset, root: object, *, train: bool = True, limited: bool = False) -> list[str]:
-    """Return what is to be said of a data set that a run is to learn from and to be tested on.
+    """Return notes on a data set that a run trains and tests on.
 
     Parameters
     ----------

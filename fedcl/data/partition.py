@@ -133,7 +133,7 @@ def dirichlet_client(
     """Give each client i its own mixture q_i ~ Dir(alpha * 1_C), and train and test parts of fixed size drawn from it.
 
     FedCAC's setting (Wu et al. 2023, official code: 500 train and 100 test samples, alpha 0.1). A client never holds a
-    sample twice. The official code lets clients share train samples; here each class is dealt out like a deck of cards,
+    sample twice. The official code lets clients share train samples; here each class is dealt like a deck of cards,
     so clients share samples of a class only after all of its samples have been dealt. Samples may remain unused. Test
     parts may overlap between clients. Where a class has too few samples for a client, its other classes fill up.
 

@@ -141,7 +141,7 @@ class Network(nn.Module):
         Raises
         ------
         ValueError
-            The file does not fit, or the expression is none, matches nothing, or leaves nothing to train.
+            The file does not fit, or the expression is not valid, matches nothing, or leaves nothing to train.
         """
         if pretrained is not None:
             load_weights(self, pretrained)

@@ -18,7 +18,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     While training, a batch with a single value a channel: a client with one sample, or one left over in its last batch,
     meets it where images have shrunk to 1x1. Its variance is not defined, so it is normalised by the running
     statistics, which stay as they are. In evaluation, statistics that are part of a vector one differentiates by, as
-    when a server plays a client's steps through: they count as constants there.
+    when a server repeats a client's steps: they count as constants there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ResNet(Network):
     Raises
     ------
     ValueError
-        The samples are no images, or a parameter is none of the above.
+        The samples are not images, or the groups do not divide the width.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ class CodeEmbedding(nn.Module):
     """A vector for each character code, which comes as a float like every sample.
 
     Between two whole codes it interpolates linearly, and beyond the alphabet it stays at the end. No text holds such
-    codes; they are met by methods that differentiate with respect to samples or add noise to them.
+    codes; they matter to methods that differentiate with respect to samples or add noise to them.
     """
 
     def __init__(self, vocabulary: int, dim: int) -> None:

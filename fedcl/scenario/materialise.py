@@ -66,8 +66,8 @@ def retained(task: Task, held: Indices, y: NDArray[np.int64]) -> Indices:
     """Return those of the positions ``held`` (N,) in labels ``y`` that ``task`` does not leave out, in their order."""
     if not task.without_classes and not task.without_samples:
         return held
-    gone = np.isin(y[held], task.without_classes) | np.isin(held, task.without_samples)
-    return held[~gone]
+    left_out = np.isin(y[held], task.without_classes) | np.isin(held, task.without_samples)
+    return held[~left_out]
 
 
 def targets(task: Task, y: NDArray[np.int64]) -> NDArray[np.int64]:

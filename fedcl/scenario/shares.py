@@ -97,7 +97,7 @@ class SiBlurry(Shares):
 
     Moon et al., "Online Class Incremental Learning on Stochastic Blurry Task Boundary", ICCV 2023. The classes, in an
     order drawn by the run's seed, are parted into disjoint and blurry ones, and both kinds among the tasks. Of each
-    blurry class the share ``blurry`` goes into a pool that is dealt out over all tasks. As published, ``stochastic``
+    blurry class the share ``blurry`` goes into a pool that is spread over all tasks. As published, ``stochastic``
     draws the points at which classes and pool are split: a task then has any number of classes, perhaps none. Unlike
     the official code, this keeps the classes that do not divide by the number of tasks, and splits the pool alike for
     every class instead of sample by sample.
@@ -109,7 +109,7 @@ class SiBlurry(Shares):
     disjoint
         Share of classes that are disjoint, n in the paper, in [0, 1].
     blurry
-        Share of a blurry class's samples that are dealt out over all tasks, m in the paper, in [0, 1].
+        Share of a blurry class's samples that are spread over all tasks, m in the paper, in [0, 1].
     stochastic
         Whether the splits are drawn; otherwise they are equal.
     masking, online
