@@ -39,9 +39,11 @@ from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
+from fedcl.server.flower_strategy import FlowerAdapter
 from fedcl.server.loop import Server
 from fedcl.server.measurement import Known
 from fedcl.server.state import LoopOptions
+from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import Backend
 from fedcl.unlearning.service import Unlearning
 
@@ -98,19 +100,7 @@ def make_server(
     strategy = make_strategy(cfg, model, backend.nodes, work)
     if unlearning is not None:
         bind(unlearning.unlearner, work)
-    exchange = Exchange(
-        grid=backend.grid,
-        nodes=backend.nodes,
-        spec=model.spec,
-        log=recorder,
-        payloads=strategy.payloads,
-        cohorts=backend.cohorts,
-        commit_state=backend.states.commit if backend.states is not None else None,
-        erase=backend.erase,
-        release=backend.release,
-        max_update_norm=settings.max_update_norm,
-        num_tasks=setup.stream.num_tasks if settings.evaluation.iterations else 0,
-    )
+    exchange = _exchange(settings, setup, backend, model, strategy, recorder)
     arrivals = Arrivals(
         exchange,
         _clock(settings, backend),
@@ -138,6 +128,29 @@ def make_server(
     if backend.listen is not None:
         backend.listen(lambda kind, **fields: recorder.event(kind, **server.when(), **fields))
     return server
+
+
+def _exchange(
+    settings: Settings,
+    setup: Setup,
+    backend: Backend,
+    model: FlatModel,
+    strategy: Pipeline | FlowerAdapter,
+    recorder: Recorder,
+) -> Exchange:
+    return Exchange(
+        grid=backend.grid,
+        nodes=backend.nodes,
+        spec=model.spec,
+        log=recorder,
+        payloads=strategy.payloads,
+        cohorts=backend.cohorts,
+        commit_state=backend.states.commit if backend.states is not None else None,
+        erase=backend.erase,
+        release=backend.release,
+        max_update_norm=settings.max_update_norm,
+        num_tasks=setup.stream.num_tasks if settings.evaluation.iterations else 0,
+    )
 
 
 def _evaluator(settings: Settings, setup: Setup, model: FlatModel) -> Evaluator:
