@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fedcl.config.compose as config
+from fedcl.config.choices import groups_in
 from fedcl.config.compose import ConfigError, compose, kinds, list_choices
 from fedcl.config.conform import SPECIAL, rules_of
 from fedcl.config.overrides import Setting, parse
@@ -121,5 +122,5 @@ def test_every_odd_value_of_every_key(choices: Choices, files: dict[str, str]) -
             judge(choices, key, value, told or refusal(choices, key, value, files))
 
 
-GROUPS_OF_FILES = config._groups((Path(config.CONFIG_DIR),))
+GROUPS_OF_FILES = groups_in((Path(config.CONFIG_DIR),))
 assert set(PARTS) <= GROUPS.keys()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcl.assembly import client_runtime, local_training, simulated_data
+from fedcl.assembly import Settings, client_runtime, simulated_data
 from fedcl.base.randomness import torch_generator
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
@@ -158,7 +158,7 @@ def run_row(network: str, seed: int, rounds: int) -> Past:
         for client, part in zip(setup.clients, setup.partition.train, strict=True)
     }
     holders = {label: next(c for c in setup.clients if labels[c] == label) for label in range(10)}
-    work = LocalWork(runtime.model.copy(), local_training(cfg), setup.stream, setup.dataset.input_shape)
+    work = LocalWork(runtime.model.copy(), Settings.of(cfg).training, setup.stream, setup.dataset.input_shape)
     past = Past(runtime, setup.stream.train_task(0), work, holders, setup.clients, seed, [runtime.model.vector()])
     for server_round in range(rounds):
         chosen = select(setup.clients, CHOSEN, seed=seed, server_round=server_round)

@@ -6,7 +6,6 @@ Arivazhagan et al., "Federated Learning with Personalization Layers", arXiv 1912
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 import torch
@@ -15,14 +14,7 @@ from torch import Tensor
 from clients.strategies.kept import Kept
 from clients.strategies.local_sgd import train_epochs
 from fedcl.contracts.learner import Context
-from fedcl.models.flat import TensorSpec
-
-_HEAD = re.compile(r"(?:^|\.)heads?\.")  # as strategies.collaboration.fedper knows them
-
-
-def is_head(tensor: TensorSpec) -> bool:
-    """Whether ``tensor`` belongs to a head: ``head.*``, or ``heads.<k>.*`` where tasks have their own."""
-    return _HEAD.search(tensor.name) is not None
+from fedcl.models.flat import TensorSpec, is_head
 
 
 class FedPer(Kept):

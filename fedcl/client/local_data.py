@@ -7,13 +7,11 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from fedcl.client.restore import restore
 from fedcl.contracts.learner import TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
-from fedcl.scenario.materialise import materialise, retained, targets
+from fedcl.scenario.materialise import gather, restore
 from fedcl.scenario.task import Task
 
 
@@ -38,15 +36,11 @@ class LocalData(Protocol):
 
 
 def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task, device: torch.device) -> TaskData:
-    """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
-    held = retained(task, held, half.y)
-    y = half.y[held]
-    chosen = materialise(task, y)
-    raw = torch.from_numpy(half.x[held[chosen]])
-    x = restore(dataset, raw, task.transform).to(device)
-    columns = torch.from_numpy(np.ascontiguousarray(targets(task, y[chosen])))
-    stored = raw.to(device) if raw.dtype == torch.uint8 else None
-    return TaskData(x, columns.to(device), stored, functools.partial(restore, dataset), held[chosen])
+    """Return the samples of ``task`` among the positions ``held`` of ``half``, on ``device``."""
+    found = gather(dataset, half, held, task)
+    raw = found.raw.to(device) if found.raw.dtype == torch.uint8 else None
+    restored = functools.partial(restore, dataset)
+    return TaskData(found.x.to(device), found.y.to(device), raw, restored, found.positions)
 
 
 class PartitionedData:

@@ -2,13 +2,12 @@
 
 Hydra composes; this module adds what Hydra leaves open: the type of a plain value, the rules beside it
 (`fedcl.config.value_rules`), near misses of a key's name, and which code a ``_target_`` may name
-(`fedcl.config.instantiate`). It never imports torch, so a mistake is answered at once.
+(`fedcl.config.instantiate`). It never imports torch, so a mistake is reported at once.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import hashlib
 import json
@@ -29,12 +28,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedcl.config.checks import cross_check
+from fedcl.config.choices import description, groups_in, suggest
 from fedcl.config.conform import SPECIAL, conform, rule_at, rules_of
 from fedcl.config.instantiate import TARGET_KEY, build, plugin_directories, plugin_packages, targets_in
-from fedcl.config.layers import Groups, Layer, chosen, experiment, fitting, leaves
-from fedcl.config.overrides import Setting, in_quotes, parse, setting
+from fedcl.config.layers import Groups, Layer, chosen, experiment, fitting, leaves, typed
+from fedcl.config.overrides import Setting, in_quotes, setting
 from fedcl.config.pairs import check_pairs
-from fedcl.config.value_rules import ConfigError, is_path, short, show, takes_text
+from fedcl.config.value_rules import ConfigError, is_path, show, takes_text
 
 __all__ = [
     "CONFIG_DIR",
@@ -66,7 +66,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes:
     overrides
         Hydra overrides such as ``learner=[ewc,er]``, ``strategy/projection=none`` or ``client.epochs=2``.
     config_dirs
-        Folders with choices of one's own, laid out like ``configs/``. The built-in choices win over the same name.
+        Folders with the user's own choices, laid out like ``configs/``. The built-in choices win over the same name.
     changes
         Further overrides, before which settings of `overrides` give way that their choices do not take.
 
@@ -86,7 +86,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes:
 
 
 def remarks(overrides: Sequence[str], config_dirs: Sequence[Path] = (), changes: Sequence[str] = ()) -> list[str]:
-    """Return what is to be said of a configuration: settings that gave way, pairs that are better not combined.
+    """Return remarks on a configuration: settings that were left out, pairs that are better not combined.
 
     Parameters and errors are those of `compose`.
     """
@@ -106,7 +106,7 @@ def path_keys(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> fro
     Raises ConfigError for a choice that there is not.
     """
     roots = tuple(_roots(config_dirs))
-    groups = _groups(roots)
+    groups = groups_in(roots)
     choices, _ = chosen(_layers(overrides, (), groups), groups)
     return frozenset(_paths_in(_schema(roots, tuple(choices.values()))))
 
@@ -125,15 +125,15 @@ def list_choices(kind: str, config_dirs: Sequence[Path] = ()) -> list[tuple[str,
 
     The description is the YAML's first comment line. Raises ConfigError for an unknown group.
     """
-    groups = _groups(_roots(config_dirs))
+    groups = groups_in(_roots(config_dirs))
     if kind not in groups:
-        raise ConfigError(f"{kind}: no such kind{_suggest(kind, list(groups))}; known: {', '.join(sorted(groups))}")
-    return [(name, _description(file)) for name, file in sorted(groups[kind].items())]
+        raise ConfigError(f"{kind}: no such kind{suggest(kind, list(groups))}; known: {', '.join(sorted(groups))}")
+    return [(name, description(file)) for name, file in sorted(groups[kind].items())]
 
 
 def kinds(config_dirs: Sequence[Path] = ()) -> list[str]:
     """Return the names of the groups that have at least one choice."""
-    return sorted(group for group, options in _groups(_roots(config_dirs)).items() if options)
+    return sorted(group for group, options in groups_in(_roots(config_dirs)).items() if options)
 
 
 def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -162,15 +162,15 @@ def to_yaml(cfg: Mapping[str, Any]) -> str:
 def _compose(
     overrides: tuple[str, ...], changes: tuple[str, ...], folders: tuple[str, ...], cwd: str, config_dir: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the configuration, and what is to be said of it."""
-    del cwd  # part of the cache's key only: modules of one's own are looked for there
+    """Return the configuration, and remarks on it."""
+    del cwd  # part of the cache's key only: the user's modules are searched there
     roots = (Path(config_dir), *map(Path, folders))
     for folder in roots:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder")
-    groups = _groups(roots)
+    groups = groups_in(roots)
     layers = _layers(overrides, changes, groups)
-    choices, said = chosen(layers, groups)
+    choices, left_out = chosen(layers, groups)
     schema = _schema(roots, tuple(choices.values()))
     layers = [replace(layer, settings=tuple(_read(one, schema) for one in layer.settings)) for layer in layers]
 
@@ -183,18 +183,18 @@ def _compose(
     if plugins:
         cfg["trusted_packages"] = sorted({*cfg.get("trusted_packages", []), *plugins})
     cross_check(cfg)
-    return cfg, (*said, *more, *check_pairs(cfg, schema))
+    return cfg, (*left_out, *more, *check_pairs(cfg, schema))
 
 
 def _layers(overrides: Sequence[str], changes: Sequence[str], groups: Groups) -> list[Layer]:
-    typed = _split(overrides, groups, "the command line")
-    rest = [_split(changes, groups, "compare_with")] if changes else []
+    command_line = typed(overrides, groups, "the command line")
+    rest = [typed(changes, groups, "compare_with")] if changes else []
     names: list[Any] = []
-    for layer in (typed, *rest):
+    for layer in (command_line, *rest):
         if "experiment" in layer.choices:
             given = layer.choices.pop("experiment").partition("=")[2]
             names = [] if given == "null" else given.strip("[]").split(",")
-    return [*(experiment(name, groups["experiment"][name]) for name in names), typed, *rest]
+    return [*(experiment(name, groups["experiment"][name]) for name in names), command_line, *rest]
 
 
 def _with(
@@ -240,7 +240,7 @@ def _plain(composed: DictConfig, *, complete: bool) -> dict[str, Any]:
 
 
 def _hydra(roots: tuple[Path, ...], choices: tuple[str, ...]) -> DictConfig:
-    own = len(roots) > 1  # folders of one's own may change while the process lives
+    own = len(roots) > 1  # the user's folders may change while the process lives
     try:
         with _HYDRA_LOCK:
             return (_composed.__wrapped__ if own else _composed)(roots, choices)
@@ -261,42 +261,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(line for line in lines if "hydra.cc" not in line and not line.startswith("To append"))[:400]
 
 
-def _split(overrides: Sequence[str], groups: Groups, origin: str) -> Layer:
-    """Part the overrides into choices and values."""
-    choices: dict[str, str] = {}
-    values: list[Setting] = []
-    for text in overrides:
-        override = parse(text)
-        if override.is_sweep_override():
-            raise ConfigError(
-                f"{text}: one run takes one value; for a list write key=[a,b], for text {in_quotes(text)}"
-            )
-        if override.is_delete() or override.package is not None:
-            raise ConfigError(f"{text}: keys cannot be removed or moved, only set: key=value")
-        key = override.key_or_group
-        if key in groups:
-            choices[key] = _choice(key, override, groups[key])
-        elif override.is_add() or override.is_force_add():
-            raise ConfigError(f"{text}: keys cannot be added, only set: {text.lstrip('+')}")
-        else:
-            values.append(Setting(text, key, override))
-    return Layer(origin, choices, tuple(values))
-
-
-def _choice(group: str, override: Override, options: Mapping[str, Path]) -> str:
-    value = override.value()
-    names = value if isinstance(value, list) else [value]
-    if value is None and group == "experiment":
-        return f"{group}=null"
-    twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise ConfigError(f"{group}=[{','.join(map(str, names))}]: names {twice[0]} twice; write it once")
-    for name in names:
-        if str(name) not in options:
-            raise ConfigError(f"{group}={short(name)}: no such choice; available: {', '.join(sorted(options))}")
-    return f"{group}=[{','.join(map(str, names))}]" if isinstance(value, list) else f"{group}={value}"
-
-
 def _read(one: Setting, schema: Mapping[str, Any]) -> Setting:
     """Read the value of a setting that was typed as what the key's rule makes of it."""
     return setting(one.value, one.text, rule_at(schema, one.key)) if isinstance(one.value, Override) else one
@@ -308,7 +272,7 @@ def _misfit(one: Setting, schema: Mapping[str, Any], groups: Groups) -> str | No
     for place in [one.key, *inner]:
         if not _is_key(place, schema):
             known = [*(name for name, _ in leaves(schema)), *groups]
-            return f"{one.text}: no such key{_suggest(place, known)}"
+            return f"{one.text}: no such key{suggest(place, known)}"
     group = one.key.replace(".", "/")
     if group in groups and isinstance(one.value, str):
         return f"{one.text}: to choose another one write {group}={one.value}"
@@ -326,43 +290,10 @@ def _is_key(place: str, schema: Mapping[str, Any]) -> bool:
     parts = place.split(".")
     for i, part in enumerate(parts):
         if not isinstance(node, Mapping) or part not in node or part in SPECIAL:
-            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that nobody knows beforehand
+            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that are not known in advance
         node = node[part]
     return True
 
 
-def _suggest(key: str, known: Sequence[str]) -> str:
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        # Half-remembered settings are mostly remembered by their last word.
-        last = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return max(whole, 0.9 * last)
-
-    scores = {name: likeness(name) for name in known}
-    best = max(scores.values(), default=0.0)
-    near = sorted(name for name, score in scores.items() if score >= max(0.6, best - 0.05))[:3]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
 def _roots(config_dirs: Sequence[Path]) -> list[Path]:
     return [CONFIG_DIR, *map(Path, config_dirs)]
-
-
-def _groups(roots: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    groups: dict[str, dict[str, Path]] = {}
-    for root in roots:
-        for path in sorted(root.rglob("*")):
-            if path.is_dir():
-                groups.setdefault(path.relative_to(root).as_posix(), {})
-            elif path.suffix == ".yaml" and path.parent != root:
-                groups.setdefault(path.parent.relative_to(root).as_posix(), {}).setdefault(path.stem, path)
-    return groups
-
-
-def _description(file: Path) -> str:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            return line.lstrip("# ").strip()
-    return ""

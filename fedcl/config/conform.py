@@ -57,7 +57,7 @@ def conform(node: Mapping[str, Any], default: Mapping[str, Any], path: str = "")
 
 
 def rules_of(default: Mapping[str, Any], path: str = "") -> dict[str, Rule]:
-    """Return the rules that stand in a mapping, by parameter; ConfigError for one that is none."""
+    """Return the rules that stand in a mapping, by parameter; ConfigError for a malformed one."""
     place = f"{path}.{RULES_KEY}" if path else RULES_KEY
     written = default.get(RULES_KEY, {})
     if not isinstance(written, Mapping):
@@ -69,7 +69,7 @@ def rules_of(default: Mapping[str, Any], path: str = "") -> dict[str, Rule]:
 
 
 def rule_at(default: Mapping[str, Any], key: str) -> Rule | None:
-    """Return the rule of a dotted key, None where there is none."""
+    """Return the rule of a dotted key, None if it has none."""
     *parents, name = key.split(".")
     node: Any = default
     for parent in parents:

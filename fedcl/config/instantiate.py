@@ -143,7 +143,7 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
             continue
         try:
             spec = importlib.util.find_spec(top)
-        except ValueError:  # a module that was not imported from anywhere, as __main__
+        except ValueError:  # a module without an origin, such as __main__
             continue
         spec = spec or importlib.machinery.PathFinder.find_spec(top, [str(home) for home in homes])
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
@@ -155,9 +155,9 @@ def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list
 
 
 def plugin_directories(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> list[Path]:
-    """Where modules of one's own may lie: the current directory, each ``--config-dir`` and the folder around it.
+    """Return where a user's modules may be: the current directory, each ``--config-dir`` and the folder around it.
 
-    Who stands within a folder of ``outside`` has not put code there: the current directory is left out then.
+    The current directory is left out if it is within a folder of ``outside``: its code may be somebody else's.
     """
     here = Path(os.getcwd()).resolve()
     folders = [] if any(here.is_relative_to(Path(one).resolve()) for one in outside) else [Path(os.getcwd())]
@@ -167,7 +167,7 @@ def plugin_directories(config_dirs: Iterable[Path | str] = (), *, outside: Itera
 
 
 def add_plugin_paths(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> None:
-    """Let modules of one's own be imported; appended, so that none of them shadows an installed one."""
+    """Let the user's own modules be imported; appended, so that none of them shadows an installed one."""
     for folder in plugin_directories(config_dirs, outside=outside):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))

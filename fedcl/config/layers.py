@@ -1,7 +1,7 @@
-"""Who said what of a configuration: experiments, the command line, and what makes a run's reference, in this order.
+"""The layers of a configuration, in order: experiments, the command line, and the overrides of a run's reference.
 
 A setting was written for the choices of its day. Where a later layer chooses something else that does not take it, such
-as another strategy, the setting gives way, and that is said; one that never fitted is a mistake all the same.
+as another strategy, the setting is left out and a remark says so; one that never fitted is an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedcl.config.choices import choice
 from fedcl.config.conform import SPECIAL
-from fedcl.config.overrides import Setting
+from fedcl.config.overrides import Setting, in_quotes, parse
 from fedcl.config.value_rules import ConfigError, show
 
 Groups = Mapping[str, Mapping[str, Path]]
@@ -34,7 +35,7 @@ class Layer:
 
 
 def experiment(name: str, file: Path) -> Layer:
-    """Read an experiment, with those that it builds on; ConfigError if a file is none."""
+    """Read an experiment, with those that it builds on; ConfigError if a file is not an experiment."""
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
     for part_choices, part_values in _read(file):
@@ -42,6 +43,28 @@ def experiment(name: str, file: Path) -> Layer:
         values |= part_values
     settings = tuple(Setting(f"{key}={show(value)}", key, value) for key, value in values.items())
     return Layer(f"experiment={name}", choices, settings, file.parent)
+
+
+def typed(overrides: Sequence[str], groups: Groups, origin: str) -> Layer:
+    """Return the layer of overrides that were typed; ConfigError for one that is not an override of one run."""
+    choices: dict[str, str] = {}
+    values: list[Setting] = []
+    for text in overrides:
+        override = parse(text)
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{text}: one run takes one value; for a list write key=[a,b], for text {in_quotes(text)}"
+            )
+        if override.is_delete() or override.package is not None:
+            raise ConfigError(f"{text}: keys cannot be removed or moved, only set: key=value")
+        key = override.key_or_group
+        if key in groups:
+            choices[key] = choice(key, override, groups[key])
+        elif override.is_add() or override.is_force_add():
+            raise ConfigError(f"{text}: keys cannot be added, only set: {text.lstrip('+')}")
+        else:
+            values.append(Setting(text, key, override))
+    return Layer(origin, choices, tuple(values))
 
 
 def _read(file: Path) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
@@ -73,18 +96,18 @@ def _choice(written: str, value: Any) -> tuple[str, str]:
 
 
 def chosen(layers: Sequence[Layer], groups: Groups) -> tuple[dict[str, str], list[str]]:
-    """Return the choices of all layers, later ones before earlier ones, and what is to be said of those left out."""
+    """Return the choices of all layers, where later layers win, and a remark for each choice left out."""
     taken: dict[str, str] = {}
-    said: list[str] = []
+    remarks: list[str] = []
     for place, layer in enumerate(layers):
         for group, text in layer.choices.items():
             without = next((later for later in layers[place + 1 :] if _lacks(later, group, groups)), None)
             if without is not None:
                 parent = group.rpartition("/")[0]
-                said.append(f"{layer.origin}: {text.lstrip('+')} left out: {without.choices[parent]} has no {group}")
+                remarks.append(f"{layer.origin}: {text.lstrip('+')} left out: {without.choices[parent]} has no {group}")
                 continue
             taken[group] = "+" + text.lstrip("+") if taken.get(group, "").startswith("+") else text
-    return taken, said
+    return taken, remarks
 
 
 def _lacks(layer: Layer, group: str, groups: Groups) -> bool:
@@ -115,7 +138,7 @@ def fitting(
     schema_of: Callable[[Sequence[Layer]], Schema],
     misfit: Callable[[Setting, Schema], str | None],
 ) -> tuple[list[tuple[Layer, Setting]], list[str]]:
-    """Return the settings that hold, in their order, and what is to be said of those that give way.
+    """Return the settings that hold, in their order, and a remark for those that are left out.
 
     Parameters
     ----------
@@ -134,7 +157,7 @@ def fitting(
         For a setting that did not fit the choices of its own day either.
     """
     kept: list[tuple[Layer, Setting]] = []
-    gone: dict[tuple[str, str], list[str]] = {}
+    left_out: dict[tuple[str, str], list[str]] = {}
     for place, layer in enumerate(layers):
         before: Schema | None = None
         for one in layer.settings:
@@ -147,8 +170,8 @@ def fitting(
                 before = schema_of(layers[: place + 1]) if before is None else before
             if before is None or misfit(one, before) is not None:
                 raise ConfigError(why)
-            gone.setdefault((layer.origin, _displacing(one.key, later)), []).append(one.text)
-    return kept, [f"{origin}: {', '.join(texts)} left out: not for {by}" for (origin, by), texts in gone.items()]
+            left_out.setdefault((layer.origin, _displacing(one.key, later)), []).append(one.text)
+    return kept, [f"{origin}: {', '.join(texts)} left out: not for {by}" for (origin, by), texts in left_out.items()]
 
 
 def _displacing(key: str, choices: Mapping[str, str]) -> str:

@@ -38,7 +38,7 @@ def parse(text: str) -> Override:
     Raises
     ------
     ConfigError
-        If it is none, with the form in quotes that would be one.
+        If it is not an override; the message has the quoted form that would be one.
     """
     parser = OverridesParser.create()
     key, sign, value = text.partition("=")

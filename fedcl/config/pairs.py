@@ -1,4 +1,4 @@
-"""Settings that do not go together, as the YAML files say: ``_refuses_`` stops a run, ``_warns_`` is said.
+"""Settings that do not go together, as the YAML files say: ``_refuses_`` stops a run, ``_warns_`` prints a warning.
 
 Both stand beside the parameters of a mapping, in the file of the choice that knows. Each is a list of entries::
 
@@ -27,7 +27,7 @@ def check_pairs(cfg: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
     Raises
     ------
     ConfigError
-        At the first pair that is refused, and for an entry that is none.
+        At the first pair that is refused, and for a malformed entry.
     """
     for key in (REFUSES_KEY, WARNS_KEY):
         found = [text for place, entries in _lists(schema, key) for text in _seen(entries, cfg, place, key)]

@@ -10,7 +10,7 @@ A rule is a list of allowed values, or text::
            | "regex"                              text that is a regular expression
            | 'TEXT'                               this text and no other
            | "list" ["[" least ".." [most] "]"] "of" part
-           | "mapping of" part                    names that nobody knows beforehand
+           | "mapping of" part                    names that are not known in advance
            | "{" name ["?"] ":" rule {"," ...} "}"    "?": may be left out
            | "(" rule ")"
     range  = (">=" | ">" | "<=" | "<") bound  |  "in" ("[" | "(") bound "," bound ("]" | ")")
@@ -57,7 +57,7 @@ class ConfigError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on, for a reason that one line tells: the command ends with status 1, not a traceback."""
+    """A run that cannot continue, for a reason that fits on one line: the command exits with 1, without a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -47,20 +47,6 @@ def resolve(root: str | None) -> Path:
     return path
 
 
-def checked_limit(limit: int) -> int:
-    """Return ``limit``; ValueError unless it is at least 1."""
-    if limit < 1:
-        raise ValueError(f"data.source: a limit of {limit} samples must be null or >= 1")
-    return limit
-
-
-def checked_fraction(fraction: float) -> float:
-    """Return ``fraction``; ValueError unless it is in (0, 1)."""
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"data.source.test_fraction={fraction}: must be in (0, 1)")
-    return fraction
-
-
 def stratified(y: Codes, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Return a mask (N,) that is true for ``fraction`` of each class, rounded, for one sample and all but one at least.
 
@@ -107,7 +93,7 @@ def assemble(
     (x_train, y_train), (x_test, y_test) = halves
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         raise ConfigError(f"data.root={root}: train and test samples differ in shape or type")
-    codes, names, said = encode(root, (y_train, y_test), classes, vocabulary=vocabulary)
+    codes, names, more = encode(root, (y_train, y_test), classes, vocabulary=vocabulary)
     _check_normalisation(scale, mean, std, x_train.shape[1])
     return Dataset(
         train=ArrayDataset(x_train, codes[0], dict(meta[0])),
@@ -116,7 +102,7 @@ def assemble(
         scale=scale,
         mean=tuple(float(value) for value in mean),
         std=tuple(float(value) for value in std),
-        notes=(*notes, *said),
+        notes=(*notes, *more),
         vocabulary=vocabulary,
     )
 
@@ -132,7 +118,7 @@ def _check_normalisation(scale: float, mean: Sequence[float], std: Sequence[floa
 
 
 def check_halves(dataset: Dataset, root: object, *, train: bool = True, limited: bool = False) -> list[str]:
-    """Return what is to be said of a data set that a run is to learn from and to be tested on.
+    """Return notes on a data set that a run trains and tests on.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.assembly import Half, assemble, checked_limit, resolve
+from fedcl.data.assembly import Half, assemble, resolve
 from fedcl.data.dataset import Dataset
 from fedcl.data.reading import damaged, read_bytes
 
@@ -66,11 +66,10 @@ def cifar(
     halves: list[Half] = []
     meta: list[dict[str, NDArray[Any]]] = []
     for files, limit in zip(sources, (train_limit, test_limit), strict=True):
-        taken = None if limit is None else checked_limit(limit)
         batches = [_read(folder, name) for name in files]
-        x = np.concatenate([_images(folder, batch) for batch in batches])[:taken]
-        halves.append((x, _labels(folder, batches, key)[:taken]))
-        meta.append({"superclass": _labels(folder, batches, "coarse_labels")[:taken]} if hundred else {})
+        x = np.concatenate([_images(folder, batch) for batch in batches])[:limit]
+        halves.append((x, _labels(folder, batches, key)[:limit]))
+        meta.append({"superclass": _labels(folder, batches, "coarse_labels")[:limit]} if hundred else {})
     about = _read(folder, "meta" if hundred else "batches.meta")
     names = about.get(f"{labels}_label_names" if hundred else "label_names")
     if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):

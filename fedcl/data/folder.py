@@ -16,7 +16,6 @@ from fedcl.data.assembly import (
     Half,
     Size,
     assemble,
-    checked_fraction,
     resolve,
     stack_images,
     stratified,
@@ -74,8 +73,6 @@ def folder(
         Pillow is not installed, a folder is missing, there is no image, one is damaged, no file, of another size, or of
         a class that ``train`` lacks, or there is a ``test_fraction`` and a test folder.
     """
-    if test_fraction is not None:
-        checked_fraction(test_fraction)
     passed: list[str] = []
     train, test = _halves(resolve(root), root)
     files = _images(train, root, passed)
@@ -102,7 +99,7 @@ def folder(
 
 
 def _left_out(passed: Sequence[str]) -> list[str]:
-    """Return what is to be said of files and folders that are no class and no image."""
+    """Return notes on files and folders that are neither class nor image."""
     if not passed:
         return []
     more = f", ... ({len(passed)} in all)" if len(passed) > 10 else ""
@@ -136,7 +133,7 @@ def _visible(path: Path) -> bool:
 
 
 def _images(half: Path, root: str, passed: list[str]) -> dict[str, list[Path]]:
-    """Return the images of each class that has any; what is none is added to ``passed``."""
+    """Return the images of each class that has any; other files are added to ``passed``."""
     found: dict[str, list[Path]] = {}
     for each in entries(half, root):
         if not each.is_dir() or not _visible(each):

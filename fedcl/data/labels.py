@@ -18,7 +18,7 @@ _MOST = 1 << 16  # labels up to here are class numbers, however few samples ther
 def encode(
     root: object, labels: Sequence[NDArray[Any]], classes: Sequence[str] | None, *, vocabulary: bool = False
 ) -> tuple[list[Codes], tuple[str, ...], list[str]]:
-    """Return the labels of each half as codes (N,), the names of the classes, and what is to be said about them.
+    """Return the labels of each half as codes (N,), the names of the classes, and notes on them.
 
     Labels are whole numbers >= 0 of any type, strings, or one-hot rows (N, C); (N, 1) is (N,). Numbers are positions
     in ``classes`` if given, else their own names. Classes without a sample in any half are left out, the others keep

@@ -21,7 +21,7 @@ def natural_id(
 ) -> Partition:
     """Give each client all samples of one value of a meta column, or of several where there are more values.
 
-    Values are shuffled and dealt out in groups whose numbers of values differ by at most one; sizes are as they come. A
+    Values are shuffled and split into groups whose numbers of values differ by at most one; sizes are as they come. A
     client's test part is what the test half has of its values; where that is nothing, or the test half lacks the
     column, it follows the labels of the train part as with other partitioners.
 

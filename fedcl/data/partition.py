@@ -23,7 +23,6 @@ from fedcl.data.parts import (
     matching_test,
     repair,
     report,
-    require_positive,
     require_samples,
     with_matching_test,
 )
@@ -103,11 +102,8 @@ def dirichlet(
     Raises
     ------
     ValueError
-        ``alpha`` is not positive, or there are fewer than ``num_clients * min_samples`` samples.
+        There are fewer than ``num_clients * min_samples`` samples.
     """
-    require_positive("alpha", alpha)
-    if min_samples < 0:
-        raise ValueError(f"data.partition.min_samples={min_samples}: must be >= 0")
     require_samples(y_train, num_clients, min_samples)
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     for label in range(num_classes):
@@ -137,7 +133,7 @@ def dirichlet_client(
     """Give each client i its own mixture q_i ~ Dir(alpha * 1_C), and train and test parts of fixed size drawn from it.
 
     FedCAC's setting (Wu et al. 2023, official code: 500 train and 100 test samples, alpha 0.1). A client never holds a
-    sample twice. The official code lets clients share train samples; here each class is dealt out like a deck of cards,
+    sample twice. The official code lets clients share train samples; here each class is dealt like a deck of cards,
     so clients share samples of a class only after all of its samples have been dealt. Samples may remain unused. Test
     parts may overlap between clients. Where a class has too few samples for a client, its other classes fill up.
 
@@ -146,7 +142,6 @@ def dirichlet_client(
     ValueError
         ``alpha`` or a size is not positive, or a size exceeds the samples there are.
     """
-    require_positive("alpha", alpha)
     for key, size, available in (("train_size", train_size, len(y_train)), ("test_size", test_size, len(y_test))):
         if not 1 <= size <= available:
             raise ValueError(f"data.partition.{key}={size}: must be in [1, {available}], the samples there are")
@@ -210,10 +205,6 @@ def shards(
     ValueError
         There are more shards than samples, in a group or overall.
     """
-    if shards_per_client < 1:
-        raise ValueError(f"data.partition.shards_per_client={shards_per_client}: must be >= 1")
-    if per_classes is not None and per_classes < 1:
-        raise ValueError(f"data.partition.per_classes={per_classes}: must be null or >= 1")
     shuffled = rng.permutation(len(y_train))
     by_label = shuffled[np.argsort(y_train[shuffled], kind="stable")]
     groups = y_train[by_label] // (per_classes or num_classes)

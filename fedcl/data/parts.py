@@ -111,12 +111,6 @@ def draw(y: Labels, counts: NDArray[np.int64], rng: np.random.Generator) -> Indi
     return np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
 
 
-def require_positive(key: str, value: float) -> None:
-    """Raise ValueError unless the parameter ``key`` is positive."""
-    if not value > 0:
-        raise ValueError(f"data.partition.{key}={value}: must be > 0")
-
-
 def require_samples(y: Labels, num_clients: int, each: int) -> None:
     """Raise ValueError unless there are clients, and ``each`` samples, or one, for each of them."""
     most = len(y) // max(each, 1)

@@ -17,7 +17,7 @@ _LOUD = 32.0  # beyond, values are no normalised ones, and training on them is a
 
 
 class Samples(NamedTuple):
-    """Both halves as uint8 or float32, the factor that brings them to [0, 1], and what is to be said about them."""
+    """Both halves as uint8 or float32, the factor that brings them to [0, 1], and notes on them."""
 
     halves: tuple[NDArray[Any], NDArray[Any]]
     scale: float
@@ -46,7 +46,7 @@ def as_samples(
     Raises
     ------
     ConfigError
-        An array has another shape, no numbers, or values that are not finite, or the layout cannot be told.
+        An array has another shape, no numbers, or values that are not finite, or the layout is ambiguous.
     """
     for name, x in halves:
         if x.ndim not in (2, 3, 4) or x.dtype.kind not in "biuf" or not prod(x.shape[1:]):
@@ -67,12 +67,12 @@ def as_samples(
             f"data.root={root}: train and test samples differ in shape or type: {train.dtype}, {test.dtype}"
         )
     first, notes = _channels_first(root, train.shape, channels)
-    x_train, x_test, factor, said = _ranged(root, train, test, scale)
+    x_train, x_test, factor, more = _ranged(root, train, test, scale)
     if train.ndim == 3:
         x_train, x_test = x_train[:, None], x_test[:, None]
     elif not first:
         x_train, x_test = np.moveaxis(x_train, -1, 1), np.moveaxis(x_test, -1, 1)
-    return Samples((np.ascontiguousarray(x_train), np.ascontiguousarray(x_test)), factor, (*notes, *said))
+    return Samples((np.ascontiguousarray(x_train), np.ascontiguousarray(x_test)), factor, (*notes, *more))
 
 
 def _channels_first(root: object, shape: tuple[int, ...], channels: str | None) -> tuple[bool, list[str]]:
@@ -92,8 +92,8 @@ def _channels_first(root: object, shape: tuple[int, ...], channels: str | None) 
             f"data.root={root}: samples of shape {shape[1:]} may have their channels first or last; set "
             "data.source.channels=first or data.source.channels=last"
         )
-    said = f"samples of shape {shape[1:]} are taken for {a} channels first; data.source.channels=last if they are not"
-    return fits[0], [said] if fits[0] else []
+    note = f"samples of shape {shape[1:]} are taken for {a} channels first; data.source.channels=last if they are not"
+    return fits[0], [note] if fits[0] else []
 
 
 def _ranged(

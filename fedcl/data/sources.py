@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcl.config.value_rules import ConfigError
-from fedcl.data.assembly import assemble, checked_fraction, checked_limit, resolve, stratified
+from fedcl.data.assembly import assemble, resolve, stratified
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.data.labels import encode
 from fedcl.data.reading import Archive, opened_archive, read_idx
@@ -46,7 +46,6 @@ def digits(*, root: str | None = None, test_fraction: float = 0.2, seed: int = 0
     """
     if root is not None:
         raise ValueError(f"data.root={root}: must be null, data=digits is built in; use data=idx or data=npz for files")
-    checked_fraction(test_fraction)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -96,9 +95,8 @@ def idx(
         raise ValueError(f"data.root={root}: must be a folder with idx files")
     halves = []
     for prefix, limit in (("train", train_limit), ("t10k", test_limit)):
-        taken = None if limit is None else checked_limit(limit)
-        x = read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3, limit=taken)
-        y = read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1, limit=taken)
+        x = read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3, limit=limit)
+        y = read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1, limit=limit)
         halves.append((x[:, None], y.astype(np.int64)))
     return assemble(root, halves, scale=1 / 255, mean=mean, std=std, classes=classes)
 
@@ -151,26 +149,17 @@ def npz(
         not name the classes.
     """
     named = _names_of_arrays(keys)
-    if test_fraction is not None:
-        checked_fraction(test_fraction)
     with opened_archive(resolve(root), root) as archive:
         arrays, columns = _halves(root, archive, named, split=test_fraction is not None)
     if classes is None and "classes" in arrays:
         classes = [str(name) for name in arrays["classes"].ravel().tolist()]
     if test_fraction is not None:
         _split(root, arrays, columns, test_fraction, seed)
-    limits = {
-        "train": None if train_limit is None else checked_limit(train_limit),
-        "test": None if test_limit is None else checked_limit(test_limit),
-    }
-    samples = as_samples(
-        root,
-        [(named[f"x_{half}"], arrays[f"x_{half}"][:taken]) for half, taken in limits.items()],
-        channels=channels,
-        scale=scale,
-    )
-    labels = [arrays[f"y_{half}"][:taken] for half, taken in limits.items()]
-    meta = [{name: arrays[f"{name}_{half}"][:taken] for name in columns} for half, taken in limits.items()]
+    halves = {"train": train_limit, "test": test_limit}
+    images = [(named[f"x_{half}"], arrays[f"x_{half}"][:limit]) for half, limit in halves.items()]
+    samples = as_samples(root, images, channels=channels, scale=scale)
+    labels = [arrays[f"y_{half}"][:limit] for half, limit in halves.items()]
+    meta = [{name: arrays[f"{name}_{half}"][:limit] for name in columns} for half, limit in halves.items()]
     dataset = assemble(
         root,
         list(zip(samples.halves, labels, strict=True)),

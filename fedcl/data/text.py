@@ -52,14 +52,8 @@ def text(
     Raises
     ------
     ValueError
-        The file is missing or no text, nobody says enough, the alphabet lacks a character, or a parameter is out of
-        range.
+        The file is missing or no text, nobody says enough, or the alphabet lacks a character.
     """
-    if window < 1 or stride < 1 or not 0.0 < test_fraction < 1.0:
-        raise ValueError(
-            f"data.source.window={window}, data.source.stride={stride}, data.source.test_fraction={test_fraction}: "
-            "must be >= 1, >= 1 and in (0, 1)"
-        )
     speeches = _speeches(root, speaker)
     codes = _codes(speeches, alphabet)
     halves: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedcl.data.dataset import Dataset
 from fedcl.models.flat import FlatModel
-from fedcl.scenario.materialise import materialise, targets
+from fedcl.scenario.materialise import gather
 from fedcl.scenario.task import Stream, Task
-from fedcl.scenario.transforms import apply_transform
 
 
 class Evaluator:
@@ -74,10 +74,8 @@ class Evaluator:
         cached = self._samples.get(task.id)
         if cached is None:
             half = self._dataset.test
-            chosen = materialise(task, half.y)
-            x = apply_transform(torch.from_numpy(self._dataset.normalise(half.x[chosen])), task.transform)
-            y = torch.from_numpy(targets(task, half.y[chosen]))
-            cached = self._samples[task.id] = (x.contiguous().to(self._model.device), y.to(self._model.device))
+            found = gather(self._dataset, half, np.arange(len(half)), task)
+            cached = self._samples[task.id] = (found.x.to(self._model.device), found.y.to(self._model.device))
         return cached
 
     def _hits(self, task: Task, x: Tensor, y: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_HEAD = re.compile(r"(head|heads\.\d+)\.weight")
+_HEAD = re.compile(r"(?:^|\.)heads?\.")
+_HEAD_WEIGHT = re.compile(r"(head|heads\.\d+)\.weight")
 _HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
 
 
@@ -44,6 +45,11 @@ class TensorSpec:
     def size(self) -> int:
         """Number of elements."""
         return self.stop - self.start
+
+
+def is_head(tensor: TensorSpec) -> bool:
+    """Whether ``tensor`` belongs to a head: ``head.*``, or ``heads.<k>.*`` where tasks have their own."""
+    return _HEAD.search(tensor.name) is not None
 
 
 def _named_state(module: nn.Module) -> list[tuple[str, Tensor, Literal["parameter", "buffer"]]]:
@@ -134,7 +140,7 @@ class Spec:
         """
         sizes = {"model": self.size, "bitmask": -(-self.size // 8)}
         sizes["parameters"] = max((tensor.stop for tensor in self if tensor.kind == "parameter"), default=0)
-        heads = [tensor.shape for tensor in self if _HEAD.fullmatch(tensor.name) and len(tensor.shape) == 2]
+        heads = [tensor.shape for tensor in self if _HEAD_WEIGHT.fullmatch(tensor.name) and len(tensor.shape) == 2]
         if heads:
             sizes |= {"columns": sum(columns for columns, _ in heads), "features": heads[0][1]}
         return sizes

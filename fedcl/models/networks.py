@@ -45,18 +45,11 @@ class RandomLayer(nn.Module):
 class Dropout(RandomLayer):
     """Inverted dropout: zeroes an entry with probability ``p``, divides the others by 1 - p; the identity in eval mode.
 
-    Raises
-    ------
-    ValueError
-        ``p`` is outside [0, 1).
-    RuntimeError
-        Training forward pass before ``set_generator``.
+    RuntimeError for a forward pass in training before ``set_generator``.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"model.dropout={p}: must be in [0, 1)")
         self.p = float(p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +141,7 @@ class Network(nn.Module):
         Raises
         ------
         ValueError
-            The file does not fit, or the expression is none, matches nothing, or leaves nothing to train.
+            The file does not fit, or the expression is not valid, matches nothing, or leaves nothing to train.
         """
         if pretrained is not None:
             load_weights(self, pretrained)
@@ -224,8 +217,6 @@ class MLP(Network):
         freeze: str | None = None,
     ) -> None:
         super().__init__()
-        if any(width < 1 for width in hidden):
-            raise ValueError(f"model.hidden={list(hidden)}: widths must be >= 1")
         if dropout is not None and len(dropout) != len(hidden):
             raise ValueError(f"model.dropout={list(dropout)}: must be null or one entry for each of model.hidden")
         widths = [prod(input_shape), *hidden]

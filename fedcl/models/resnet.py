@@ -11,8 +11,6 @@ from torch.nn import functional
 
 from fedcl.models.networks import Network, Output
 
-NORMS = ("group", "batch", "none")
-
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Torch's batch norm, but for two things that torch refuses.
@@ -20,7 +18,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     While training, a batch with a single value a channel: a client with one sample, or one left over in its last batch,
     meets it where images have shrunk to 1x1. Its variance is not defined, so it is normalised by the running
     statistics, which stay as they are. In evaluation, statistics that are part of a vector one differentiates by, as
-    when a server plays a client's steps through: they count as constants there.
+    when a server repeats a client's steps: they count as constants there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ class ResNet(Network):
     Raises
     ------
     ValueError
-        The samples are no images, or a parameter is none of the above.
+        The samples are not images, or the groups do not divide the width.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class ResNet(Network):
         freeze: str | None = None,
     ) -> None:
         super().__init__()
-        _check(input_shape, blocks, width, stem, norm, groups)
+        _check(input_shape, width, norm, groups)
         channels = input_shape[0]
         if stem == "small":
             self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -139,14 +137,8 @@ def _norm(channels: int, norm: str, groups: int) -> nn.Module:
     return BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
-def _check(input_shape: Sequence[int], blocks: Sequence[int], width: int, stem: str, norm: str, groups: int) -> None:
+def _check(input_shape: Sequence[int], width: int, norm: str, groups: int) -> None:
     if len(input_shape) != 3:
         raise ValueError(f"model=resnet: samples of shape {tuple(input_shape)} do not fit; needs images (C, H, W)")
-    if not blocks or min(blocks) < 1:
-        raise ValueError(f"model.blocks={list(blocks)}: must be at least one stage, each with at least one block")
-    if stem not in ("small", "imagenet"):
-        raise ValueError(f"model.stem={stem}: must be small or imagenet")
-    if norm not in NORMS:
-        raise ValueError(f"model.norm={norm}: must be one of {', '.join(NORMS)}")
-    if width < 1 or (norm == "group" and (groups < 1 or width % groups)):
+    if norm == "group" and width % groups:
         raise ValueError(f"model.width={width}, model.groups={groups}: the groups must divide the width")

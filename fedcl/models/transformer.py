@@ -67,11 +67,9 @@ class Transformer(Network):
         Raises
         ------
         ValueError
-            A number is not positive, or the attention heads do not divide the width.
+            The attention heads do not divide the width.
         """
-        if dim < 1 or depth < 1:
-            raise ValueError(f"model.dim={dim}, model.depth={depth}: must be >= 1")
-        if attention_heads < 1 or dim % attention_heads:
+        if dim % attention_heads:
             raise ValueError(f"model.attention_heads={attention_heads}: must divide model.dim={dim}")
         self.positions = nn.Parameter(0.02 * torch.randn(tokens, dim))
         self.dropout = Dropout(dropout)
@@ -131,7 +129,7 @@ class ViT(Transformer):
         if len(input_shape) != 3:
             raise ValueError(f"model=vit: samples of shape {tuple(input_shape)} do not fit; needs images (C, H, W)")
         channels, height, width = input_shape
-        if patch < 1 or height % patch or width % patch:
+        if height % patch or width % patch:
             raise ValueError(f"model.patch={patch}: must divide the image's height {height} and width {width}")
         tokens = (height // patch) * (width // patch)
         self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
@@ -151,7 +149,7 @@ class CodeEmbedding(nn.Module):
     """A vector for each character code, which comes as a float like every sample.
 
     Between two whole codes it interpolates linearly, and beyond the alphabet it stays at the end. No text holds such
-    codes; they are met by methods that differentiate with respect to samples or add noise to them.
+    codes; they matter to methods that differentiate with respect to samples or add noise to them.
     """
 
     def __init__(self, vocabulary: int, dim: int) -> None:

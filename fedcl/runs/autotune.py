@@ -50,7 +50,7 @@ def chosen(
 
 
 def note_unstacked(cfg: Config, setup: Setup) -> None:
-    """Say on standard error, once a run, why clients are trained one after another although ``engine=stack``."""
+    """Explain on standard error, once a run, why clients are trained one after another although ``engine=stack``."""
     if cfg["engine"] != "stack":
         return
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
@@ -62,24 +62,24 @@ def note_unstacked(cfg: Config, setup: Setup) -> None:
 
 
 def measured(cfg: Config, setup: Setup) -> dict[str, float]:
-    """Return the processor seconds of a client's training in the first task, by engine that can be used.
+    """Return the processor seconds of a client's training in the first task, for each engine that can be used.
 
-    Every engine trains the same clients (up to a block of them), in turn; its quickest turn counts.
+    Every engine trains the same clients (up to a block of them), in turn; its fastest run counts.
     """
     runtimes = {name: _runtime({**cfg, "engine": name}, setup) for name in CHOICES}
     runtime = runtimes["stack"]
     if stacks("stack", runtime.model, [build() for build in runtime.plugins.values()]) is not None:
         del runtimes["stack"]
-    asked = _requests(setup, runtime)
+    requests = _requests(setup, runtime)
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
-    for _ in range(REPEATS + 1):  # the first turn warms up
+    for _ in range(REPEATS + 1):  # the first run warms up
         for name, one in runtimes.items():
             started = time.process_time()
-            for reply in one.train(asked, MemoryStateStore()):
+            for reply in one.train(requests, MemoryStateStore()):
                 if isinstance(reply, Exception):
                     raise reply
             seconds[name].append(time.process_time() - started)
-    return {name: min(times[1:]) / max(len(asked), 1) for name, times in seconds.items()}
+    return {name: min(times[1:]) / max(len(requests), 1) for name, times in seconds.items()}
 
 
 def _runtime(cfg: Config, setup: Setup) -> ClientRuntime:

@@ -1,4 +1,4 @@
-"""A run from configuration to results: checked before anything is written, played, compared, reported."""
+"""A run from configuration to results: checked before anything is written, run, compared, reported."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(
 def check(
     cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], dataset: Dataset | None = None
 ) -> tuple[Setup, Config | None]:
-    """Return a run prepared, and its reference's configuration or None; nothing is written.
+    """Return a run's setup, and its reference's configuration or None; nothing is written.
 
     ``dataset`` saves loading what is loaded already. Raises ConfigError if the configuration does not fit the data.
     """
@@ -90,14 +90,14 @@ def check(
 
 
 def resume(run_dir: Path, force: bool, quiet: bool, grid: FlowerGrid | None = None, trust: Trust | None = None) -> Path:
-    """Go on with an interrupted run from its last checkpoint; a finished one is only summarised again.
+    """Continue an interrupted run from its last checkpoint; a finished one is only summarised again.
 
     ``trust`` says whose code the folder may run besides fedcl's.
 
     Raises
     ------
     ConfigError
-        If another process is at work in the folder, or the folder holds no usable checkpoint, or, without ``force``, if
+        If another process is using the folder, or the folder holds no usable checkpoint, or, without ``force``, if
         the settings or the versions that decide the run's bits have changed since it began.
     """
     with hold(run_dir):
@@ -116,25 +116,25 @@ def go_on(run: Launched, *, force: bool, quiet: bool, grid: FlowerGrid | None = 
     waiting = unanswered(run_dir)
     if waiting or not done:
         setup = Setup.of(cfg)
-        # one who came when all rounds were over may have chosen another unlearner
+        # a request that came after the last round may have chosen another unlearner
         over = done or _next_round(run_dir) == setup.schedule.num_rounds
         overrides = next((line.overrides for line in waiting), ()) if over else ()
         serving = with_unlearner(run, overrides)
         run_session(serving, setup, run_dir, quiet=quiet, resuming=True, grid=grid, own=None if serving is cfg else cfg)
     else:
-        mend(run_dir)
+        repair(run_dir)
     reference = reference_config(cfg, run.launch["overrides"], run.compose)
     finish(cfg, reference, run_dir, run.launch, quiet)
 
 
 def unanswered(run_dir: Path) -> list[Line]:
-    """Return the requests handed in to a run that its newest checkpoint does not know of."""
-    handed_in, checkpoints = lines(run_dir), Checkpoints(run_dir)
-    if not handed_in or not checkpoints.begun():
-        return handed_in
+    """Return the requests submitted to a run that its newest checkpoint does not know of."""
+    submitted, checkpoints = lines(run_dir), Checkpoints(run_dir)
+    if not submitted or not checkpoints.begun():
+        return submitted
     state = checkpoints.load()[0]["server"].get("unlearning", {})
     answered = state.get("queue", {}).get("answered", {})
-    return [line for line in handed_in if line.fault is None and line.request.to_json() not in answered]
+    return [line for line in submitted if line.fault is None and line.request.to_json() not in answered]
 
 
 def _next_round(run_dir: Path) -> int:
@@ -145,7 +145,7 @@ def _next_round(run_dir: Path) -> int:
 def with_unlearner(run: Launched, overrides: Sequence[str]) -> Config:
     """Return the configuration of a run that is over with another unlearner; its own without ``overrides``.
 
-    What it had planned has been answered by its own, and is left out.
+    Its planned requests are left out: its own unlearner has processed them.
 
     Raises
     ------
@@ -169,13 +169,13 @@ def with_unlearner(run: Launched, overrides: Sequence[str]) -> Config:
     return {**cfg, **own, "trusted_packages": trusted}
 
 
-def mend(run_dir: Path) -> None:
-    """Write again what can be made from the tables of a run that is done, where it is missing or damaged.
+def repair(run_dir: Path) -> None:
+    """Rewrite the files of a finished run that are missing or damaged and follow from its tables.
 
     Raises
     ------
     ConfigError
-        If that needs a file that is damaged too.
+        If that needs a file that is damaged as well.
     """
     for table, columns in ((schema.METRICS, schema.METRIC_COLUMNS), (schema.TIMINGS, schema.TIMING_COLUMNS)):
         lines, parquet = run_dir / f"{table}.jsonl", run_dir / f"{table}.parquet"
@@ -207,7 +207,7 @@ def _is_lost(path: Path) -> bool:
 
 
 def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[str, Any], quiet: bool) -> None:
-    """Play the reference run if it is still to be played, add it to the summary, draw and print the report."""
+    """Run the reference unless it is done, add it to the summary, draw and print the report."""
     folder = run_dir / REFERENCE
     if reference is not None and reading.status(folder) != "done":
         resuming = (folder / schema.CONFIG).exists()
@@ -216,7 +216,7 @@ def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[st
             begin(reference, folder, launch)
         run_session(reference, Setup.of(reference), folder, quiet=quiet, resuming=resuming, requests_from=run_dir)
     if reference is not None:
-        mend(folder)
+        repair(folder)
         add_reference(run_dir, folder)
     finished = load(run_dir)
     page = _page(finished) if cfg["figures"] else None
@@ -227,7 +227,7 @@ def finish(cfg: Config, reference: Config | None, run_dir: Path, launch: dict[st
 
 
 def _page(run: Run) -> Path:
-    from fedcl.results import html  # matplotlib takes longer to import than a short run to play
+    from fedcl.results import html  # importing matplotlib takes longer than a short run
 
     return html.write(run, defaults=compose([]))
 
@@ -235,7 +235,7 @@ def _page(run: Run) -> Path:
 def reference_config(
     cfg: Config, overrides: Sequence[str], composed: Callable[[Sequence[str], Sequence[str]], Config]
 ) -> Config | None:
-    """Return the configuration of the run to compare with, or None where there is none or it is this run itself."""
+    """Return the configuration of the run to compare with, or None if there is none or it is this run itself."""
     if cfg["compare_with"] is None:
         return None
     try:
@@ -255,17 +255,17 @@ def _reference_changes(cfg: Config) -> list[str]:
 
 
 def _remarks(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
-    """Return what is to be said of a run's configuration, and of its reference's where that differs."""
-    said = remarks(overrides, config_dirs)
+    """Return remarks on a run's configuration, and on its reference's where that differs."""
+    found = remarks(overrides, config_dirs)
     if reference_config(cfg, overrides, functools.partial(_composed, config_dirs)) is not None:
         more = remarks(overrides, config_dirs, _reference_changes(cfg))
-        said += [f"reference: {text}" for text in more if text not in said]
-    return said
+        found += [f"reference: {text}" for text in more if text not in found]
+    return found
 
 
 @contextmanager
 def new_folder(cfg: Config) -> Iterator[Path]:
-    """Make the folder of a new run, and hold it.
+    """Make the folder of a new run, and lock it.
 
     Raises
     ------
@@ -277,11 +277,11 @@ def new_folder(cfg: Config) -> Iterator[Path]:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     with hold(run_dir):
-        refuse_used(run_dir)  # again: another may have begun there before it was held
+        refuse_used(run_dir)  # again: another run may have started there before the folder was locked
         yield run_dir
 
 
 def begin(cfg: Config, folder: Path, launch: dict[str, Any]) -> None:
-    """Write what a run is, and how it was asked for."""
+    """Write a run's configuration, and how it was started."""
     env = {**environment(cfg["seed"], str(device_of(cfg))), "launch": launch, "config_hash": config_hash(cfg)}
     write_launch(folder, to_yaml(cfg), launch["overrides"], env)

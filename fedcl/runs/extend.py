@@ -207,10 +207,8 @@ def _refuse_horizons(cfg: Config, longer: Config, old: Setup, new: Setup) -> Non
 
 def _strategy(cfg: Config, setup: Setup) -> Any:
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
-    strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(setup.clients)})
-    if isinstance(strategy, Pipeline):
-        strategy.bind(local_work(cfg, model, setup.stream, setup.schedule, setup.dataset.input_shape))
-    return strategy
+    work = local_work(cfg, model, setup.stream, setup.schedule, setup.dataset.input_shape)
+    return make_strategy(cfg, model, {client: i for i, client in enumerate(setup.clients)}, work)
 
 
 def _begin(run_dir: Path, folder: Path, saved: Saved, old: Setup, new: Setup) -> None:

@@ -1,4 +1,4 @@
-"""A run before it is written down: data, parts, tasks and rounds, and the server that plays them."""
+"""What a run needs before anything is written: data, partition, tasks and rounds, and the server that runs them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedcl.assembly import (
+    Settings,
     bind,
     check_dataset,
     check_model,
@@ -25,9 +26,7 @@ from fedcl.assembly import (
     make_steps,
     make_strategy,
     make_stream,
-    make_unlearner,
     participants,
-    probed_tasks,
     split_dataset,
 )
 from fedcl.config.compose import Config
@@ -40,28 +39,32 @@ from fedcl.results.recorder import Recorder
 from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals, Clock, VirtualClock, WallClock
 from fedcl.server.exchange import Exchange
+from fedcl.server.flower_strategy import FlowerAdapter
 from fedcl.server.loop import Server
 from fedcl.server.measurement import Known
-from fedcl.server.rounds import RoundOptions
 from fedcl.server.state import LoopOptions
+from fedcl.server.strategy import Pipeline
 from fedcl.simulation.backend import Backend
 from fedcl.unlearning.service import Unlearning
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is known before anything is written: data, parts, tasks and rounds."""
+    """Data, partition, tasks and rounds of a run."""
 
     dataset: Dataset
     partition: Partition
     stream: Stream
     schedule: Schedule
     clients: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # what is to be said of the data
+    notes: tuple[str, ...] = ()  # on the data, for the user
 
     @classmethod
     def of(cls, cfg: Config, dataset: Dataset | None = None) -> Setup:
-        """Build it, refusing whatever does not fit together; ``dataset`` saves loading what is loaded already."""
+        """Build it, and everything that a run builds later, to refuse what does not fit together.
+
+        ``dataset`` saves loading what is loaded already.
+        """
         torch.set_num_threads(1)
         device_of(cfg)
         dataset = dataset or load_dataset(cfg)
@@ -72,15 +75,12 @@ class Setup:
         schedule = make_schedule(cfg, stream)
         model = make_model(cfg, dataset, stream, torch.device("cpu"))
         check_model(cfg, dataset, stream, model)
-        learner_factories(cfg)
-        strategy = make_strategy(cfg, model, {client: i for i, client in enumerate(clients)})
         work = local_work(cfg, model, stream, schedule, dataset.input_shape)
-        bind(strategy, work)
+        make_strategy(cfg, model, {client: i for i, client in enumerate(clients)}, work)
         make_queue(cfg, stream, schedule, dataset)
         make_devices(cfg)
         if cfg["unlearning"]["requests"]:
-            check_unlearner(cfg, model)
-            bind(make_unlearner(cfg), work)
+            check_unlearner(cfg, model, work)
         return cls(dataset, partition, stream, schedule, clients, notes)
 
 
@@ -93,29 +93,18 @@ def make_server(
     unlearning: Unlearning | None = None,
     evaluate: bool = True,
 ) -> Server:
-    """Wire the server over an open backend."""
+    """Build the server over an open backend."""
+    settings = Settings.of(cfg)
     model = make_model(cfg, setup.dataset, setup.stream, device_of(cfg))
-    strategy = make_strategy(cfg, model, backend.nodes)
     work = local_work(cfg, model, setup.stream, setup.schedule, setup.dataset.input_shape)
-    for part in (strategy, *(() if unlearning is None else (unlearning.unlearner,))):
-        bind(part, work)
-    exchange = Exchange(
-        grid=backend.grid,
-        nodes=backend.nodes,
-        spec=model.spec,
-        log=recorder,
-        payloads=strategy.payloads,
-        cohorts=backend.cohorts,
-        commit_state=backend.states.commit if backend.states is not None else None,
-        erase=backend.erase,
-        release=backend.release,
-        max_update_norm=cfg["max_update_norm"],
-        num_tasks=probed_tasks(cfg, setup.stream),
-    )
+    strategy = make_strategy(cfg, model, backend.nodes, work)
+    if unlearning is not None:
+        bind(unlearning.unlearner, work)
+    exchange = _exchange(settings, setup, backend, model, strategy, recorder)
     arrivals = Arrivals(
         exchange,
-        _clock(cfg, backend),
-        cfg["seed"],
+        _clock(settings, backend),
+        settings.seed,
         make_devices(cfg),
         make_steps(cfg, setup.dataset, setup.partition),
     )
@@ -129,10 +118,10 @@ def make_server(
         initial=model.vector(),
         clients=setup.clients,
         record=recorder,
-        evaluator=_evaluator(cfg, setup, model) if evaluate else None,
-        options=_loop_options(cfg),
+        evaluator=_evaluator(settings, setup, model) if evaluate else None,
+        options=_loop_options(cfg, settings),
         statistics=make_statistics(cfg, model),
-        known=_known(cfg, setup, model),
+        known=_known(cfg, settings, setup, model),
         compute=backend.compute,
         unlearning=unlearning,
     )
@@ -141,44 +130,56 @@ def make_server(
     return server
 
 
-def _evaluator(cfg: Config, setup: Setup, model: FlatModel) -> Evaluator:
-    return Evaluator(setup.dataset, setup.stream, model, batch_size=cfg["evaluation"]["batch_size"])
+def _exchange(
+    settings: Settings,
+    setup: Setup,
+    backend: Backend,
+    model: FlatModel,
+    strategy: Pipeline | FlowerAdapter,
+    recorder: Recorder,
+) -> Exchange:
+    return Exchange(
+        grid=backend.grid,
+        nodes=backend.nodes,
+        spec=model.spec,
+        log=recorder,
+        payloads=strategy.payloads,
+        cohorts=backend.cohorts,
+        commit_state=backend.states.commit if backend.states is not None else None,
+        erase=backend.erase,
+        release=backend.release,
+        max_update_norm=settings.max_update_norm,
+        num_tasks=setup.stream.num_tasks if settings.evaluation.iterations else 0,
+    )
 
 
-def _known(cfg: Config, setup: Setup, model: FlatModel) -> Known:
+def _evaluator(settings: Settings, setup: Setup, model: FlatModel) -> Evaluator:
+    return Evaluator(setup.dataset, setup.stream, model, batch_size=settings.evaluation.batch_size)
+
+
+def _known(cfg: Config, settings: Settings, setup: Setup, model: FlatModel) -> Known:
     """Return what training costs, counted once, and where updates may be late which classes each client holds."""
     forward = flops(model.module, setup.dataset.input_shape)
     # forward, and backward to inputs and to weights: three matrix products of one size
     costs = {"parameters": float(model.num_parameters), "flops_per_sample": 3.0 * forward}
     counts = {}
-    if _is_late(cfg):
+    if settings.is_late:
         for client, held in zip(client_ids(cfg), setup.partition.train, strict=True):
             labels, sizes = np.unique(setup.dataset.train.y[held], return_counts=True)
             counts[client] = {int(label): int(size) for label, size in zip(labels, sizes, strict=True)}
     return Known(costs, counts)
 
 
-def _is_late(cfg: Config) -> bool:
-    return cfg["async"]["buffer"] is not None or cfg["async"]["deadline"] is not None
-
-
-def _clock(cfg: Config, backend: Backend) -> Clock:
+def _clock(settings: Settings, backend: Backend) -> Clock:
     """Return the clock of the run: the wall's only where real devices are late, so that synchronous runs agree."""
-    return WallClock() if _is_late(cfg) and backend.states is None else VirtualClock()
+    return WallClock() if settings.is_late and backend.states is None else VirtualClock()
 
 
-def _loop_options(cfg: Config) -> LoopOptions:
-    rounds = RoundOptions(
-        seed=cfg["seed"],
-        clients_per_round=cfg["clients_per_round"],
-        min_replies=cfg["min_replies"],
-        retries=cfg["round_retries"],
-        **cfg["async"],
-    )
+def _loop_options(cfg: Config, settings: Settings) -> LoopOptions:
     return LoopOptions(
-        rounds=rounds,
-        evaluate_every=cfg["evaluation"]["every"],
-        personal_evaluation=cfg["evaluation"]["personal"],
+        rounds=settings.rounds,
+        evaluate_every=settings.evaluation.every,
+        personal_evaluation=settings.evaluation.personal,
         boundary_visits=any(defines(build(), "after_task") for build in learner_factories(cfg).values()),
         device=device_of(cfg),
     )

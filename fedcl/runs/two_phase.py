@@ -39,11 +39,11 @@ class Launch:
     config_dirs: tuple[Path, ...]
 
     def config(self, extra: Sequence[str]) -> Config:
-        """Compose one run's configuration; ConfigError if it is none."""
+        """Compose one run's configuration; ConfigError if it is wrong."""
         return compose([*self.overrides, *extra], self.config_dirs)
 
     def run(self, folder: Path, extra: Sequence[str]) -> dict[str, float]:
-        """Return the summary of a run in ``folder``: played, gone on with, or read where it is done."""
+        """Return the summary of a run in ``folder``: the run is started, resumed, or read where it is done."""
         if reading.status(folder) != "done":
             settings = [*self.overrides, *extra, as_text("run_dir", folder)]
             if (folder / schema.CONFIG).is_file():
@@ -54,7 +54,7 @@ class Launch:
 
 
 def two_phase(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path], quiet: bool) -> Path:
-    """Play both phases into one folder and return it; in a folder that holds the same plan, go on.
+    """Run both phases in one folder and return it; in a folder that holds the same plan, continue.
 
     ``protocol.json`` has every candidate's metric and, for each key of the summary, mean and 95 % interval over the
     evaluation's seeds; ``best.yaml`` the settings chosen.
@@ -62,7 +62,7 @@ def two_phase(cfg: Config, overrides: Sequence[str], config_dirs: Sequence[Path]
     Raises
     ------
     ConfigError
-        If the plan is no plan, the two data sets are one, or the folder holds another plan; nothing is written then.
+        If the two data sets are one, or the folder holds another plan; nothing is written then.
     """
     plan = cfg["protocol"]
     own = [text for text in overrides if not text.lstrip("+~").startswith(("protocol", "run_dir", "seed="))]
@@ -100,31 +100,12 @@ def _both_phases(
 
 
 def _candidates(plan: Mapping[str, Any]) -> list[list[str]]:
-    """Return every combination of the search's values, each as overrides.
-
-    Raises
-    ------
-    ConfigError
-        If one of the lists is none, empty, or not of what it should hold.
-    """
-    for key, kind in (
-        ("tune_on", str),
-        ("evaluate_on", str),
-        ("search", str),
-        ("tune_seeds", int),
-        ("evaluate_seeds", int),
-    ):
-        values = plan[key]
-        if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
-            example = '["data=mnist"]' if kind is str else "[0, 1, 2]"
-            raise ConfigError(f"protocol.{key}={values}: must be a list such as {example}")
+    """Return every combination of the search's values, each as overrides; ConfigError if ``evaluate_on`` is empty."""
+    if not plan["evaluate_on"]:
+        raise ConfigError("protocol.evaluate_on=[]: must be a list such as ['data=mnist']")
     options = []
     for text in plan["search"]:
         key, _, values = text.partition("=")
-        if not key or not values:
-            raise ConfigError(
-                f"protocol.search={plan['search']}: must be a list such as ['client.optimizer.lr=0.1,0.3']"
-            )
         options.append([f"{key}={value}" for value in values.split(",")])
     return [list(choice) for choice in product(*options)]
 

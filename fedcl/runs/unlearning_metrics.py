@@ -14,6 +14,7 @@ from torch import Tensor
 from fedcl.assembly import device_of, make_model, simulated_data
 from fedcl.base.randomness import numpy_generator, torch_generator
 from fedcl.client.forgetting import part
+from fedcl.client.local_data import task_samples
 from fedcl.config.compose import Config
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import TaskData
@@ -149,9 +150,7 @@ class SimulatedMetrics:
 
     def _held(self, positions: Indices, task: Task, device: torch.device, dataset: Dataset | None = None) -> TaskData:
         dataset = self.setup.dataset if dataset is None else dataset
-        half = replace(dataset, train=dataset.test)
-        data = simulated_data(half, replace(self.setup.partition, train=(positions,), test=(positions,)), ("test",))
-        return data.train("test", replace(task, portions=None), device)
+        return task_samples(dataset, dataset.test, positions, replace(task, portions=None), device)
 
     def _fewer(self, pairs: list[tuple[Task, TaskData]]) -> list[tuple[Task, TaskData]]:
         """Return a random part of many samples, always the same."""

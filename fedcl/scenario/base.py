@@ -1,9 +1,9 @@
-"""What streams are made of: a finished list of tasks, and the policy that says which columns a prediction has."""
+"""What streams are made of: a list of tasks, and the policy that says which columns a prediction has."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -34,62 +34,35 @@ def ordered_classes(class_order: ClassOrder, num_classes: int, seed: int) -> lis
     return list(class_order)
 
 
-def require_tasks(num_tasks: int) -> None:
-    """Raise ValueError for fewer than one task."""
-    if num_tasks < 1:
-        raise ValueError(f"scenario.num_tasks={num_tasks}: must be >= 1")
-
-
-def require_share(name: str, value: float, *, least: float = 0.0, most: float = 1.0) -> None:
-    """Raise ValueError unless ``scenario.<name>`` lies in [least, most]."""
-    if not least <= value <= most:
-        raise ValueError(f"scenario.{name}={value}: must be in [{least:g}, {most:g}]")
-
-
-def class_groups(
-    num_tasks: int, increments: Sequence[int] | None, class_order: ClassOrder, num_classes: int, seed: int
-) -> list[tuple[int, ...]]:
-    """Return the new classes of each task: equally many, or as many as ``increments`` says, perhaps none.
-
-    Raises
-    ------
-    ValueError
-        The classes cannot be shared out like that.
-    """
-    require_tasks(num_tasks)
-    order = ordered_classes(class_order, num_classes, seed)
-    if increments is None:
-        if num_classes % num_tasks:
-            raise ValueError(
-                f"scenario.num_tasks={num_tasks}: must divide the {num_classes} classes, unless scenario.increments "
-                f"says how many each task brings"
-            )
-        sizes = [num_classes // num_tasks] * num_tasks
-    else:
-        sizes = list(increments)
-        if len(sizes) != num_tasks:
-            raise ValueError(f"scenario.increments={sizes}: must have {num_tasks} entries, as scenario.num_tasks says")
-        if any(size < 0 for size in sizes) or sum(sizes) != num_classes:
-            raise ValueError(f"scenario.increments={sizes}: must be >= 0 each and add up to the {num_classes} classes")
-    ends = np.cumsum(sizes)
-    return [tuple(order[end - size : end]) for size, end in zip(sizes, ends.tolist(), strict=True)]
-
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class Tasks:
-    """A finished list of tasks, trained and tested as listed; the base of all streams."""
+    """A stream that lists its tasks once and trains and tests them as listed; the base of all streams.
 
-    def __init__(self, tasks: Sequence[Task], heads: tuple[int, ...], *, online: bool = False) -> None:
-        self._tasks = tuple(tasks)
-        self.num_tasks = len(self._tasks)
-        self.heads = heads
-        self.online = online
+    The run sets ``num_classes``, ``input_shape`` and ``seed``; the other fields are the stream's hyper-parameters. A
+    subclass defines :meth:`make_tasks`. There is one head for all classes unless it sets ``heads``.
+    """
+
+    num_classes: int
+    input_shape: Sequence[int]
+    seed: int
+    num_tasks: int = 5
+    online: bool = field(default=False, init=False)
+    heads: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.heads = (self.num_classes,)
+        self._tasks = tuple(self.make_tasks())
+
+    def make_tasks(self) -> Sequence[Task]:
+        """Return the tasks in their order; ValueError if the hyper-parameters do not fit the data."""
+        raise NotImplementedError
 
     def train_task(self, task_id: int) -> Task:
         """Return the task as it is trained; IndexError if there is no such task."""
         return self._tasks[self._existing(task_id)]
 
     def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
-        """Return the task as ``client`` trains it, which has met the tasks ``seen``; IndexError if there is none."""
+        """Return the task as ``client`` trains it, which has seen the tasks ``seen``; IndexError if there is none."""
         return self.train_task(task_id)
 
     def test_task(self, task_id: int, *, after: int | Collection[int]) -> Task:
@@ -112,19 +85,17 @@ class Tasks:
         return task_id
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Masked(Tasks):
     """Tasks of some classes each, trained with the columns that ``masking`` leaves: ``task``, ``seen`` or ``all``.
 
-    What a client has seen is what it has itself met. ValueError for another ``masking``.
+    ``seen`` is what the client itself has seen.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], heads: tuple[int, ...], *, masking: Masking, online: bool = False
-    ) -> None:
-        if masking not in ("task", "seen", "all"):
-            raise ValueError(f"scenario.masking={masking}: must be task, seen or all")
-        super().__init__(tasks, heads, online=online)
-        self._masking = masking
+    masking: Masking = "seen"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._tasks = tuple(replace(task, mask=self._mask(task, range(task.id + 1))) for task in self._tasks)
 
     def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
@@ -133,15 +104,16 @@ class Masked(Tasks):
         return replace(task, mask=self._mask(task, {*seen, task_id}))
 
     def _mask(self, task: Task, seen: Collection[int]) -> tuple[int, ...] | None:
-        if self._masking == "all":
+        if self.masking == "all":
             return None
-        return tuple(sorted(task.columns)) if self._masking == "task" else self._columns(seen)
+        return tuple(sorted(task.columns)) if self.masking == "task" else self._columns(seen)
 
     def _columns(self, task_ids: Collection[int]) -> tuple[int, ...]:
         """Return all columns of some tasks, ascending."""
         return tuple(sorted({column for task_id in task_ids for column in self._tasks[task_id].columns}))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SingleHead(Masked):
     """Tasks that share one head, and of which none is named at test: a class's column is its label."""
 
@@ -155,3 +127,33 @@ class SingleHead(Masked):
         reached = self._reached(after)
         ahead = range(task_id + 1) if isinstance(after, int) else (task_id,)
         return replace(task, mask=self._columns({*reached, *ahead}))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Grouped(Tasks):
+    """Tasks that share out the classes among them: equally, or as many to each task as ``increments`` says."""
+
+    increments: Sequence[int] | None = None
+    class_order: ClassOrder = None
+    online: bool = False
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """Return the new classes of each task, perhaps none; ValueError if they cannot be shared out like that."""
+        order = ordered_classes(self.class_order, self.num_classes, self.seed)
+        if self.increments is None:
+            if self.num_classes % self.num_tasks:
+                raise ValueError(
+                    f"scenario.num_tasks={self.num_tasks}: must divide the {self.num_classes} classes, unless "
+                    "scenario.increments says how many each task brings"
+                )
+            sizes = [self.num_classes // self.num_tasks] * self.num_tasks
+        else:
+            sizes = list(self.increments)
+            if len(sizes) != self.num_tasks:
+                raise ValueError(
+                    f"scenario.increments={sizes}: must have {self.num_tasks} entries, as scenario.num_tasks says"
+                )
+            if sum(sizes) != self.num_classes:
+                raise ValueError(f"scenario.increments={sizes}: must add up to the {self.num_classes} classes")
+        ends = np.cumsum(sizes)
+        return [tuple(order[end - size : end]) for size, end in zip(sizes, ends.tolist(), strict=True)]

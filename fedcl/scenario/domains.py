@@ -3,111 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from fedcl.scenario.base import Tasks, require_tasks
+from fedcl.scenario.base import Tasks
 from fedcl.scenario.task import Task
-from fedcl.scenario.transforms import CORRUPTIONS, SEVERITIES
+from fedcl.scenario.transforms import CORRUPTIONS
 
 Corruption = Literal["noise", "blur", "contrast", "pixelate", "mixed"]
 _DIMMEST = 0.3  # contrast of a grey image at full strength
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Domains(Tasks):
-    """All classes in every task, each task seen through its transform; the first one as it is."""
+    """All classes in every task, each task seen through its transform; the first one unchanged."""
 
-    def __init__(self, transforms: Sequence[dict[str, Any]], num_classes: int) -> None:
-        labels = tuple(range(num_classes))
-        seen_through: list[dict[str, Any] | None] = [None, *transforms]
-        super().__init__(
-            [Task(k, labels, labels, transform=transform) for k, transform in enumerate(seen_through)], (num_classes,)
-        )
+    def transforms(self) -> Sequence[dict[str, Any]]:
+        """Return the transform of each task but the first."""
+        raise NotImplementedError
+
+    def make_tasks(self) -> Sequence[Task]:
+        """Return a task for each transform."""
+        labels = tuple(range(self.num_classes))
+        transforms = enumerate([None, *self.transforms()])
+        return [Task(k, labels, labels, transform=transform) for k, transform in transforms]
+
+    def _grades(self, most: float) -> list[float]:
+        """Return the strength of each task but the first, evenly up to ``most``."""
+        return [most * k / (self.num_tasks - 1) for k in range(1, self.num_tasks)]
+
+    def _seeds(self) -> list[int]:
+        """Return a seed for each task but the first."""
+        return [int(np.random.SeedSequence((self.seed, k)).generate_state(1)[0]) for k in range(1, self.num_tasks)]
+
+    def _require_images(self, scenario: str) -> None:
+        if len(self.input_shape) != 3:
+            raise ValueError(f"scenario={scenario}: needs images (C, H, W), the samples have {tuple(self.input_shape)}")
 
 
-def _grades(num_tasks: int, most: float) -> list[float]:
-    """Return the strength of each task but the first, evenly up to ``most``."""
-    return [most * k / (num_tasks - 1) for k in range(1, num_tasks)]
-
-
-def _drawn(seed: int, num_tasks: int) -> list[int]:
-    """Return a seed for each task but the first."""
-    return [int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) for k in range(1, num_tasks)]
-
-
-def _require_images(scenario: str, input_shape: Sequence[int]) -> None:
-    if len(input_shape) != 3:
-        raise ValueError(f"scenario={scenario}: needs images (C, H, W), the samples have {tuple(input_shape)}")
-
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class DomainPermuted(_Domains):
     """All classes in every task, seen through a permutation of the input positions (permuted MNIST).
 
-    The first task is not permuted; the others' permutations are drawn from the run's seed. ValueError for fewer than
-    one task.
+    The first task is not permuted; the others' permutations are drawn from the run's seed.
     """
 
-    def __init__(self, *, num_classes: int, input_shape: Sequence[int], seed: int, num_tasks: int = 5) -> None:
-        require_tasks(num_tasks)
-        super().__init__([{"name": "permute", "seed": drawn} for drawn in _drawn(seed, num_tasks)], num_classes)
+    def transforms(self) -> Sequence[dict[str, Any]]:
+        """Return a permutation for each task but the first."""
+        return [{"name": "permute", "seed": seed} for seed in self._seeds()]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DomainRotated(_Domains):
-    """All classes in every task, rotated by degrees spaced evenly from 0 to ``max_degrees`` (rotated MNIST).
+    """All classes in every task, rotated by degrees spaced evenly from 0 to ``max_degrees`` (rotated MNIST)."""
 
-    Raises
-    ------
-    ValueError
-        Samples are no images, ``max_degrees`` is outside (0, 360), or there is less than one task.
-    """
+    max_degrees: float = 180.0
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        max_degrees: float = 180.0,
-    ) -> None:
-        require_tasks(num_tasks)
-        if not 0.0 < max_degrees < 360.0:
-            raise ValueError(f"scenario.max_degrees={max_degrees}: must be in (0, 360)")
-        _require_images("domain_rotated", input_shape)
-        super().__init__(
-            [{"name": "rotate", "degrees": degrees} for degrees in _grades(num_tasks, max_degrees)], num_classes
-        )
+    def transforms(self) -> Sequence[dict[str, Any]]:
+        """Return a rotation for each task but the first; ValueError if the samples are not images."""
+        self._require_images("domain_rotated")
+        return [{"name": "rotate", "degrees": degrees} for degrees in self._grades(self.max_degrees)]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DomainColoured(_Domains):
     """All classes in every task, in colours that move ever further from the first task's.
 
     Images of three channels have their hue turned, by up to 180 degrees times ``strength``. Others have no hue: their
     contrast falls, at full strength to 0.3, and their brightness rises by what the contrast lost.
-
-    Raises
-    ------
-    ValueError
-        Samples are no images, ``strength`` is outside (0, 1], or there is less than one task.
     """
 
-    def __init__(
-        self, *, num_classes: int, input_shape: Sequence[int], seed: int, num_tasks: int = 5, strength: float = 1.0
-    ) -> None:
-        require_tasks(num_tasks)
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"scenario.strength={strength}: must be in (0, 1]")
-        _require_images("domain_coloured", input_shape)
-        transforms: list[dict[str, Any]]
-        if input_shape[0] == 3:
-            transforms = [{"name": "hue", "degrees": 180.0 * grade} for grade in _grades(num_tasks, strength)]
-        else:
-            lost = _grades(num_tasks, strength * (1.0 - _DIMMEST))
-            transforms = [{"name": "tone", "contrast": 1.0 - part, "brightness": part} for part in lost]
-        super().__init__(transforms, num_classes)
+    strength: float = 1.0
+
+    def transforms(self) -> Sequence[dict[str, Any]]:
+        """Return a change of colour for each task but the first; ValueError if the samples are not images."""
+        self._require_images("domain_coloured")
+        if self.input_shape[0] == 3:
+            return [{"name": "hue", "degrees": 180.0 * grade} for grade in self._grades(self.strength)]
+        lost = self._grades(self.strength * (1.0 - _DIMMEST))
+        return [{"name": "tone", "contrast": 1.0 - part, "brightness": part} for part in lost]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DomainCorrupted(_Domains):
     """All classes in every task, images ever more corrupted, or each task in another way.
 
@@ -123,33 +102,18 @@ class DomainCorrupted(_Domains):
         full ``severity``.
     severity
         The highest severity, 1 to 5.
-
-    Raises
-    ------
-    ValueError
-        Samples are no images, or a parameter is outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        corruption: Corruption = "mixed",
-        severity: int = 3,
-    ) -> None:
-        require_tasks(num_tasks)
-        if corruption not in (*CORRUPTIONS, "mixed"):
-            raise ValueError(f"scenario.corruption={corruption}: must be one of {', '.join(CORRUPTIONS)}, mixed")
-        if severity not in SEVERITIES:
-            raise ValueError(f"scenario.severity={severity}: must be in [{SEVERITIES[0]}, {SEVERITIES[-1]}]")
-        _require_images("domain_corrupted", input_shape)
+    corruption: Corruption = "mixed"
+    severity: int = 3
+
+    def transforms(self) -> Sequence[dict[str, Any]]:
+        """Return a corruption for each task but the first; ValueError if the samples are not images."""
+        self._require_images("domain_corrupted")
         transforms: list[dict[str, Any]] = []
-        for k, drawn in enumerate(_drawn(seed, num_tasks), start=1):
-            mixed = corruption == "mixed"
-            kind = CORRUPTIONS[(k - 1) % len(CORRUPTIONS)] if mixed else corruption
-            grade = severity if mixed else -(-severity * k // (num_tasks - 1))
-            transforms.append({"name": kind, "severity": grade} | ({"seed": drawn} if kind == "noise" else {}))
-        super().__init__(transforms, num_classes)
+        for k, seed in enumerate(self._seeds(), start=1):
+            mixed = self.corruption == "mixed"
+            kind = CORRUPTIONS[(k - 1) % len(CORRUPTIONS)] if mixed else self.corruption
+            grade = self.severity if mixed else -(-self.severity * k // (self.num_tasks - 1))
+            transforms.append({"name": kind, "severity": grade} | ({"seed": seed} if kind == "noise" else {}))
+        return transforms

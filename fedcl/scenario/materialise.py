@@ -3,11 +3,46 @@
 # N = local samples, S = samples of the task
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
-from fedcl.data.dataset import Indices
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedcl.data.dataset import ArrayDataset, Dataset, Indices
 from fedcl.scenario.task import Task
+from fedcl.scenario.transforms import apply_transform
+
+
+class Gathered(NamedTuple):
+    """The samples of a task, on the CPU: ``x`` (S, ...) float32 as a model sees them, and their columns ``y`` (S,).
+
+    ``raw`` (S, ...) are the same samples as the data set stores them, ``positions`` (S,) their places there.
+    """
+
+    x: Tensor
+    y: Tensor
+    raw: Tensor
+    positions: Indices
+
+
+def gather(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task) -> Gathered:
+    """Gather, normalise and transform the samples of ``task`` among the positions ``held`` of ``half``."""
+    held = retained(task, held, half.y)
+    chosen = held[materialise(task, half.y[held])]
+    raw = torch.from_numpy(half.x[chosen])
+    columns = np.ascontiguousarray(targets(task, half.y[chosen]))
+    return Gathered(restore(dataset, raw, task.transform), torch.from_numpy(columns), raw, chosen)
+
+
+def restore(dataset: Dataset, raw: Tensor, transform: dict[str, Any] | None) -> Tensor:
+    """Return samples ``raw`` (N, ...) as a model sees them: normalised, transformed, contiguous float32.
+
+    ``raw`` is on the CPU, uint8 or float32 as the data set stores it. What becomes of a sample does not depend on the
+    samples beside it.
+    """
+    return apply_transform(torch.from_numpy(dataset.normalise(raw.numpy())), transform).contiguous()
 
 
 def materialise(task: Task, y: NDArray[np.int64]) -> Indices:
@@ -31,8 +66,8 @@ def retained(task: Task, held: Indices, y: NDArray[np.int64]) -> Indices:
     """Return those of the positions ``held`` (N,) in labels ``y`` that ``task`` does not leave out, in their order."""
     if not task.without_classes and not task.without_samples:
         return held
-    gone = np.isin(y[held], task.without_classes) | np.isin(held, task.without_samples)
-    return held[~gone]
+    left_out = np.isin(y[held], task.without_classes) | np.isin(held, task.without_samples)
+    return held[~left_out]
 
 
 def targets(task: Task, y: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,23 +20,15 @@ class Span(NamedTuple):
 
 
 def nominal_rounds(num_tasks: int, rounds_per_task: int | Sequence[int]) -> list[int]:
-    """Return the rounds of each task.
-
-    Raises
-    ------
-    ValueError
-        A number of rounds is below 1, or the list has another length than ``num_tasks``.
-    """
+    """Return the rounds of each task; ValueError for a list of another length than ``num_tasks``."""
     rounds = [rounds_per_task] * num_tasks if isinstance(rounds_per_task, int) else list(rounds_per_task)
     if len(rounds) != num_tasks:
         raise ValueError(f"rounds_per_task={rounds}: must be a number or have one entry for each of {num_tasks} tasks")
-    if min(rounds) < 1:
-        raise ValueError(f"rounds_per_task={rounds_per_task}: must be >= 1")
     return rounds
 
 
 def stage_ends(itineraries: Mapping[str, Sequence[Span]], num_tasks: int) -> list[int]:
-    """Return the rounds after which a run is looked at as a whole, one for each task, where clients go different ways.
+    """Return the rounds after which the whole run is evaluated, one for each task, where clients go different ways.
 
     The k-th is the first round by which every client that ever finishes k tasks has done so. The last one is the run's
     last round. Where that leaves no round between two of them, the earlier one is moved forward.
@@ -62,8 +55,8 @@ def stage_ends(itineraries: Mapping[str, Sequence[Span]], num_tasks: int) -> lis
 class Itineraries:
     """The base of every schedule: each client has spans of rounds, and between them it takes no part.
 
-    A subclass says in :meth:`spans` where each client goes, and in ``stage_ends`` after which rounds the run is looked
-    at as a whole: one round, ascending, for each task of the stream, the last round at the end.
+    A subclass says in :meth:`spans` where each client goes. ``stage_ends`` are the rounds after which the whole run is
+    evaluated: one for each task of the stream, ascending, the last round at the end.
     """
 
     uniform: bool = False
@@ -106,21 +99,46 @@ class Itineraries:
             raise IndexError(f"round {server_round} is outside [0, {self.num_rounds})")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Listed(Itineraries):
-    """A schedule whose itineraries are listed by client; without ``ends``, it is looked at as :func:`stage_ends` says.
+    """A schedule that lists the itinerary of each client.
 
-    ValueError where the run has fewer rounds than tasks.
+    The run sets the four fields: the number of tasks of the stream, the rounds of every task or a list with one number
+    for each, the clients, and the seed. A subclass adds its hyper-parameters, and defines :meth:`itineraries`.
     """
 
-    def __init__(
-        self, itineraries: Mapping[str, Sequence[Span]], num_tasks: int, *, ends: Sequence[int] | None = None
-    ) -> None:
-        super().__init__(stage_ends=stage_ends(itineraries, num_tasks) if ends is None else ends)
-        self._itineraries = dict(itineraries)
+    num_tasks: int
+    rounds_per_task: int | Sequence[int]
+    clients: Sequence[str]
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._itineraries = dict(self.itineraries(nominal_rounds(self.num_tasks, self.rounds_per_task)))
+        super().__init__(stage_ends=self.ends())
+
+    def itineraries(self, rounds: Sequence[int]) -> Mapping[str, Sequence[Span]]:
+        """Return where each client goes; ``rounds`` is the number of rounds of each task."""
+        raise NotImplementedError
+
+    def ends(self) -> Sequence[int]:
+        """Return the last round of each stage: as :func:`stage_ends`; ValueError for fewer rounds than tasks."""
+        return stage_ends(self._itineraries, self.num_tasks)
 
     def spans(self, client: str) -> Sequence[Span]:
         """Return where ``client`` goes; KeyError for a client that the run does not have."""
         return self._itineraries[client]
+
+
+class Calendar(Listed):
+    """A schedule in which each task has its time, and a stage ends with the time of its task."""
+
+    def windows(self) -> list[Span]:
+        """Return the time of each task."""
+        return chained(range(self.num_tasks), nominal_rounds(self.num_tasks, self.rounds_per_task))
+
+    def ends(self) -> Sequence[int]:
+        """Return the last round of each task's time."""
+        return [window.stop - 1 for window in self.windows()]
 
 
 def chained(task_ids: Sequence[int], rounds: Sequence[int], start: int = 0) -> list[Span]:
@@ -144,7 +162,7 @@ class Synchronous(Itineraries):
     Raises
     ------
     ValueError
-        A number of rounds is below 1, or the list has another length than ``num_tasks``.
+        The list has another length than ``num_tasks``.
     """
 
     uniform: bool = True

@@ -9,41 +9,33 @@ tasks, and at test no task is named. A task's test samples are all those of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcl.base.randomness import numpy_generator
-from fedcl.scenario.base import (
-    ClassOrder,
-    Masking,
-    SingleHead,
-    class_groups,
-    ordered_classes,
-    require_share,
-    require_tasks,
-)
+from fedcl.scenario.base import ClassOrder, Grouped, Masking, SingleHead, ordered_classes
 from fedcl.scenario.task import Task
 
 Floats = NDArray[np.float64]
 _NOTHING = 1e-9  # a share below is the noise of an addition
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Shares(SingleHead):
-    """A stream from a matrix of shares (T, C): those of a class add up to 1 over the tasks.
+    """A stream from a matrix of shares (T, C), which a subclass gives: those of a class add up to 1 over the tasks."""
 
-    ValueError where an entry is negative or a column adds up to something else.
-    """
+    online: bool = False
 
-    def __init__(self, shares_TC: Floats, *, masking: Masking, online: bool) -> None:
-        starts_TC, stops_TC = cumulated(shares_TC)
-        super().__init__(
-            portioned(starts_TC, stops_TC),
-            (shares_TC.shape[1],),
-            masking=masking,
-            online=online,
-        )
+    def shares(self) -> Floats:
+        """Return the share of each class in each task, (T, C)."""
+        raise NotImplementedError
+
+    def make_tasks(self) -> Sequence[Task]:
+        """Return a task for each row; ValueError if an entry is negative or a column does not add up to 1."""
+        return portioned(*cumulated(self.shares()))
 
 
 def cumulated(shares_TC: Floats) -> tuple[Floats, Floats]:
@@ -80,41 +72,32 @@ def homes(groups: Sequence[Sequence[int]], num_classes: int) -> Floats:
     return shares_TC
 
 
-class Overlapping(Shares):
+@dataclass(kw_only=True, eq=False, repr=False)
+class Overlapping(Grouped, Shares):
     """Class-incremental, but each class spills the share ``overlap`` of its samples into the next task.
 
     The last task's classes have no next task to spill into. ``num_tasks``, ``increments``, ``class_order``, ``masking``
-    and ``online`` as for :class:`~fedcl.scenario.streams.ClassIncremental`. ValueError for a parameter outside its
-    range.
+    and ``online`` as for :class:`~fedcl.scenario.streams.ClassIncremental`.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        increments: Sequence[int] | None = None,
-        class_order: ClassOrder = None,
-        overlap: float = 0.2,
-        masking: Masking = "seen",
-        online: bool = False,
-    ) -> None:
-        require_share("overlap", overlap)
-        own_TC = homes(class_groups(num_tasks, increments, class_order, num_classes, seed), num_classes)
+    overlap: float = 0.2
+
+    def shares(self) -> Floats:
+        """Return the shares: each task keeps most of its classes' samples and gives the rest to the next."""
+        own_TC = homes(self.groups(), self.num_classes)
         shares_TC = own_TC.copy()
-        shares_TC[:-1] -= overlap * own_TC[:-1]
-        shares_TC[1:] += overlap * own_TC[:-1]
-        super().__init__(shares_TC, masking=masking, online=online)
+        shares_TC[:-1] -= self.overlap * own_TC[:-1]
+        shares_TC[1:] += self.overlap * own_TC[:-1]
+        return shares_TC
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SiBlurry(Shares):
     """Si-Blurry: some classes belong to one task, samples of the others also come up in all tasks.
 
     Moon et al., "Online Class Incremental Learning on Stochastic Blurry Task Boundary", ICCV 2023. The classes, in an
     order drawn by the run's seed, are parted into disjoint and blurry ones, and both kinds among the tasks. Of each
-    blurry class the share ``blurry`` goes into a pool that is dealt out over all tasks. As published, ``stochastic``
+    blurry class the share ``blurry`` goes into a pool that is spread over all tasks. As published, ``stochastic``
     draws the points at which classes and pool are split: a task then has any number of classes, perhaps none. Unlike
     the official code, this keeps the classes that do not divide by the number of tasks, and splits the pool alike for
     every class instead of sample by sample.
@@ -126,44 +109,30 @@ class SiBlurry(Shares):
     disjoint
         Share of classes that are disjoint, n in the paper, in [0, 1].
     blurry
-        Share of a blurry class's samples that are dealt out over all tasks, m in the paper, in [0, 1].
+        Share of a blurry class's samples that are spread over all tasks, m in the paper, in [0, 1].
     stochastic
         Whether the splits are drawn; otherwise they are equal.
     masking, online
         As for :class:`~fedcl.scenario.streams.ClassIncremental`; published for ``online`` learning.
-
-    Raises
-    ------
-    ValueError
-        A parameter is outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        disjoint: float = 0.5,
-        blurry: float = 0.1,
-        stochastic: bool = True,
-        masking: Masking = "seen",
-        online: bool = True,
-    ) -> None:
-        require_tasks(num_tasks)
-        require_share("disjoint", disjoint)
-        require_share("blurry", blurry)
-        rng = numpy_generator(seed, "si_blurry")
-        order = rng.permutation(num_classes).tolist()
-        num_disjoint = int(num_classes * disjoint)
-        shares_TC = np.zeros((num_tasks, num_classes))
-        for classes, kept in ((order[:num_disjoint], 1.0), (order[num_disjoint:], 1.0 - blurry)):
-            groups = _split(classes, num_tasks, rng if stochastic else None)
-            shares_TC += kept * homes(groups, num_classes)
-        dealt_T = rng.dirichlet(np.ones(num_tasks)) if stochastic else np.full(num_tasks, 1.0 / num_tasks)
-        shares_TC[:, order[num_disjoint:]] += blurry * dealt_T[:, None]
-        super().__init__(shares_TC, masking=masking, online=online)
+    disjoint: float = 0.5
+    blurry: float = 0.1
+    stochastic: bool = True
+    online: bool = True
+
+    def shares(self) -> Floats:
+        """Return the shares of disjoint and of blurry classes."""
+        rng = numpy_generator(self.seed, "si_blurry")
+        order = rng.permutation(self.num_classes).tolist()
+        num_disjoint, num_tasks = int(self.num_classes * self.disjoint), self.num_tasks
+        shares_TC = np.zeros((num_tasks, self.num_classes))
+        for classes, kept in ((order[:num_disjoint], 1.0), (order[num_disjoint:], 1.0 - self.blurry)):
+            groups = _split(classes, num_tasks, rng if self.stochastic else None)
+            shares_TC += kept * homes(groups, self.num_classes)
+        pooled_T = rng.dirichlet(np.ones(num_tasks)) if self.stochastic else np.full(num_tasks, 1.0 / num_tasks)
+        shares_TC[:, order[num_disjoint:]] += self.blurry * pooled_T[:, None]
+        return shares_TC
 
 
 def _split(classes: Sequence[int], parts: int, rng: np.random.Generator | None) -> list[Sequence[int]]:
@@ -174,6 +143,7 @@ def _split(classes: Sequence[int], parts: int, rng: np.random.Generator | None) 
     return [classes[start:stop] for start, stop in pairwise(cuts)]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LinearDecay(Shares):
     """Groups of classes that fade into each other: around each border one falls and the next one rises linearly.
 
@@ -191,39 +161,28 @@ class LinearDecay(Shares):
         Length of the ramp around a border, in lengths of a group, in [0, 1]: 1 leaves no plateau between two ramps.
     class_order, masking, online
         As for :class:`~fedcl.scenario.streams.ClassIncremental`.
-
-    Raises
-    ------
-    ValueError
-        A parameter is outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        groups: int | None = None,
-        ramp: float = 0.5,
-        class_order: ClassOrder = None,
-        masking: Masking = "seen",
-        online: bool = True,
-    ) -> None:
-        require_tasks(num_tasks)
-        require_share("ramp", ramp)
-        count = num_tasks if groups is None else groups
-        if not 1 <= count <= num_classes:
-            raise ValueError(f"scenario.groups={groups}: must give 1 to {num_classes} groups, as there are classes")
-        order = np.asarray(ordered_classes(class_order, num_classes, seed))
-        time = np.linspace(0.0, count, num_tasks + 1)
-        shares_TC = np.zeros((num_tasks, num_classes))
+    groups: int | None = None
+    ramp: float = 0.5
+    class_order: ClassOrder = None
+    online: bool = True
+
+    def shares(self) -> Floats:
+        """Return the shares; ValueError if there are more groups than classes."""
+        count = self.num_tasks if self.groups is None else self.groups
+        if count > self.num_classes:
+            raise ValueError(
+                f"scenario.groups={self.groups}: must give 1 to {self.num_classes} groups, as there are classes"
+            )
+        order = np.asarray(ordered_classes(self.class_order, self.num_classes, self.seed))
+        time = np.linspace(0.0, count, self.num_tasks + 1)
+        shares_TC = np.zeros((self.num_tasks, self.num_classes))
         for group, classes in enumerate(np.array_split(order, count)):
-            risen = time if group == 0 else _risen(time, group, ramp)
-            fallen = np.zeros_like(time) if group == count - 1 else _risen(time, group + 1, ramp)
+            risen = time if group == 0 else _risen(time, group, self.ramp)
+            fallen = np.zeros_like(time) if group == count - 1 else _risen(time, group + 1, self.ramp)
             shares_TC[:, classes] = np.diff(risen - fallen)[:, None]
-        super().__init__(shares_TC, masking=masking, online=online)
+        return shares_TC
 
 
 def _risen(time: Floats, border: float, ramp: float) -> Floats:
@@ -233,27 +192,20 @@ def _risen(time: Floats, border: float, ramp: float) -> Floats:
     return np.asarray(quadratic + np.maximum(time - border - ramp / 2, 0.0))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LabelShift(Shares):
     """All classes all the time, in proportions that change: each task draws its class prior from Dir(alpha 1_C).
 
     A class's samples go to the tasks in proportion to its priors there, so that all are used; the smaller ``alpha``,
     the more a few classes prevail in each task. ``online`` as for :class:`~fedcl.scenario.streams.ClassIncremental`.
-    ValueError for a parameter outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        input_shape: Sequence[int],
-        seed: int,
-        num_tasks: int = 5,
-        alpha: float = 0.5,
-        online: bool = False,
-    ) -> None:
-        require_tasks(num_tasks)
-        if not alpha > 0:
-            raise ValueError(f"scenario.alpha={alpha}: must be > 0")
+    alpha: float = 0.5
+    masking: Masking = field(default="all", init=False)
+
+    def shares(self) -> Floats:
+        """Return the shares that follow from each task's prior."""
+        rng = numpy_generator(self.seed, "label_shift")
         # the floor keeps a class that no prior favours from being divided by zero
-        priors_TC = numpy_generator(seed, "label_shift").dirichlet(np.full(num_classes, alpha), num_tasks) + 1e-12
-        super().__init__(priors_TC / priors_TC.sum(axis=0), masking="all", online=online)
+        priors_TC = rng.dirichlet(np.full(self.num_classes, self.alpha), self.num_tasks) + 1e-12
+        return np.asarray(priors_TC / priors_TC.sum(axis=0))

@@ -97,7 +97,7 @@ class Stream(Protocol):
         ...
 
     def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
-        """Return the task as ``client`` trains it, which has met the tasks ``seen`` (this one among them)."""
+        """Return the task as ``client`` trains it, which has seen the tasks ``seen``, this one included."""
         ...
 
     def test_task(self, task_id: int, *, after: int | Collection[int]) -> Task:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional
 
 CORRUPTIONS = ("noise", "blur", "contrast", "pixelate")
-SEVERITIES = range(1, 6)
 _INT64 = 1 << 64
 _EVENS = 0x0000FFFF0000FFFF  # two of a number's four parts of 16 bits
 _ROWS = 32  # samples at a time where there is much to do: what lies between stays in the cache

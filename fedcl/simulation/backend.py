@@ -13,7 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedcl import __version__
-from fedcl.assembly import client_ids, client_runtime, make_aggregation, participants, simulated_data
+from fedcl.assembly import Settings, client_ids, client_runtime, make_aggregation, participants, simulated_data
 from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import ClientStateStore, MemoryStateStore
@@ -82,7 +82,7 @@ def open_backend(
         fleet = _fleet(config, dataset, grid, resuming=resuming, left=left)
         yield Backend(fleet, fleet.nodes, cohorts=False, states=None, erase=fleet.erase, listen=fleet.listen)
         return
-    if config["backend"]["name"] == "flower":
+    if Settings.of(config).backend.name == "flower":
         raise ConfigError("backend=flower: Flower starts such a run; use: fedcl deploy run DIR")
     own = _own_grid(config, dataset, partition, _state_store(config, state_folder))
     try:
@@ -93,7 +93,7 @@ def open_backend(
 
 
 def _state_store(cfg: dict[str, Any], folder: Path | None) -> ClientStateStore:
-    if cfg["backend"]["state"] == "memory" or folder is None:
+    if Settings.of(cfg).backend.state == "memory" or folder is None:
         return MemoryStateStore()
     shutil.rmtree(folder, ignore_errors=True)
     return FileStateStore(folder)
@@ -102,25 +102,25 @@ def _state_store(cfg: dict[str, Any], folder: Path | None) -> ClientStateStore:
 def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, states: ClientStateStore) -> BaseGrid:
     clients = client_ids(cfg)
     nodes = {client: FIRST_NODE + i for i, client in enumerate(clients)}
-    backend = cfg["backend"]
-    if backend["name"] == "inline":
+    backend = Settings.of(cfg).backend
+    if backend.name == "inline":
         runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
         return InlineGrid(
             nodes, ClientHost(runtime, states, make_aggregation(cfg, runtime.model, dataset)), run_id=RUN_ID
         )
     from fedcl.simulation.ray_grid import RayGrid, WorkerClass
 
-    classes = backend["worker_classes"]
+    classes = backend.worker_classes
     return RayGrid(
         nodes,
         cfg,
         dataset,
         partition,
-        workers=backend["workers"],
-        address=backend["address"],
-        gpus_per_worker=backend["gpus_per_worker"],
+        workers=backend.workers,
+        address=backend.address,
+        gpus_per_worker=backend.gpus_per_worker,
         worker_classes=None if classes is None else [WorkerClass(**kind) for kind in classes],
-        client_timeout=backend["client_timeout"],
+        client_timeout=backend.client_timeout,
         run_id=RUN_ID,
         states=states,
     )
@@ -129,18 +129,19 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
 def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool, left: Collection[str]) -> FleetGrid:
     """Wait for the devices, and agree with each on the run's classes."""
     agreed = Agreement(dataset.classes, dataset.input_shape, is_local(cfg))
-    backend, clients = cfg["backend"], participants(cfg)
+    settings, clients = Settings.of(cfg), participants(cfg)
+    backend = settings.backend
     fleet = FleetGrid(
         grid,
         clients,
         note=agreed.to_json(),
         code=__version__,
-        timeout=backend["client_timeout"],
-        max_bytes=backend["max_message_mb"] << 20,
+        timeout=backend.client_timeout,
+        max_bytes=backend.max_message_mb << 20,
         owner=owners(),
         say=lambda line: print(f"fleet: {line}", file=sys.stderr, flush=True),
         refusals=refusals,
     )
-    wanted = cfg["min_replies"] if resuming else backend["min_clients"] or len(clients)
-    fleet.join(at_least=wanted, seconds=backend["join_seconds"], left=left)
+    wanted = settings.rounds.min_replies if resuming else backend.min_clients or len(clients)
+    fleet.join(at_least=wanted, seconds=backend.join_seconds, left=left)
     return fleet

@@ -1,4 +1,4 @@
-"""Many runs from one line, in one folder: what is done is skipped, what was interrupted is gone on with."""
+"""Many runs from one line, in one folder: finished ones are skipped, interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ _ROOT = Path("runs") / "sweep"
 def sweep(
     overrides: Sequence[str], config_dirs: Sequence[Path], *, jobs: int, quiet: bool, trust: bool = False
 ) -> tuple[Path, list[Entry]]:
-    """Play every combination of the overrides' values; return the sweep's folder and the jobs that are not done.
+    """Run every combination of the overrides' values; return the sweep's folder and the jobs that are not done.
 
     Parameters
     ----------
     overrides
         As for one run, some of them with several values in Hydra's grammar (:func:`fedcl.sweep.expansion.expand`), and
         ``sweep_dir``, the folder: a new one under ``runs/sweep`` without it. In the folder of a sweep these jobs join
-        those there; ``sweep_dir`` alone goes on with them. Jobs get ``compare_with=null`` unless it is set: they are
+        those there; ``sweep_dir`` alone continues them. Jobs get ``compare_with=null`` unless it is set: they are
         compared with each other.
     config_dirs
-        Folders with choices of one's own.
+        Folders with the user's own choices.
     jobs
         How many processes run at once.
     quiet
-        Say nothing while it goes on.
+        Print nothing meanwhile.
     trust
-        Run also code of others that the folder of a sweep names, from wherever it says.
+        Also run code that is not fedcl's, from where the folder of a sweep says.
 
     Raises
     ------
     ConfigError
         If any of the jobs' configurations is wrong; nothing has been written then.
     KeyboardInterrupt, SystemExit
-        After a signal; the same line goes on where it stopped.
+        After a signal; the same line continues where it stopped.
     """
     rest, given = _sweep_dir(overrides)
     folder = given or _new_folder()
     index = Index.read(folder)
-    goes_on = bool(index.entries) and not rest
-    if goes_on and not trust:
+    continues = bool(index.entries) and not rest
+    if continues and not trust:
         _refuse_foreign_folders(index, config_dirs)
-    asked = list(index.entries) if goes_on else _asked(index, rest, config_dirs)
+    asked = list(index.entries) if continues else _asked(index, rest, config_dirs)
     todo = [entry for entry in asked if not index.is_done(entry)]
-    for text in _check(index, todo, trust=trust or not goes_on):
+    for text in _check(index, todo, trust=trust or not continues):
         if not quiet:
             print(f"fedcl: {text}", file=sys.stderr)
     _make(folder)
-    # its jobs hold it, too, so that one that outlived its sweep is not started a second time
+    # its jobs lock it, too, so that one that outlives its sweep is not started a second time
     with hold(folder, "a sweep, or a job of one,") as held:
         index.write()
         tell = _Progress(index, len(asked), len(asked) - len(todo), quiet)
@@ -73,7 +73,7 @@ def sweep(
 
 
 def _refuse_foreign_folders(index: Index, config_dirs: Sequence[Path]) -> None:
-    """Refuse to go on with a sweep whose folder alone says where code may come from."""
+    """Refuse to continue a sweep whose folder alone says where code may come from."""
     named = tuple(str(Path(folder).resolve()) for folder in config_dirs)
     if index.config_dirs and index.config_dirs != named:
         raise ConfigError(
@@ -81,7 +81,7 @@ def _refuse_foreign_folders(index: Index, config_dirs: Sequence[Path]) -> None:
             "this line, too, or add --trust"
         )
     if Path.cwd().resolve().is_relative_to(index.folder.resolve()):
-        raise ConfigError(f"sweep_dir={index.folder}: go on with it from a folder outside of it, or add --trust")
+        raise ConfigError(f"sweep_dir={index.folder}: continue it from a folder outside of it, or add --trust")
 
 
 def _asked(index: Index, overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[Entry]:
@@ -146,20 +146,20 @@ def _make(folder: Path) -> None:
 def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
     """Compose every configuration, then build what each needs but for another seed, before any job is started.
 
-    What is to be said of the configurations is returned, once each.
+    Remarks on the configurations are returned, once each.
     """
     from fedcl.config.compose import compose, remarks  # here and below: help must not wait for them
     from fedcl.results.launches import Trust
 
     dirs = [Path(folder) for folder in index.config_dirs]
     if trust:
-        add_plugin_paths(dirs)  # a sweep that goes on was not given them
-    cfgs, said = [], []
+        add_plugin_paths(dirs)  # a sweep that continues was not given them
+    cfgs, found = [], []
     for entry in entries:
         try:
             cfg = compose(entry.overrides, dirs)
             Trust(tuple(dirs), trust).refuse_foreign(cfg, index.folder)
-            said += remarks(entry.overrides, dirs)
+            found += remarks(entry.overrides, dirs)
         except ConfigError as error:
             raise ConfigError(f"job {entry.name}: {error}") from error
         if cfg["protocol"]["name"] != "none":
@@ -167,7 +167,7 @@ def _check(index: Index, entries: Sequence[Entry], *, trust: bool) -> list[str]:
             raise ConfigError(f"protocol={name}: is many runs of its own, and no job of a sweep; use fedcl run for it")
         cfgs.append((entry, cfg))
     _check_fit(cfgs, dirs)
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(found))
 
 
 def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path]) -> None:
@@ -188,7 +188,7 @@ def _check_fit(cfgs: Sequence[tuple[Entry, dict[str, Any]]], dirs: Sequence[Path
 
 
 class _Progress:
-    """A line for each job that has ended."""
+    """Prints a line for each job that has ended."""
 
     def __init__(self, index: Index, total: int, done: int, quiet: bool) -> None:
         self._index, self._total, self._done, self._quiet = index, total, done, quiet
@@ -199,5 +199,5 @@ class _Progress:
         self._done += 1
         if self._quiet:
             return
-        said = f"{entry.status}: {entry.error}" if entry.error else entry.status
-        print(f"[{self._done}/{self._total}] {entry.name}  {said}  {seconds:.1f} s", file=sys.stderr, flush=True)
+        outcome = f"{entry.status}: {entry.error}" if entry.error else entry.status
+        print(f"[{self._done}/{self._total}] {entry.name}  {outcome}  {seconds:.1f} s", file=sys.stderr, flush=True)

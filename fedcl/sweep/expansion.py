@@ -39,7 +39,7 @@ def expand(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[J
     Raises
     ------
     ConfigError
-        If an override is none, its values have no end, a key comes twice, or two jobs would be the same.
+        If an override is malformed, its values have no end, a key comes twice, or two jobs would be the same.
     """
     options: list[list[str]] = []
     varying: list[bool] = []

@@ -40,7 +40,7 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Read a sweep's index; an empty one where there is none.
+        """Read a sweep's index; an empty one if there is none.
 
         Raises
         ------

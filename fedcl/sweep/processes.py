@@ -18,14 +18,14 @@ from fedcl.sweep.index import Entry, Index
 
 _STOPPED = {130: signal.SIGINT, 143: signal.SIGTERM, -signal.SIGINT: signal.SIGINT, -signal.SIGTERM: signal.SIGTERM}
 # exit status -> the signal behind it: a run's own, or the bare process's where it came too early for the run
-_PATIENCE = 60.0  # seconds that a job told twice to stop is waited for
+_PATIENCE = 60.0  # seconds to wait for a job that has been asked to stop twice
 
 
 @dataclass
 class Jobs:
     """Plays a sweep's jobs, so many ``at_once``; ``tell`` is called with each when it has ended.
 
-    Jobs inherit the descriptors ``held``, and are told ``more`` words when they go on with a run.
+    Jobs inherit the descriptors ``held``, and get the arguments ``more`` when they resume a run.
     """
 
     index: Index
@@ -36,7 +36,7 @@ class Jobs:
     _running: dict[subprocess.Popen[bytes], tuple[Entry, float, IO[bytes], int]] = field(default_factory=dict)
 
     def run(self, entries: Iterable[Entry]) -> None:
-        """Play them all. Where a signal comes, each job finishes its round and is left to be gone on with.
+        """Run them all. After a signal, each job finishes its round and can be resumed later.
 
         Raises
         ------
@@ -108,13 +108,13 @@ class Jobs:
 
 
 def _error(log: Path, offset: int, code: int) -> str:
-    """Return what a job said last, or what killed it."""
+    """Return the last line that a job printed, or what killed it."""
     if code in _STOPPED:
         return f"by {_STOPPED[code].name}"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     with log.open("rb") as file:
         file.seek(offset)
-        said = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    last = said[-1] if said else f"exit status {code}"
+        printed = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    last = printed[-1] if printed else f"exit status {code}"
     return last.removeprefix("fedcl: error: ")[:500]

@@ -6,12 +6,8 @@ Arivazhagan et al., "Federated Learning with Personalization Layers", arXiv 1912
 
 from __future__ import annotations
 
-import re
-
 from fedcl.contracts.strategy import Collaboration
-from fedcl.models.flat import Spec, TensorSpec
-
-_HEAD = re.compile(r"(?:^|\.)heads?\.")  # as clients.strategies.fedper knows them
+from fedcl.models.flat import Spec, TensorSpec, is_head
 
 
 class FedPer(Collaboration):
@@ -33,4 +29,4 @@ class FedPer(Collaboration):
             )
 
     def shares(self, tensor: TensorSpec) -> bool:
-        return _HEAD.search(tensor.name) is None
+        return not is_head(tensor)

@@ -59,5 +59,5 @@ def test_what_is_inside_is_held_to_the_same_rules(base: Any, said: str) -> None:
 def test_no_other_mapping_is_ever_built() -> None:
     """A class that does not ask for it gets the mapping as it stands, even one that names something dangerous."""
     inside = {"_target_": "os.system", "command": "true"}
-    found = build({"_target_": "fedcl.contracts.requests.Residual", "part": inside, "outcome": "none", "why": ""})
+    found = build({"_target_": "fedcl.contracts.requests.ErasureOutcome", "part": inside, "outcome": "none", "why": ""})
     assert found.part == inside

@@ -70,9 +70,6 @@ def test_more_than_256_characters_are_kept_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"window": 0}, r"data\.source\.window=0"),
-        ({"stride": 0}, r"data\.source\.stride=0"),
-        ({"test_fraction": 1.0}, r"data\.source\.test_fraction=1\.0"),
         ({"window": 50}, r"no speaker says enough for data\.source\.window=50 in both halves; .*3 lines"),
         ({"speaker": "("}, r"data\.source\.speaker='\(': must be a regular expression"),
         ({"speaker": "^ANNA:$"}, "must have a group"),

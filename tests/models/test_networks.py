@@ -49,12 +49,8 @@ def test_lenet_says_what_does_not_fit(shape: tuple[int, ...]) -> None:
 def test_bad_parameters_name_their_key() -> None:
     with pytest.raises(ValueError, match=r"heads=\(\)"):
         MLP(input_shape=(4,), heads=())
-    with pytest.raises(ValueError, match=r"model\.hidden=\[0\]"):
-        MLP(input_shape=(4,), heads=(2,), hidden=(0,))
     with pytest.raises(ValueError, match=r"model\.dropout=\[0\.1, 0\.1\]"):
         MLP(input_shape=(4,), heads=(2,), hidden=(3,), dropout=(0.1, 0.1))
-    with pytest.raises(ValueError, match=r"model\.dropout=1\.0"):
-        MLP(input_shape=(4,), heads=(2,), hidden=(3,), dropout=(1.0,))
 
 
 def test_dropout_repeats_with_its_generator_and_leaves_the_global_one_alone() -> None:

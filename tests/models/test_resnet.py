@@ -164,10 +164,6 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_rest_moves_its_own() -
     ("params", "message"),
     [
         ({"input_shape": (64,)}, r"model=resnet: samples of shape \(64,\)"),
-        ({"blocks": ()}, r"model\.blocks=\[\]"),
-        ({"blocks": (1, 0)}, r"model\.blocks=\[1, 0\]"),
-        ({"stem": "large"}, r"model\.stem=large: must be small or imagenet"),
-        ({"norm": "layer"}, r"model\.norm=layer: must be one of group, batch, none"),
         ({"width": 6, "groups": 4}, r"model\.width=6, model\.groups=4"),
     ],
 )

@@ -118,7 +118,6 @@ def test_gradients_can_be_taken_by_sample_and_through_gradient_steps(make: Any) 
             lambda: ViT(input_shape=(1, 8, 8), heads=(2,), dim=10),
             r"model\.attention_heads=4: must divide model\.dim=10",
         ),
-        (lambda: ViT(input_shape=(1, 8, 8), heads=(2,), depth=0), r"model\.depth=0"),
         (lambda: CharTransformer(input_shape=(1, 8, 8), heads=(2,)), "model=char_transformer: samples of shape"),
         (lambda: CharTransformer(input_shape=(8,), heads=(5,), vocabulary=4), r"model\.vocabulary=4.*5 classes"),
     ],

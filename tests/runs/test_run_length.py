@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedcl.assembly import local_training
+from fedcl.assembly import Settings
 from fedcl.cli import main
 from fedcl.client.lr_schedule import TaskDecay
 from fedcl.config.compose import compose
@@ -17,7 +17,7 @@ from fedcl.results import load
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.target import TargetAccuracy
 from fedcl.runs.experiment import resume
-from fedcl.scenario.schedule import Listed, Span, Synchronous
+from fedcl.scenario.schedule import Listed, Span, Synchronous, chained
 
 RunExperiment = Callable[..., Path]
 SMALL = ("num_clients=2", "scenario.num_tasks=2", "strategy/projection=none", "model.hidden=[8]")
@@ -66,12 +66,17 @@ def test_it_stops_and_stays_stopped(run_experiment: RunExperiment, metrics_hash:
     assert "target/rounds" not in never.summary
 
 
+class LastTaskFirst(Listed):
+    def itineraries(self, rounds: Sequence[int]) -> dict[str, list[Span]]:
+        return {client: chained([2, 0], [rounds[2], rounds[0]]) for client in self.clients}
+
+
 def test_rates_by_task() -> None:
     tasks = Synchronous(num_tasks=3, rounds_per_task=[2, 1, 1])
     rates = TaskDecay(0.4, 0.5, tasks)
     assert [rates("0", r) for r in range(4)] == [0.4, 0.4, 0.2, 0.1]
     # a client that starts with the last task takes the full rate there
-    own = TaskDecay(0.4, 0.5, Listed({"0": [Span(2, 0, 1), Span(0, 1, 4)]}, 3))
+    own = TaskDecay(0.4, 0.5, LastTaskFirst(num_tasks=3, rounds_per_task=[3, 1, 1], clients=["0"], seed=0))
     assert [own("0", r) for r in range(4)] == [0.4, 0.2, 0.2, 0.2]
 
 
@@ -108,7 +113,7 @@ def test_what_is_refused(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_who_reckons_with_one_rate_refuses_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_that_assumes_one_rate_refuses_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     late = ["strategy/staleness=gradient_inversion", "async.buffer=2", "scenario=class_incremental", "num_clients=4"]
     line = [
         "run",
@@ -119,6 +124,6 @@ def test_who_reckons_with_one_rate_refuses_several(tmp_path: Path, capsys: pytes
         "compare_with=null",
     ]
     assert main([*line, "client.optimizer.task_decay=0.5"]) == 2
-    assert "which reckons with one learning rate" in capsys.readouterr().err
+    assert "which assumes one learning rate" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    assert local_training(compose(["client.optimizer.task_decay=0.5"])).lr == 0.3
+    assert Settings.of(compose(["client.optimizer.task_decay=0.5"])).training.lr == 0.3

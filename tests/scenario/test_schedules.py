@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedcl.scenario.asynchrony import Asynchronous, Shifted, Shuffled
 from fedcl.scenario.population import Availability, Growing
-from fedcl.scenario.schedule import Itineraries, Span, Synchronous, stage_ends
+from fedcl.scenario.schedule import Listed, Span, Synchronous, stage_ends
 from fedcl.scenario.streams import ClassIncremental
 from fedcl.server.curriculum import Curriculum
 
@@ -33,7 +33,7 @@ def lengths(spans: Any) -> list[int]:
     st.integers(0, 2**32 - 1),
 )
 def test_every_schedule_is_a_whole(
-    kind: type[Itineraries], tasks: tuple[int, int | list[int]], num_clients: int, seed: int
+    kind: type[Listed], tasks: tuple[int, int | list[int]], num_clients: int, seed: int
 ) -> None:
     num_tasks, rounds = tasks
     build: Any = kind
@@ -114,8 +114,6 @@ def test_shifted_spreads_the_starts() -> None:
     assert schedule.position(late, 10) is None
     assert schedule.seen(late, 10) == ()
     assert Shifted(**RUN, max_lag=0).stage_ends == Synchronous(**RUN).stage_ends
-    with pytest.raises(ValueError, match=r"scenario\.schedule\.max_lag=-1"):
-        Shifted(**RUN, max_lag=-1)
 
 
 def test_asynchronous_draws_lengths_between_its_bounds() -> None:
@@ -151,9 +149,6 @@ def test_growing_at_its_limits() -> None:
     assert all(list(together.spans(client)) == list(Synchronous(**RUN).spans("any")) for client in CLIENTS)
     never = Growing(**RUN, start=1.0, stay=1.0)
     assert all(list(never.spans(client)) == [Span(0, 0, 12)] for client in CLIENTS)
-    for name, value in (("start", 0.0), ("start", 1.5), ("stay", -0.1), ("stay", 2.0)):
-        with pytest.raises(ValueError, match=rf"scenario\.schedule\.{name}={value}"):
-            Growing(**{**RUN, name: value})
 
 
 def test_availability_draws_who_has_a_task() -> None:
@@ -164,8 +159,6 @@ def test_availability_draws_who_has_a_task() -> None:
     assert [len(set(groups[3 * task : 3 * task + 3])) for task in range(4)] == [1] * 4
     assert len(set(groups)) > 1
     assert len(Availability(**{**RUN, "clients": CLIENTS[:1]}, share=0.1).spans("0")) == 4
-    with pytest.raises(ValueError, match=r"scenario\.schedule\.share=0: must be in \(0, 1\]"):
-        Availability(**RUN, share=0)
 
 
 def test_a_curriculum_tells_who_is_where_and_what_it_has_seen() -> None:

@@ -19,7 +19,8 @@ from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP
-from fedcl.scenario.streams import ClassIncremental, DomainPermuted, DomainRotated, TaskIncremental
+from fedcl.scenario.domains import DomainPermuted, DomainRotated
+from fedcl.scenario.streams import ClassIncremental, TaskIncremental
 from fedcl.scenario.task import Stream, Task
 from tests.sampling import sampled
 

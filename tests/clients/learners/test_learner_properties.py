@@ -32,7 +32,8 @@ from clients.learners.view_batch import ViewBatch
 from fedcl.base.tree import equal
 from fedcl.contracts.learner import Plugin
 from fedcl.data.dataset import Dataset
-from fedcl.scenario.streams import ClassIncremental, DomainPermuted, TaskIncremental
+from fedcl.scenario.domains import DomainPermuted
+from fedcl.scenario.streams import ClassIncremental, TaskIncremental
 from fedcl.scenario.task import Stream
 from tests.clients.conftest import SCRIPT, RunExperiment
 from tests.sampling import sampled

@@ -15,7 +15,8 @@ from fedcl.contracts.learner import Plugin
 from fedcl.data.dataset import Dataset
 from fedcl.data.sources import digits
 from fedcl.evaluation.evaluator import Evaluator
-from fedcl.scenario.streams import ClassIncremental, DomainPermuted, TaskIncremental
+from fedcl.scenario.domains import DomainPermuted
+from fedcl.scenario.streams import ClassIncremental, TaskIncremental
 from fedcl.scenario.task import Stream
 
 Plugins = dict[str, Callable[[], Plugin]]

@@ -25,7 +25,8 @@ from fedcl.contracts.learner import Plugin, TaskData
 from fedcl.contracts.requests import ForgetInstruction, ForgetRequest, Scope, outcomes_from
 from fedcl.data.dataset import Dataset
 from fedcl.messages import Request
-from fedcl.scenario.streams import ClassIncremental, DomainPermuted
+from fedcl.scenario.domains import DomainPermuted
+from fedcl.scenario.streams import ClassIncremental
 from tests.toy import configure, run_toy, write_files
 
 CPU = torch.device("cpu")
