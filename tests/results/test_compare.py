@@ -54,7 +54,7 @@ def test_rows_means_intervals_and_tests_by_hand(runs: Path) -> None:
     assert found.metrics == ("accuracy/average",)
     plain, replay = (row.cells[0] for row in found.rows)
     assert plain.mean == pytest.approx(0.52)
-    assert plain.half_width == pytest.approx(4.303 * 0.02 / math.sqrt(3))
+    assert plain.half_width == pytest.approx(4.302653 * 0.02 / math.sqrt(3))
     assert plain.test is None
     assert replay.test is not None
     # differences 0.10, 0.12, 0.14: mean 0.12, deviation 0.02
