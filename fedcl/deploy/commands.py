@@ -35,17 +35,7 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     deploy = commands.add_parser("deploy", help="run on real devices", epilog=_EXAMPLES, formatter_class=raw)
     actions = deploy.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    init = actions.add_parser("init", help="write everything that a small fleet needs")
-    init.add_argument("folder", type=Path, metavar="DIR")
-    init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
-    init.add_argument("--address", help="name or IP address by which devices reach the server; this machine alone")
-    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
-    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
-    init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
-    init.add_argument(
-        "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
-    )
-    init.set_defaults(command=_init)
+    _add_init(actions)
 
     check = actions.add_parser("check", help="say what is wrong with a fleet's folder, or a device's")
     check.add_argument("folder", type=Path, metavar="DIR")
@@ -64,17 +54,34 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     resume.add_argument("folder", type=Path, metavar="DIR")
     resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="which one; the last")
     resume.set_defaults(command=_resume)
+    _add_local(actions, [configs, *parents])
+    for action in (check, register):
+        action.set_defaults(config_dir=[])
 
+
+def _add_init(actions: Any) -> None:
+    init = actions.add_parser("init", help="write everything that a small fleet needs")
+    init.add_argument("folder", type=Path, metavar="DIR")
+    init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
+    init.add_argument("--address", help="name or IP address by which devices reach the server; this machine alone")
+    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
+    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
+    init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
+    init.add_argument(
+        "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
+    )
+    init.set_defaults(command=_init, config_dir=[])
+
+
+def _add_local(actions: Any, parents: list[argparse.ArgumentParser]) -> None:
     about = "server and devices on this machine, for one run"
-    local = actions.add_parser("local", help=about, parents=[configs, *parents])
+    local = actions.add_parser("local", help=about, parents=parents)
     local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="how many devices; 3")
     local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder there")
     local.add_argument("--resume", action="store_true", help="go on with the last run of the fleet in --dir")
     local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     local.set_defaults(command=_local)
-    for action in (init, check, register):
-        action.set_defaults(config_dir=[])
 
 
 def _init(args: argparse.Namespace) -> None:

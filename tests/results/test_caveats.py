@@ -11,9 +11,10 @@ import pytest
 
 from fedcl.results import figures, html, load
 from fedcl.results.caveats import caveats
-from fedcl.results.recorder import Recorder, write_launch
+from fedcl.results.recorder import Recorder
 from fedcl.results.report import terminal_report
 from fedcl.results.summary import summary
+from fedcl.results.writing import write_launch
 
 # after task (row), on task (column): the last task has no test samples, yet all is tested after it
 ACCURACY = [[0.8, 0.75], [0.9, 0.6], [0.5, 0.7]]

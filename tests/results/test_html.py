@@ -16,8 +16,9 @@ from fedcl.results import html
 from fedcl.results.html.content import Cell, Table
 from fedcl.results.html.page import environment
 from fedcl.results.html.svg import inline
-from fedcl.results.recorder import Recorder, write_launch
+from fedcl.results.recorder import Recorder
 from fedcl.results.run import load
+from fedcl.results.writing import write_launch
 from fedcl.unlearning.certificate import About, write
 from fedcl.unlearning.receipt import Receipt
 from tests.results.rich_run import NAMES, write_run

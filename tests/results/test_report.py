@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedcl.config.value_rules import ConfigError
-from fedcl.results.recorder import Recorder, write_launch
+from fedcl.results.recorder import Recorder
 from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
 from fedcl.results.run import load
+from fedcl.results.writing import write_launch
 
 MakeRun = Callable[..., Path]
 
