@@ -95,7 +95,9 @@ def _status_of(error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return NOBODY_READS
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
+        print(
+            f"fedcl: error: {error.strerror}; free some space, then resume with: fedcl resume RUN_DIR", file=sys.stderr
+        )
         return FAILED
     if isinstance(error, OSError) and error.errno in _UNFIT and error.filename is not None:
         print(f"fedcl: error: {error.filename}: {error.strerror}; {_UNFIT[error.errno]}", file=sys.stderr)

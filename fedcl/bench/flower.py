@@ -22,10 +22,10 @@ REPETITIONS, WORKERS, TOLERANCE = 5, 2, 5e-4
 
 
 def flower(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
-    """Play the same rounds under Flower's simulation and on fedcl's Ray workers, in turn, both on two workers.
+    """Run the same rounds under Flower's simulation and on fedcl's Ray workers, in turn, both on two workers.
 
     Both train the same network from the same weights on the same batches in the same order; both have started and
-    played their first rounds before anything is measured. Processor time is that of all processes of a side.
+    run their first rounds before anything is measured. Processor time is that of all processes of a side.
 
     Returns
     -------

@@ -16,7 +16,7 @@ REPETITIONS = 7
 
 
 def pfl(model: str = "mlp", python: Path | None = None, repetitions: int = REPETITIONS) -> Result:
-    """Play the same rounds under pfl's simulation and on fedcl's inline backend, in turn, one process and thread each.
+    """Run the same rounds under pfl's simulation and on fedcl's inline backend, in turn, one process and thread each.
 
     ``python`` is the interpreter of an environment that has pfl; None is this one.
 

@@ -31,7 +31,7 @@ The same line again skips what is done and goes on with the rest. docs/sweeps.md
 examples:
   fedcl sweep seed=0,1,2 learner=finetune,er strategy/projection=none,fot
   fedcl sweep 'seed=range(0,5)' 'client.optimizer.lr=choice(0.1,0.3)' sweep_dir=runs/lr --jobs 2
-  fedcl sweep sweep_dir=runs/lr                 go on with that one
+  fedcl sweep sweep_dir=runs/lr                 continue that sweep
 """
 
 
@@ -46,7 +46,7 @@ def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.Ar
 
     _add_sweep(commands, configs, quiet)
 
-    resume = commands.add_parser("resume", help="go on with an interrupted run", parents=[configs, quiet])
+    resume = commands.add_parser("resume", help="resume an interrupted run", parents=[configs, quiet])
     resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     resume.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
     add_trust(resume)
@@ -54,7 +54,7 @@ def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.Ar
 
     extend = commands.add_parser(
         "extend",
-        help="go on with a run that is done, with more tasks or rounds, in a new folder",
+        help="continue a finished run with more tasks or rounds, in a new folder",
         parents=[configs, quiet],
     )
     extend.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -73,7 +73,6 @@ class Recorder:
         self._files: dict[str, BinaryIO] = {table: path.open("ab") for table, path in paths.items()}
 
     def __enter__(self) -> Self:
-        """Return itself, open."""
         return self
 
     def __exit__(
@@ -231,7 +230,9 @@ def _checked(
     for table, path in paths.items():
         data, offset = reading.content(path, checked=False) or b"", offsets[table]
         if not 0 <= offset <= len(data):
-            raise Damaged(path, f"has {len(data)} bytes, the checkpoint expects {offset}: the table was cut", remedy)
+            raise Damaged(
+                path, f"has {len(data)} bytes, the checkpoint expects {offset}: the table was truncated", remedy
+            )
         kept[table] = hashlib.sha256(memoryview(data)[:offset])
         if kept[table].hexdigest() != digests.get(table, kept[table].hexdigest()) or data[offset - 1 : offset] not in (
             b"\n",
