@@ -55,7 +55,8 @@ CATALOGUE = (
     Entry(
         "accuracy_by_task",
         "Accuracy by task over rounds",
-        "Test accuracy of the global model on each task; thin before the task is learned. Dashed lines mark task changes.",
+        "Test accuracy of the global model on each task; thin before the task is learned. Dashed lines "
+        "mark task changes.",
         accuracy_by_task,
     ),
     Entry(
@@ -119,15 +120,15 @@ CATALOGUE = (
     Entry(
         "unlearning_gaps",
         "Unlearning against retraining",
-        "Each unlearning metric minus that of the retrained reference: hollow before the request, filled after it. Zero is "
-        "the aim; the shaded rows are about the forget set.",
+        "Each unlearning metric minus that of the retrained reference: hollow before the request, filled after it. "
+        "Zero is the aim; the shaded rows are about the forget set.",
         unlearning_gaps,
     ),
     Entry(
         "revival_curve",
         "Revival",
-        "Accuracy on the forget set as training continues; dashed is the retrained reference, the hollow mark the model "
-        "before the request.",
+        "Accuracy on the forget set as training continues; dashed is the retrained reference, the hollow mark the "
+        "model before the request.",
         revival_curve,
     ),
     Entry(
