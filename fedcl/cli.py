@@ -1,7 +1,7 @@
-"""The command line: what `fedcl` does with its words (`fedcl.commands` has the commands) and how it ends.
+"""The command line: it parses the arguments, runs a command (`fedcl.commands`) and sets the exit status.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line on stderr, nothing written), 130 interrupted, 143 terminated;
-141 where nobody reads the output any more.
+141 if nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141
 _SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "rich", "yaml")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_COPY, _REMOVE = "copy the folder to where you may write", "something else is in its place; remove it"
+_COPY, _REMOVE = "copy the folder to a place that you can write to", "something else is in its place; remove it"
 _UNFIT = {
     errno.EROFS: _COPY, errno.EACCES: _COPY, errno.EPERM: _COPY, errno.EISDIR: _REMOVE, errno.EEXIST: _REMOVE,
     errno.ENOTDIR: _REMOVE, errno.ENOTEMPTY: _REMOVE, errno.ELOOP: _REMOVE, errno.ENOENT: "restore it",
     errno.ENAMETOOLONG: "choose a shorter name",
 }  # fmt: skip
 
-_ABOUT = "Federated continual learning with unlearning and late clients: simulate it, look at it, deploy it."
+_ABOUT = "Federated continual learning with unlearning and late clients: simulate, inspect, deploy."
 
 _EXAMPLES = """\
 examples:
   fedcl run                                     the built-in digits, five tasks, FOT against plain averaging
   fedcl run learner=er strategy/projection=none seed=1
-  fedcl list learner                            what can be chosen
+  fedcl list learner                            the available learners
   fedcl report runs/NAME                        tables and figures of a finished run
-  fedcl sweep seed=0,1,2 learner=finetune,er    many runs, and a table of them all
+  fedcl sweep seed=0,1,2 learner=finetune,er    several runs and a table of the results
 """
 
 
@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     for text in (*words, os.getcwd()):
         if not _is_text(text):
-            print(f"fedcl: error: {text!a}: must be UTF-8 text; rename what is called so", file=sys.stderr)
+            print(f"fedcl: error: {text!a}: must be UTF-8 text; rename it", file=sys.stderr)
             return BAD_INPUT
     try:
         args = _parse(words)
-    except SystemExit as stop:  # argparse has printed help, or what was wrong
+    except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     add_plugin_paths(args.config_dir, outside=_given_folders(args))
     try:
@@ -88,14 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status_of(error: Exception) -> int:
-    """Say what has gone wrong, in one line where one line tells, else by a traceback; return the exit status."""
+    """Print an error in one line if it is a known one, otherwise its traceback; return the exit status."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _SIM_PACKAGES:
         print(f"fedcl: error: needs the package '{error.name}'; pip install 'fedcl[sim]'", file=sys.stderr)
         return FAILED
     if isinstance(error, BrokenPipeError) and _nobody_reads():
         return NOBODY_READS
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        print(f"fedcl: error: {error.strerror}; make room, then go on with: fedcl resume RUN_DIR", file=sys.stderr)
+        print(
+            f"fedcl: error: {error.strerror}; free some space, then resume with: fedcl resume RUN_DIR", file=sys.stderr
+        )
         return FAILED
     if isinstance(error, OSError) and error.errno in _UNFIT and error.filename is not None:
         print(f"fedcl: error: {error.filename}: {error.strerror}; {_UNFIT[error.errno]}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
@@ -15,6 +16,8 @@ from fedcl.simulation.nodes import SERVER_FOLDER, read_order
 app = ServerApp()
 # devices keep the states of the last few visits only: a server that is resumed must not be older than that
 _EVERY_ROUND = ("checkpoint.every=1", "checkpoint.min_seconds=0")
+# a bundle of the repository carries no figures: `fedcl report` draws them afterwards
+PAGE = [] if importlib.util.find_spec("fedcl.results.figures") else ["figures=false"]
 
 
 @app.main()
@@ -43,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     given = shlex.split(str(told.get("overrides", "")))
     folders = [Path(folder) for folder in shlex.split(str(told.get("config_dirs", "")))]
     add_plugin_paths(folders, outside=[Path(interrupted)] if interrupted else [])
-    overrides = [*given, "backend=flower", "compare_with=null", *_EVERY_ROUND]
+    overrides = [*given, "backend=flower", "compare_with=null", *_EVERY_ROUND, *PAGE]
     try:
         if interrupted:
             trust = Trust(tuple(folders))

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from fedcl import __version__
 from fedcl.config.compose import CONFIG_DIR
@@ -57,6 +61,25 @@ def test_the_app_bundle_declares_one_override_string(project: dict[str, Any]) ->
         assert not [p for p in paths if {"build", "lib", "lib64", "parts", "eggs"} & set(p.parts)]
 
 
+def test_a_device_runs_the_client_app_out_of_the_bundle(tmp_path: Path) -> None:
+    zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))).extractall(tmp_path)
+    packed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"fedcl/client_app.py", "fedcl/server_app.py", "configs/config.yaml", "clients/learners/er.py"} <= packed
+    unneeded = ("fedcl/bench/", "fedcl/results/html/", "fedcl/results/figures/", "docs/", "tests/", "notebooks/")
+    assert not [name for name in packed if name.startswith(unneeded)]
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'matplotlib', 'pandas', 'pyarrow', 'sklearn', 'scipy', 'jinja2'):\n"
+        "    sys.modules[name] = None\n"
+        "import fedcl.client_app, fedcl.server_app\n"
+        "print(fedcl.client_app.__file__, fedcl.server_app.PAGE)"
+    )
+    shown = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert shown.splitlines()[-1] == f"{tmp_path / 'fedcl/client_app.py'} ['figures=false']"
+
+
 def test_readme_and_ci_run_the_same_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
@@ -98,3 +121,5 @@ def test_the_wheel_runs_away_from_the_checkout(tmp_path: Path) -> None:
         [python, "-c", "import fedcl.config.compose as c; print(c.CONFIG_DIR); c.compose([])"], text=True, cwd=tmp_path
     )
     assert Path(shown.strip()) == packages / "configs"
+    templates = {path.name for path in (packages / "fedcl/results/html/templates").iterdir()}
+    assert templates == {path.name for path in (ROOT / "fedcl/results/html/templates").iterdir()}

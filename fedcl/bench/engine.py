@@ -72,7 +72,7 @@ class Copies(Loop):
 
 
 def engine(model: str = "mlp", repetitions: int | None = None) -> Result:
-    """Let every engine that the configuration knows play the same rounds, inline, in turn with loops and the limit.
+    """Let every engine that the configuration knows run the same rounds, inline, in turn with loops and the limit.
 
     The limit is one network that trains on as many samples, at the best of several batch sizes and memory formats.
 

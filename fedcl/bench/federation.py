@@ -1,4 +1,4 @@
-"""fedcl itself as a side of a measurement: a run's server on an open backend, played round by round."""
+"""fedcl itself as a side of a measurement: a run's server on an open backend, run round by round."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fedcl.simulation.backend import open_backend
 
 @dataclass(frozen=True)
 class Federation:
-    """A run under way: everything that ``fedcl run`` does in a round, down to the rows of its tables."""
+    """A run in progress: everything that ``fedcl run`` does in a round, down to the rows of its tables."""
 
     server: Server
 
     def run(self, rounds: int) -> None:
-        """Play ``rounds`` more rounds."""
+        """Run ``rounds`` more rounds."""
         self.server.run(lambda server_round: None, until=self.server.state.next_round + rounds)
 
     def weights(self) -> Tensor:
@@ -39,7 +39,7 @@ class Federation:
         return self.server.global_model
 
     def side(self, name: str, cpu: Callable[[], float] | None = None) -> Side:
-        """Return it as a side; its processor time is that of this process and all it has started unless told how."""
+        """Return it as a side; its processor time is that of this process and its descendants by default."""
         return Side(name, self.run, cpu or own_seconds)
 
 

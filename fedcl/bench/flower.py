@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -22,10 +22,10 @@ REPETITIONS, WORKERS, TOLERANCE = 5, 2, 5e-4
 
 
 def flower(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
-    """Play the same rounds under Flower's simulation and on fedcl's Ray workers, in turn, both on two workers.
+    """Run the same rounds under Flower's simulation and on fedcl's Ray workers, in turn, both on two workers.
 
     Both train the same network from the same weights on the same batches in the same order; both have started and
-    played their first rounds before anything is measured. Processor time is that of all processes of a side.
+    run their first rounds before anything is measured. Processor time is that of all processes of a side.
 
     Returns
     -------
@@ -34,18 +34,32 @@ def flower(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
         final models are the same up to rounding.
     """
     workload = Workload(known(model))
-    with ExitStack() as stack:
-        rival = stack.enter_context(Rival("fedcl.bench.flower_app", workload))
-        own = stack.enter_context(federation(workload, "backend=ray", f"backend.workers={WORKERS}"))
+    rival = Rival("fedcl.bench.flower_app", workload)
+    backend = ("backend=ray", f"backend.workers={WORKERS}")
+    return against(rival, workload, backend, repetitions, ("flower", "Flower's simulation"), MARKS[model])
+
+
+def against(
+    rival: Rival,
+    workload: Workload,
+    backend: Sequence[str],
+    repetitions: int,
+    names: tuple[str, str],
+    marks: tuple[float, float | None],
+) -> Result:
+    """Run the same rounds with a rival and with fedcl on ``backend``, in turn.
+
+    ``names`` are the measurement's and the rival's, ``marks`` those of processor time and wall time.
+    """
+    with rival, federation(workload, *backend) as own:
         me = os.getpid()
         sides = [
-            rival.side("Flower's simulation"),
-            own.side("fedcl, backend=ray", lambda: tree_seconds(me, without=[rival.pid])),
+            rival.side(names[1]),
+            own.side(f"fedcl, {backend[0]}", lambda: tree_seconds(me, without=[rival.pid])),
         ]
         take_turns(sides, workload.rounds, repetitions)
         apart = distance(own.weights(), rival.weights())
-    cpu, wall = MARKS[model]
-    return compared("flower", workload, sides, apart, cpu, wall)
+    return compared(names[0], workload, sides, apart, *marks)
 
 
 def distance(own: Tensor, other: Tensor) -> float:

@@ -19,7 +19,7 @@ REPETITIONS = 5
 
 
 def gpu(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
-    """Play the same rounds on one CUDA device with every engine, inline, and with several workers sharing the device.
+    """Run the same rounds on one CUDA device with every engine, inline, and with several workers sharing the device.
 
     Returns
     -------

@@ -38,7 +38,7 @@ class RunSide:
     busy: list[tuple[float, ...]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Play a few rounds, each measured by itself."""
+        """Run a few rounds, each measured by itself."""
         for _ in range(ROUNDS):
             before, started = self._clocks(), time.perf_counter()
             self.rounds(1)
@@ -76,7 +76,7 @@ def sizes(sigma: float, clients: int = CLIENTS) -> tuple[int, ...]:
 
 
 def hetero(model: str = "mlp", repetitions: int = REPETITIONS) -> Result:
-    """Play rounds of equal and of log-normally unequal clients on one worker and on two, in turn.
+    """Run rounds of equal and of log-normally unequal clients on one worker and on two, in turn.
 
     Returns
     -------

@@ -38,7 +38,7 @@ class Loop:
         self.round = 0
 
     def run(self, rounds: int) -> None:
-        """Play ``rounds`` more rounds of FedAvg."""
+        """Run ``rounds`` more rounds of FedAvg."""
         for _ in range(rounds):
             total = [torch.zeros_like(w) for w in self.model]
             for client, x, y in zip(self.workload.clients, self.x, self.y, strict=True):

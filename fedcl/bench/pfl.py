@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
-from fedcl.bench.federation import federation
-from fedcl.bench.flower import compared, distance
-from fedcl.bench.processes import tree_seconds
+from fedcl.bench.flower import against
 from fedcl.bench.result import Result
 from fedcl.bench.rival import Rival
-from fedcl.bench.turns import take_turns
 from fedcl.bench.workload import Workload, known
 
 VERSION, MARK = "0.6.0", 1.4
@@ -21,7 +16,7 @@ REPETITIONS = 7
 
 
 def pfl(model: str = "mlp", python: Path | None = None, repetitions: int = REPETITIONS) -> Result:
-    """Play the same rounds under pfl's simulation and on fedcl's inline backend, in turn, one process and thread each.
+    """Run the same rounds under pfl's simulation and on fedcl's inline backend, in turn, one process and thread each.
 
     ``python`` is the interpreter of an environment that has pfl; None is this one.
 
@@ -36,17 +31,8 @@ def pfl(model: str = "mlp", python: Path | None = None, repetitions: int = REPET
     if found != VERSION:
         what = "is not installed there" if found is None else f"is {found} there"
         return Result.skipped("pfl", f"needs pfl=={VERSION} for {interpreter}; it {what}: benchmarks/pfl/README.md")
-    with ExitStack() as stack:
-        rival = stack.enter_context(Rival("fedcl.bench.pfl_app", workload, interpreter))
-        own = stack.enter_context(federation(workload, "backend=inline"))
-        me = os.getpid()
-        sides = [
-            rival.side(f"pfl {VERSION}"),
-            own.side("fedcl, backend=inline", lambda: tree_seconds(me, without=[rival.pid])),
-        ]
-        take_turns(sides, workload.rounds, repetitions)
-        apart = distance(own.weights(), rival.weights())
-    return compared("pfl", workload, sides, apart, MARK, None)
+    rival = Rival("fedcl.bench.pfl_app", workload, interpreter)
+    return against(rival, workload, ("backend=inline",), repetitions, ("pfl", f"pfl {VERSION}"), (MARK, None))
 
 
 def version(python: str) -> str | None:

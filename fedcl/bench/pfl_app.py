@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -54,41 +52,40 @@ class _Visits:
         return Dataset(raw_data=(self._x[number][chosen], self._y[number][chosen]), user_id=client)
 
 
+def _pause(orders: Orders, module: nn.Module, left: int) -> Any:
+    """Return a callback that waits for orders after ``left`` rounds, and ends the run when no more come."""
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.metrics import Metrics
+
+    class Pause(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no types to see here
+        def after_central_iteration(
+            self, aggregate_metrics: Any, model: Any, *, central_iteration: int
+        ) -> tuple[bool, Any]:
+            nonlocal left
+            left -= 1
+            if not left:
+                left = orders.rounds(lambda: flat(module).numpy())
+            return not left, Metrics()
+
+    return Pause()
+
+
 def serve(orders: Orders) -> None:
     """Run pfl's federated averaging; after each stretch of rounds it waits for the next one."""
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
-    from pfl.callback.base import TrainingProcessCallback
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.sampling import MinimizeReuseUserSampler
     from pfl.hyperparam.base import NNTrainHyperParams
-    from pfl.metrics import Metrics
     from pfl.model.pytorch import PyTorchModel
 
     torch.set_num_threads(1)
     workload = orders.workload
     module = _Trained(workload.network())
-    left = orders.rounds(lambda: weights())
+    left = orders.rounds(lambda: flat(module).numpy())
     if not left:
         return
-
-    def weights() -> NDArray[np.float32]:
-        return flat(module).numpy()
-
-    class Pause(TrainingProcessCallback):  # type: ignore[misc]  # pfl has no types to see here
-        """Waits where a stretch of rounds is at its end, and ends the run where no other follows."""
-
-        def after_central_iteration(
-            self, aggregate_metrics: Any, model: Any, *, central_iteration: int
-        ) -> tuple[bool, Any]:
-            """Count the round."""
-            nonlocal left
-            left -= 1
-            if not left:
-                left = orders.rounds(weights)
-            return not left, Metrics()
-
     model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), lr=1.0))
     users = FederatedDataset(_Visits(workload), MinimizeReuseUserSampler(list(workload.clients)))
     algorithm = NNAlgorithmParams(
@@ -99,7 +96,8 @@ def serve(orders: Orders) -> None:
         local_num_epochs=workload.epochs, local_learning_rate=LR, local_batch_size=workload.batch_size
     )
     backend = SimulatedBackend(training_data=users, val_data=users)
-    FederatedAveraging().run(algorithm, backend, model, local, callbacks=[Pause()], send_metrics_to_platform=False)
+    pause = _pause(orders, module, left)
+    FederatedAveraging().run(algorithm, backend, model, local, callbacks=[pause], send_metrics_to_platform=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Another simulator, in a process of its own, that plays rounds when it is told to.
+"""Another simulator, in its own process, that runs rounds on command.
 
-Both ends of the pipe are here. A line of JSON goes to the rival (``{"rounds": 3}`` or ``{"save": path}``), a line comes
-back when it is done; its own output goes to a log.
+Both ends of the pipe are here. A line of JSON goes to the rival (``{"rounds": 3}`` or ``{"save": path}``), and a line
+comes back when it is done. The rival's own output goes to a log.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Rival:
     module
         What to run; it calls :func:`serve`.
     workload
-        What it is to train.
+        What to train.
     python
-        The interpreter; it may lack what only fedcl needs.
+        The interpreter; it needs only the packages of the other simulator.
 
     Raises
     ------
     RuntimeError
-        If it ends before it is done, with the end of its log.
+        If it ends early, with the end of its log.
     """
 
     def __init__(self, module: str, workload: Workload, python: str = sys.executable) -> None:
@@ -65,13 +65,12 @@ class Rival:
         self._answer()
 
     def __enter__(self) -> Self:
-        """Return itself, ready."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let it end, and wait for it."""
+        """End it, and wait for it."""
         os.close(self._to)  # the end of its input is the end of its work
         try:
             self._process.wait(timeout=60)
@@ -86,7 +85,7 @@ class Rival:
         return self._process.pid
 
     def run(self, rounds: int) -> Mapping[str, Any]:
-        """Let it play ``rounds`` more rounds; return what it says of them."""
+        """Run ``rounds`` more rounds; return its report of them."""
         return self._ask({"rounds": rounds})
 
     def weights(self) -> Tensor:
@@ -95,7 +94,7 @@ class Rival:
         return torch.from_numpy(np.load(self._saved))
 
     def side(self, name: str) -> Side:
-        """Return it as a side, its processor time that of all its processes."""
+        """Return it as a side; its processor time is that of all its processes."""
         return Side(name, self.run, lambda: tree_seconds(self.pid))
 
     def _ask(self, command: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,7 +111,7 @@ class Rival:
 
 
 class Orders:
-    """The rival's end: what it is told to do, one after the other, each done when the next is asked for."""
+    """The rival's end: its commands, one after the other; asking for the next says that the last is done."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         ask, answer, workload = arguments
@@ -122,9 +121,9 @@ class Orders:
         self.workload = Workload(**{**known, "sizes": tuple(known["sizes"])})
 
     def rounds(self, weights: Callable[[], NDArray[np.float32]]) -> int:
-        """Say that what was asked is done; return how many rounds to play next, 0 at the end.
+        """Report that the last command is done; return how many rounds to run next, 0 at the end.
 
-        ``weights`` gives the global model (P,) as it is by then.
+        ``weights`` returns the current global model (P,).
         """
         while True:
             self._answers.write(json.dumps({"done": True}) + "\n")

@@ -55,17 +55,17 @@ def watching() -> Iterator[Watch]:
 
 
 def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: int = REPETITIONS) -> Result:
-    """Play rounds of ever more clients out of the same ten thousand, on two workers.
+    """Run rounds of ever more clients out of the same ten thousand, on two workers.
 
     A client holds 200 samples and takes ten steps. As many visits as there are clients come before anything is
     measured, so that caches, which are bounded, and processes' own pools of memory do not count as growth. A cohort
-    that would not fit into memory, to judge by the one before, is not played.
+    that would not fit into memory, to judge by the one before, is not run.
 
     Returns
     -------
     Result
         One row a cohort: seconds, clients a second, memory, and kB for each client beyond the cohort before. ``ratio``
-        is the mark of 1 kB over the last row's kB (one for any that is below); passed if the last cohort was played and
+        is the mark of 1 kB over the last row's kB (one for any that is below); passed if the last cohort was run and
         needs no more.
     """
     workload = Workload(known(model), (200,) * max(cohorts))
@@ -77,13 +77,13 @@ def scale(model: str = "mlp", cohorts: tuple[int, ...] = COHORTS, repetitions: i
         for clients in cohorts:
             needed = seen[-1].kb * (clients - seen[-1].clients) if seen else 0.0
             if needed > SPARE * _free_kb():
-                notes.append(f"{clients} clients not played: they would need {needed / 1e6:.1f} GB more")
+                notes.append(f"{clients} clients not run: they would need {needed / 1e6:.1f} GB more")
                 break
             _select(run, clients)
             seen.append(_measured(run, clients, repetitions, seen[-1] if seen else None))
-    last, played = seen[-1], len(seen) == len(cohorts)
+    last, complete = seen[-1], len(seen) == len(cohorts)
     figures = {f"seconds_{c.clients}": c.seconds for c in seen} | {f"kb_{c.clients}": c.kb for c in seen[1:]}
-    ratio = min(KB_MARK / max(last.kb, 1e-9), 1.0) if played else 0.0
+    ratio = min(KB_MARK / max(last.kb, 1e-9), 1.0) if complete else 0.0
     return Result("scale", ratio, ratio == 1.0, [c.row(model) for c in seen], figures, notes)
 
 

@@ -35,7 +35,7 @@ class Side:
     turns: list[Turn] = field(default_factory=list)
 
     def turn(self, rounds: int) -> Turn:
-        """Play and measure."""
+        """Run and measure."""
         gc.collect()
         cpu, wall = self.cpu(), time.perf_counter()
         self.run(rounds)
@@ -48,7 +48,7 @@ class Side:
 
 
 def take_turns(sides: Sequence[Side], rounds: int, repetitions: int, *, warm_up: int = 2) -> None:
-    """Let every side play ``rounds`` rounds in each repetition, after ``warm_up`` rounds that do not count.
+    """Let every side run ``rounds`` rounds in each repetition, after ``warm_up`` rounds that do not count.
 
     Every second repetition goes through them backwards, so that none always follows the same one.
     """

@@ -37,7 +37,9 @@ def run_folder(path: Path) -> Path:
     if any((path / name).exists() for name in ("STATUS", "metrics.jsonl", "summary.json")):
         raise ConfigError(f"{path / 'config.yaml'}: is missing; restore it from a copy of the folder, or run it again")
     if any((path / name).exists() for name in (".lock", "overrides.yaml", "env.json")):
-        raise ConfigError(f"{path}: the run died before it had written what it is; start it again with run_dir={path}")
+        raise ConfigError(
+            f"{path}: the run ended before its configuration was written; start it again with run_dir={path}"
+        )
     if not path.exists():
         raise ConfigError(f"{path}: not a run's folder, nothing is there; a run prints its own as its last line")
     newest = max(path.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime, default=None)

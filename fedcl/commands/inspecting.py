@@ -1,4 +1,4 @@
-"""The commands that look: report, compare, export, verify, list, bench."""
+"""The commands that inspect: report, compare, export, verify, list, bench."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _COMPARE_EXAMPLES = """\
-Runs that differ by their seed only are one row. docs/compare.md tells what is computed.
+Runs that differ only in their seed are one row. docs/compare.md defines the numbers.
 
 examples:
   fedcl compare runs/sweep
@@ -27,10 +27,12 @@ examples:
 
 def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
     """Add these commands."""
-    about = "check a run's certificates of what was forgotten"
+    about = "check a run's unlearning certificates"
     verify = commands.add_parser("verify", help=about, parents=[configs])
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    verify.add_argument("--no-replay", action="store_true", help="do not retrain to verify exact ones")
+    verify.add_argument(
+        "--no-replay", action="store_true", help="do not train the retrained references of exact unlearning"
+    )
     add_trust(verify)
     verify.set_defaults(command=_verify)
 
@@ -45,11 +47,11 @@ def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
     export = commands.add_parser("export", help=about, parents=[configs])
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("--client", metavar="ID", help="the model that this client predicts with")
-    export.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors in the run's folder")
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: model.safetensors in the run's folder")
     add_trust(export)
     export.set_defaults(command=_export)
 
-    choices = commands.add_parser("list", help="list what can be chosen", parents=[configs])
+    choices = commands.add_parser("list", help="list the available choices", parents=[configs])
     choices.add_argument("kind", nargs="?", metavar="KIND", help="such as learner, scenario, strategy/projection")
     choices.set_defaults(command=_list)
 
@@ -57,9 +59,11 @@ def add(commands: Commands, configs: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "bench", metavar="NAME", help="engine, flower, gpu, hetero, learners, overhead, pfl, repro, scale or server"
     )
-    bench.add_argument("--model", metavar="MODEL", help="mlp, logistic, lenet or resnet8, where one is trained")
-    bench.add_argument("--python", type=Path, metavar="FILE", help="for pfl: the interpreter that has it")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    bench.add_argument(
+        "--model", metavar="MODEL", help="mlp, logistic, lenet or resnet8; for benchmarks that train a model"
+    )
+    bench.add_argument("--python", type=Path, metavar="FILE", help="for pfl: an interpreter with pfl installed")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     bench.set_defaults(command=_bench, config_dir=[])
 
 
@@ -77,8 +81,8 @@ def _add_compare(commands: Commands) -> None:
     )
     compare.add_argument("--baseline", metavar="ROW", help="a run's folder or a row's settings; the first row")
     compare.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "html"))
-    compare.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
-    compare.add_argument("--force", action="store_true", help="also if the runs' streams differ")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file instead of printing it")
+    compare.add_argument("--force", action="store_true", help="even if the runs' streams differ")
     compare.set_defaults(command=_compare, config_dir=[])
 
 

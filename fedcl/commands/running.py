@@ -1,4 +1,4 @@
-"""The commands that play a run: run, sweep, resume, extend, forget."""
+"""The commands that run experiments: run, sweep, resume, extend, forget."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from fedcl.commands import Commands
 
 _RUN_EXAMPLES = """\
-A setting is key=value. A choice is group=name; a learner may be several: learner=[ewc,er].
+A setting is key=value, a choice is group=name. Several learners can be combined: learner=[ewc,er].
 
 examples:
   fedcl run num_clients=50 clients_per_round=10 rounds_per_task=20 client.epochs=2
   fedcl run strategy/collaboration=fedavg strategy/projection=none compare_with=null
   fedcl run backend=inline run_dir=runs/first
-  fedcl run --config-dir my learner=mine        my/learner/mine.yaml; its module lies in the current directory,
-                                                in my/ or beside it
+  fedcl run --config-dir my learner=mine        my/learner/mine.yaml; its module is in the current directory,
+                                                in my/ or next to it
 """
 
 _SWEEP_EXAMPLES = """\
-A list of values without brackets is a sweep, with brackets it is one value: learner=[ewc,er] is one learner.
-The same line again skips what is done and goes on with the rest. docs/sweeps.md tells more.
+A list of values without brackets is a sweep; in brackets it is one value: learner=[ewc,er] is one learner.
+The same line again skips finished runs and continues with the rest. See docs/sweeps.md.
 
 examples:
   fedcl sweep seed=0,1,2 learner=finetune,er strategy/projection=none,fot
   fedcl sweep 'seed=range(0,5)' 'client.optimizer.lr=choice(0.1,0.3)' sweep_dir=runs/lr --jobs 2
-  fedcl sweep sweep_dir=runs/lr                 go on with that one
+  fedcl sweep sweep_dir=runs/lr                 continue that sweep
 """
 
 
@@ -46,19 +46,19 @@ def add(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.Ar
 
     _add_sweep(commands, configs, quiet)
 
-    resume = commands.add_parser("resume", help="go on with an interrupted run", parents=[configs, quiet])
+    resume = commands.add_parser("resume", help="resume an interrupted run", parents=[configs, quiet])
     resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    resume.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    resume.add_argument("--force", action="store_true", help="even if the code or the settings have changed")
     add_trust(resume)
     resume.set_defaults(command=_resume)
 
     extend = commands.add_parser(
         "extend",
-        help="go on with a run that is done, with more tasks or rounds, in a new folder",
+        help="continue a finished run with more tasks or rounds, in a new folder",
         parents=[configs, quiet],
     )
     extend.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    extend.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    extend.add_argument("--force", action="store_true", help="even if the code or the settings have changed")
     extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="rounds_per_task, scenario.*, run_dir")
     add_trust(extend)
     extend.set_defaults(command=_extend)
@@ -76,22 +76,28 @@ def _add_sweep(commands: Commands, configs: argparse.ArgumentParser, quiet: argp
     )
     sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE", help="as for fedcl run; and sweep_dir=DIR")
     add_trust(sweep)
-    sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="how many runs at once; 1")
+    sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="number of runs at once; 1")
     sweep.set_defaults(command=_sweep)
 
 
 def _add_forget(commands: Commands, configs: argparse.ArgumentParser, quiet: argparse.ArgumentParser) -> None:
     forget = commands.add_parser(
-        "forget", help="ask a run to forget a client, a class, samples or a task", parents=[configs, quiet]
+        "forget", help="request that a run forgets a client, a class, samples or a task", parents=[configs, quiet]
     )
     forget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    forget.add_argument("--client", action="append", default=[], metavar="ID", help="leaves; or narrows it down")
+    forget.add_argument(
+        "--client",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a departing client; with --class, --samples or --task: only its data",
+    )
     forget.add_argument("--class", action="append", dest="classes", default=[], type=int, metavar="LABEL")
     forget.add_argument("--samples", default=[], type=_ints, metavar="POSITIONS", help="such as 1,5,9")
     forget.add_argument("--task", action="append", default=[], type=int, metavar="NUMBER")
     forget.add_argument("--id", metavar="NAME", help="the request's name, on its certificate")
-    forget.add_argument("--unlearner", metavar="NAME", help="another one than the run's; for a run that is over")
-    forget.add_argument("--force", action="store_true", help="also if the code or the settings have changed since")
+    forget.add_argument("--unlearner", metavar="NAME", help="another unlearner than the run's; for a finished run")
+    forget.add_argument("--force", action="store_true", help="even if the code or the settings have changed")
     forget.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a setting of that unlearner")
     add_trust(forget)
     forget.set_defaults(command=_forget)

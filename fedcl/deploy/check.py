@@ -1,4 +1,4 @@
-"""What is wrong with a fleet's folder, in plain words: versions, commands, certificates, keys, ports, data."""
+"""Checks a fleet's folder: versions, commands, certificates, keys, ports, data."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SOON = datetime.timedelta(days=14)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; ``wrong`` says that the fleet cannot run like this."""
+    """The result of one check; ``wrong`` says that the fleet cannot run like this."""
 
     text: str
     wrong: bool = False
 
 
 def check(folder: Path) -> list[Finding]:
-    """Return what there is to say about a fleet's folder, or about one device's, which holds a ``client.yaml``.
+    """Check a fleet's folder, or one device's, which holds a ``client.yaml``.
 
     Raises
     ------
@@ -191,7 +191,7 @@ def _device(folder: Path, fleet: Fleet | None) -> Iterator[Finding]:
 
 
 def _way(folder: Path) -> Iterator[Finding]:
-    """Look whether the server can be reached from here, as the device's own start command would."""
+    """Check that the server can be reached from here, as the device's start command would."""
     script = folder / "start.sh"
     found = _SERVER.search(script.read_text(encoding="utf-8")) if script.is_file() else None
     if found is None:

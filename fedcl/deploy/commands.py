@@ -1,4 +1,4 @@
-"""``fedcl deploy``: its words on the command line; what does the work is imported when it is asked for."""
+"""``fedcl deploy``: its command line. The code behind an action is imported when the action is called."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ examples:
   fedcl deploy local -n 3 learner=er            server and three devices on this machine, with TLS and keys
   fedcl deploy init fleet --devices 3 --address 192.168.1.10
   fedcl deploy check fleet
-  fedcl deploy register fleet                   whom the started server admits
+  fedcl deploy register fleet                   which devices the running server admits
   fedcl deploy run fleet data/partition=local rounds_per_task=5
   fedcl deploy resume fleet
 """
-_NOT_BEGUN = "the run had not begun"
+_NOT_BEGUN = "the run had not started"
 _LOUD = """\
 *******************************************************************************
 *  --insecure: NO TLS AND NO AUTHENTICATION. Whoever is in this network can   *
@@ -30,28 +30,18 @@ _LOUD = """\
 
 
 def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse.ArgumentParser) -> None:
-    """Add ``deploy`` and its actions to the command line; ``configs`` has the folders with choices of one's own."""
+    """Add ``deploy`` and its actions to the command line; ``configs`` adds the user's own configuration folders."""
     raw = argparse.RawDescriptionHelpFormatter
     deploy = commands.add_parser("deploy", help="run on real devices", epilog=_EXAMPLES, formatter_class=raw)
     actions = deploy.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    init = actions.add_parser("init", help="write everything that a small fleet needs")
-    init.add_argument("folder", type=Path, metavar="DIR")
-    init.add_argument("--devices", type=int, default=3, metavar="N", help="how many; 3")
-    init.add_argument("--address", help="name or IP address by which devices reach the server; this machine alone")
-    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
-    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
-    init.add_argument("--own-certificates", action="store_true", help="leave room for certificates of your own")
-    init.add_argument(
-        "--insecure", action="store_true", help="without TLS and authentication: never outside a laboratory"
-    )
-    init.set_defaults(command=_init)
+    _add_init(actions)
 
-    check = actions.add_parser("check", help="say what is wrong with a fleet's folder, or a device's")
+    check = actions.add_parser("check", help="check a fleet's folder, or a device's, for problems")
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check)
 
-    register = actions.add_parser("register", help="say whose keys the started server admits")
+    register = actions.add_parser("register", help="list the devices that the running server admits")
     register.add_argument("folder", type=Path, metavar="DIR")
     register.set_defaults(command=_register)
 
@@ -60,21 +50,38 @@ def add(commands: Any, parents: list[argparse.ArgumentParser], configs: argparse
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     run.set_defaults(command=_run)
 
-    resume = actions.add_parser("resume", help="go on with an interrupted run", parents=[configs, *parents])
+    resume = actions.add_parser("resume", help="resume an interrupted run", parents=[configs, *parents])
     resume.add_argument("folder", type=Path, metavar="DIR")
-    resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="which one; the last")
+    resume.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="the run; default: the last")
     resume.set_defaults(command=_resume)
+    _add_local(actions, [configs, *parents])
+    for action in (check, register):
+        action.set_defaults(config_dir=[])
 
+
+def _add_init(actions: Any) -> None:
+    init = actions.add_parser("init", help="create the folder of a small fleet")
+    init.add_argument("folder", type=Path, metavar="DIR")
+    init.add_argument("--devices", type=int, default=3, metavar="N", help="number of devices; 3")
+    init.add_argument(
+        "--address", help="name or IP address at which devices reach the server; default: this machine only"
+    )
+    init.add_argument("--port", type=int, default=PORT, help=f"the port for devices; {PORT}")
+    init.add_argument("--control-port", type=int, default=CONTROL_PORT, help=f"for this machine alone; {CONTROL_PORT}")
+    init.add_argument("--own-certificates", action="store_true", help="create no certificates; you add your own")
+    init.add_argument("--insecure", action="store_true", help="without TLS and authentication: never outside a lab")
+    init.set_defaults(command=_init, config_dir=[])
+
+
+def _add_local(actions: Any, parents: list[argparse.ArgumentParser]) -> None:
     about = "server and devices on this machine, for one run"
-    local = actions.add_parser("local", help=about, parents=[configs, *parents])
-    local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="how many devices; 3")
-    local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder there")
-    local.add_argument("--resume", action="store_true", help="go on with the last run of the fleet in --dir")
+    local = actions.add_parser("local", help=about, parents=parents)
+    local.add_argument("-n", "--devices", type=int, default=3, metavar="N", help="number of devices; 3")
+    local.add_argument("--dir", dest="folder", type=Path, metavar="DIR", help="keep the fleet's folder in DIR")
+    local.add_argument("--resume", action="store_true", help="resume the last run of the fleet in --dir")
     local.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     local.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for fedcl run")
     local.set_defaults(command=_local)
-    for action in (init, check, register):
-        action.set_defaults(config_dir=[])
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -164,7 +171,7 @@ def _named(config_dirs: Sequence[Path]) -> str:
 
 @contextmanager
 def _resumable(command: str) -> Iterator[None]:
-    """Answer a signal with the command that goes on with the run."""
+    """After a signal, print the command that resumes the run."""
     from fedcl.deploy.submit import Stopped, settle
 
     try:
@@ -174,7 +181,7 @@ def _resumable(command: str) -> Iterator[None]:
     except Stopped as stop:
         begun = settle(stop.run_dir)
         text = command.format(fleet=shlex.quote(str(stop.fleet)))
-        hint = f"go on with: {text}" if begun else _NOT_BEGUN
+        hint = f"resume with: {text}" if begun else _NOT_BEGUN
         if isinstance(stop.cause, KeyboardInterrupt):
             raise KeyboardInterrupt(hint) from stop
         print(f"fedcl: terminated; {hint}", file=sys.stderr)
@@ -189,7 +196,7 @@ def _load(folder: Path) -> Fleet:
 
 
 def _finalize(run_dir: Path, quiet: bool) -> None:
-    """Show what a simulation shows at its end."""
+    """Print what a simulation prints at its end."""
     if not quiet:
         from fedcl import results
         from fedcl.results.report import terminal_report

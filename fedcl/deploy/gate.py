@@ -1,8 +1,7 @@
-"""The server's door to its devices: Flower's Fleet routes and nothing else, for the keys in ``server/keys`` alone.
+"""The server's gate for devices: Flower's Fleet routes and nothing else, only for the keys in ``server/keys``.
 
-SuperLink serves the routes of devices, of the command line and of running apps as one application. This door stands
-before that application on the address that devices reach; everything is judged by the head of a request, before a
-byte of its body is read.
+SuperLink serves the routes of devices, of the command line and of running apps as one application. The gate is in
+front of it at the address that devices connect to. It decides by the head of a request, before it reads the body.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_BODY = 256 << 20  # bytes of one request; Flower sends a model's arrays in pieces of 5 MB
-HEAD_SECONDS = 20.0  # a connection that has said nothing complete by then is closed
+HEAD_SECONDS = 20.0  # a connection without a complete request by then is closed
 _KEPT_HEADERS = (b"content-type", b"content-length", b"user-agent")
 _PUBLIC_KEY, _SIGNATURE, _TIMESTAMP = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
 _WHY = {
@@ -40,7 +39,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 class DeviceKeys:
     """The list of keys: ``NAME.pub`` in ``folder`` is the key of the client NAME, in OpenSSH's format.
 
-    The folder is looked at again once a second: a file that comes or goes lets a device in, or shuts it out.
+    The folder is read again once a second: a new file admits a device, a removed one shuts it out.
     """
 
     def __init__(self, folder: Path) -> None:

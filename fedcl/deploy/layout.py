@@ -41,7 +41,7 @@ class Fleet:
             if not 1 <= (port := getattr(self, name)) <= 65535:
                 raise ConfigError(f"{name}={port}: must be in 1..65535")
         if self.port == self.control_port:
-            raise ConfigError(f"control_port={self.control_port}: must be another than port")
+            raise ConfigError(f"control_port={self.control_port}: must differ from port")
 
     @property
     def server(self) -> Path:
@@ -85,7 +85,9 @@ class Fleet:
         """
         file = folder / "fleet.yaml"
         if not file.is_file():
-            raise ConfigError(f"{folder}: not a fleet's folder, it has no fleet.yaml; make one: fedcl deploy init DIR")
+            raise ConfigError(
+                f"{folder}: not a fleet's folder, it has no fleet.yaml; create one with: fedcl deploy init DIR"
+            )
         try:
             raw = yaml.safe_load(file.read_text(encoding="utf-8"))
             devices = tuple(str(name) for name in raw["devices"])

@@ -43,14 +43,14 @@ def local(
     if folder is not None:
         there = (folder / "fleet.yaml").is_file()
         if going_on and not there:
-            raise ConfigError(f"{folder}: not a fleet's folder; --resume needs the one that was kept")
+            raise ConfigError(f"{folder}: not a fleet's folder; --resume needs the one that was kept with --dir")
         fleet = Fleet.load(folder) if there else _init(folder, devices, insecure, config_dirs)
         if len(fleet.devices) != devices:
             raise ConfigError(f"{folder}: has {len(fleet.devices)} devices; -n {devices}")
         return _run(fleet, overrides, config_dirs, quiet=quiet, going_on=going_on)
     if going_on:
-        raise ConfigError("--resume: needs --dir, the folder of the fleet that was interrupted")
-    compose([*overrides, "backend=flower"], config_dirs)  # what is wrong is said before anything is started
+        raise ConfigError("--resume: needs --dir, the folder of the interrupted fleet")
+    compose([*overrides, "backend=flower"], config_dirs)  # errors must show before anything is started
     named = any(text.startswith("run_dir=") for text in overrides)
     own = Path(tempfile.mkdtemp(prefix="fedcl-fleet-"))
     keep = False

@@ -1,4 +1,4 @@
-"""Runs on a fleet: handed to its server, watched to their end, gone on with after an interruption."""
+"""Runs on a fleet: submitted to its server, watched until they end, resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Stopped(BaseException):
 def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: Sequence[Path] = ()) -> Path:
     """Run an experiment on the fleet's devices and return its folder.
 
-    ``config_dirs`` are folders with choices of one's own, for the server; devices look the names up in their own.
+    ``config_dirs`` are the user's own configuration folders on the server; devices look up the names in theirs.
 
     Raises
     ------
@@ -60,7 +60,9 @@ def submit(fleet: Fleet, overrides: Sequence[str], *, quiet: bool, config_dirs: 
     run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     run_dir = Path(cfg["run_dir"] or fleet.folder / "runs" / f"{cfg['name']}-{run}").resolve()
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(f"run_dir={run_dir}: must be new or empty; or go on with: fedcl deploy resume {fleet.folder}")
+        raise ConfigError(
+            f"run_dir={run_dir}: must be new or empty; or resume with: fedcl deploy resume {fleet.folder}"
+        )
     given = [text for text in given if not text.startswith("run_dir=")]
     launch = Launch(run, str(run_dir))
     settings = {"overrides": shlex.join([*given, f"run_dir={run_dir}"])}
@@ -82,7 +84,7 @@ def resume(fleet: Fleet, run_dir: Path | None, *, quiet: bool, config_dirs: Sequ
     if run_dir is not None:
         launches = [one for one in launches if Path(one.run_dir) == run_dir.resolve()]
     if not launches:
-        raise ConfigError(f"{fleet.folder}: no run to go on with")
+        raise ConfigError(f"{fleet.folder}: no run to resume")
     launch = launches[-1]
     folder = Path(launch.run_dir)
     if not (folder / "STATUS").is_file():
@@ -134,7 +136,7 @@ def _run(fleet: Fleet, launch: Launch, settings: dict[str, str], *, quiet: bool)
             with suppress(ConfigError, subprocess.TimeoutExpired):  # it may have ended by itself
                 flwr(fleet, "stop", number, CONNECTION)
             raise ConfigError(f"the run did not begin:\n{tail(log)}")
-        hint = f"go on with: fedcl deploy resume {fleet.folder}"
+        hint = f"resume with: fedcl deploy resume {fleet.folder}"
         raise ConfigError(f"the run ended early (Flower's run {number}); {hint}\n{tail(log)}")
 
 
@@ -272,7 +274,7 @@ def _is_active(fleet: Fleet, number: str) -> bool:
 
 
 def refuse_unreachable(fleet: Fleet) -> None:
-    """Refuse to go on without a server; ConfigError says why it cannot be reached."""
+    """Refuse to continue without a server; ConfigError says why it cannot be reached."""
     why = unreachable(fleet) or refusal("127.0.0.1", fleet.control_port, None)
     if why is not None:
         raise ConfigError(f"{why}; start it with: {fleet.server / 'start.sh'}; see also: fedcl deploy check")

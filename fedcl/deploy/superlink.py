@@ -80,9 +80,9 @@ class FleetState:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(prog="python -m fedcl.deploy.superlink", description=__doc__)
-    parser.add_argument("--host", required=True, help="address of this machine at which devices come in")
+    parser.add_argument("--host", required=True, help="address of this machine that devices connect to")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--control-port", type=int, required=True, help="on loopback: for fedcl deploy and its runs")
+    parser.add_argument("--control-port", type=int, required=True, help="on loopback, for fedcl deploy and its runs")
     parser.add_argument("--insecure", action="store_true", help="without TLS and authentication")
     args = parser.parse_args(arguments)
     folder = Path.cwd()
@@ -97,30 +97,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [path for path in paths if path not in _NO_SELF_SERVICE]
     gate = Gate(app, paths, keys, functools.partial(note_refusal, folder))
     log = get_uvicorn_log_config(_log_level())
-    certificate: dict[str, Any] = {} if args.insecure else {"ssl_certfile": "server.crt", "ssl_keyfile": "server.key"}
     inner = uvicorn.Server(
         uvicorn.Config(app, host=LOOPBACK, port=args.control_port, log_config=log, proxy_headers=False, ws="none")
     )
-    outer = uvicorn.Server(
-        uvicorn.Config(
-            gate,
-            host=args.host,
-            port=args.port,
-            log_config=log,
-            lifespan="off",
-            http=PatientProtocol,
-            ws="none",
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-            **certificate,
-        )
+    asyncio.run(_serve(inner, _for_devices(gate, args)))
+
+
+def _for_devices(gate: Gate, args: argparse.Namespace) -> uvicorn.Server:
+    """Return the server that devices connect to; exits if its certificate cannot be used."""
+    certificate: dict[str, Any] = {} if args.insecure else {"ssl_certfile": "server.crt", "ssl_keyfile": "server.key"}
+    config = uvicorn.Config(
+        gate,
+        host=args.host,
+        port=args.port,
+        log_config=get_uvicorn_log_config(_log_level()),
+        lifespan="off",
+        http=PatientProtocol,
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        **certificate,
     )
     try:
-        outer.config.load()
+        config.load()
     except (OSError, ssl.SSLError) as error:
         sys.exit(f"server.crt, server.key: cannot be used: {error}")
-    asyncio.run(_serve(inner, outer))
+    return uvicorn.Server(config)
 
 
 def _log_level() -> int:

@@ -10,12 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedcl.results.recorder import Recorder, create_run_dir, environment
+    from fedcl.results.environment import create_run_dir, environment
+    from fedcl.results.recorder import Recorder
     from fedcl.results.run import Run, load
 
 __all__ = ["Recorder", "Run", "create_run_dir", "environment", "load"]
 
-_HOME = {"load": "run", "Run": "run", "Recorder": "recorder", "create_run_dir": "recorder", "environment": "recorder"}
+_HOME = {
+    "load": "run",
+    "Run": "run",
+    "Recorder": "recorder",
+    "create_run_dir": "environment",
+    "environment": "environment",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,9 @@ def compare(
     configurations = found.configurations
     streams = _streams(configurations)
     if streams and not force:
-        raise ConfigError(f"{streams[0]}: runs of other streams are not to be compared; leave one out, or use --force")
+        raise ConfigError(
+            f"{streams[0]}: runs with different streams cannot be compared; leave one out, or use --force"
+        )
     labels = _labels(configurations)
     first = _baseline(baseline, found, labels)
     keys = _metrics(metrics, configurations)
@@ -133,7 +135,7 @@ def _baseline(asked: str | None, found: Gathered, labels: Sequence[str]) -> int:
         if folder == known.resolve():
             raise ConfigError(f"--baseline {asked}: {found.advice(known)}")
     if folder.is_dir():
-        raise ConfigError(f"--baseline {asked}: none of the runs that are compared; name it among them, too")
+        raise ConfigError(f"--baseline {asked}: not among the compared runs; add it to them")
     fitting = [i for i, label in enumerate(labels) if set(asked.split()) <= set(label.split())]
     if len(fitting) == 1:
         return fitting[0]

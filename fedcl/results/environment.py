@@ -32,7 +32,7 @@ def create_run_dir(
     Parameters
     ----------
     path
-        Folder to use; None for ``<root>/<name>/<timestamp>_<confighash>_s<seed>`` (UTC; a counter is added when taken).
+        Folder to use; None for ``<root>/<name>/<timestamp>_<confighash>_s<seed>`` (UTC; numbered if taken).
     name
         The experiment's name: letters, digits, ``.``, ``_`` and ``-``.
     config
@@ -59,7 +59,7 @@ def create_run_dir(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run_dir={path}: cannot be made: {error.strerror}") from error
+        raise ValueError(f"run_dir={path}: cannot be created: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"run_dir={path}: cannot be written to")
     return path

@@ -144,7 +144,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     path = folder / schema.CONFIG
     found = reading.required(path)
     if not isinstance(found.get("seed"), int):
-        raise reading.Damaged(path, "is not what a run writes there: has no seed", f"leave {folder} out")
+        raise reading.Damaged(path, "has no seed", f"leave {folder} out")
     return found
 
 

@@ -1,7 +1,7 @@
-"""A run's folder taken up again: what was asked for, whether it still means the same, and whose code it may run.
+"""Reads how a run was started, to resume it: its settings, whether they have changed, and whose code it may run.
 
-A folder is data that people send each other. Code that is not fedcl's is imported only from where the user says on the
-command line that goes on with it: the current directory, ``--config-dir``, or with ``--trust`` wherever it says itself.
+A folder is data that people send each other. Foreign code is imported only from where the user's command allows it: the
+current directory, ``--config-dir``, or with ``--trust`` any place that the folder names.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Trust:
-    """What the user lets a folder do: import from ``config_dirs`` and the current directory, or ``everything``."""
+    """What the user allows a folder: to import from ``config_dirs`` and the current directory, or ``everything``."""
 
     config_dirs: tuple[Path, ...] = ()
     everything: bool = False
 
     def refuse_foreign(self, cfg: Config, folder: Path, places: Sequence[str] = ()) -> None:
-        """Refuse a configuration, found in ``folder``, that names code of others, or a cluster that runs it.
+        """Refuse a configuration, found in ``folder``, that names foreign code or a cluster.
 
-        Nothing is imported. ``places`` are where such code lay, as the folder tells.
+        Nothing is imported. ``places`` are where the folder says that such code was.
 
         Raises
         ------
         ConfigError
-            With both ways out.
+            With the options that would allow it.
         """
         if self.everything:
             return
         address = cfg["backend"].get("address")
         if address not in (None, "auto"):
             raise ConfigError(
-                f"{folder}: backend.address={address}: whoever is there may run code here; allow: --trust"
+                f"{folder}: backend.address={address}: processes there may run code here; to allow this: --trust"
             )
         wanted = {name.split(".")[0] for name in (*targets_in(cfg), *cfg["trusted_packages"])} - TRUSTED
         foreign = wanted - set(plugin_packages(wanted, plugin_directories(self.config_dirs, outside=[folder])))
@@ -61,7 +61,7 @@ class Trust:
 
 @dataclass(frozen=True)
 class Launched:
-    """A run as its folder tells it: its configuration, and ``env.json`` with how it was asked for."""
+    """A run as its folder describes it: its configuration, and ``env.json`` with how it was started."""
 
     run_dir: Path
     cfg: Config
@@ -70,12 +70,12 @@ class Launched:
 
     @property
     def launch(self) -> dict[str, Any]:
-        """How the run was asked for: ``overrides``, ``config_dirs``, ``plugin_paths``."""
+        """How the run was started: ``overrides``, ``config_dirs``, ``plugin_paths``."""
         return {"overrides": [], "config_dirs": [], "plugin_paths": [], **(self.env.get("launch") or {})}
 
     @property
     def config_dirs(self) -> list[Path]:
-        """Folders with choices of the user's own, as they were named then."""
+        """The user's own configuration folders, as named when the run was started."""
         return [Path(folder) for folder in self.launch["config_dirs"]]
 
     def compose(self, overrides: Sequence[str], changes: Sequence[str] = ()) -> Config:
@@ -85,15 +85,15 @@ class Launched:
         return cfg
 
     def refuse_changes(self) -> None:
-        """Refuse a run whose settings, or the versions that decide its bits, are others now.
+        """Refuse a run if its settings, or the versions that decide its bits, have changed.
 
         Raises
         ------
         ConfigError
-            With the differences; or with the file that is not as the run wrote it.
+            With the differences, or with the file that was changed.
         """
         now = self.compose(self.launch["overrides"])
-        # these depend on where one stands and where the folder lies
+        # these depend on the current directory and on where the folder is
         now |= {key: self.cfg[key] for key in ("trusted_packages", "run_dir")}
         changes = diff(self.cfg, now)
         before, here = self.env.get("packages") or {}, environment(0, "cpu")["packages"]
@@ -104,21 +104,21 @@ class Launched:
         ]
         if changes:
             raise ConfigError(
-                f"{self.run_dir}: changed since the run began: {'; '.join(changes)}; --force goes on with the run's "
+                f"{self.run_dir}: changed since the run began: {'; '.join(changes)}; --force resumes with the run's "
                 "own settings"
             )
         self.refuse_damage()
 
     def refuse_damage(self) -> None:
-        """Refuse a run whose files say something else than it wrote; ConfigError names the file."""
+        """Refuse a run whose files have been changed; ConfigError names the file."""
         for name in schema.LAUNCH:
             reading.content(self.run_dir / name)
 
 
 def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True, force: bool = False) -> Launched:
-    """Read what a run is.
+    """Read how a run was started.
 
-    Without ``checked`` an edited ``config.yaml`` is taken, by those that tell what has changed in it; with ``force`` an
+    Without ``checked`` an edited ``config.yaml`` is accepted, for callers that report the changes; with ``force`` an
     edited ``env.json`` too.
 
     Raises
@@ -135,7 +135,7 @@ def launched(run_dir: Path, trust: Trust | None = None, *, checked: bool = True,
     shaped = all(isinstance(cfg.get(part), dict) for part in _PARTS) and isinstance(cfg.get("seed"), int)
     names = cfg.get("trusted_packages")
     if not shaped or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise reading.Damaged(path, "is no configuration of a run")
+        raise reading.Damaged(path, "is not a run's configuration")
     found = Launched(run_dir, cfg, env, trust)
     trust.refuse_foreign(cfg, run_dir, found.launch["plugin_paths"])
     if trust.everything:

@@ -121,10 +121,10 @@ def _open_file(path: Path) -> int | None:
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return None
-        raise ConfigError(f"{path}: is no file that can be locked ({error.strerror}); remove it") from error
+        raise ConfigError(f"{path}: cannot be locked ({error.strerror}); remove it") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ConfigError(f"{path}: is no file that can be locked; remove it")
+        raise ConfigError(f"{path}: cannot be locked, it is not a regular file; remove it")
     return descriptor
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from scipy.special import stdtr
+
 from fedcl.results.intervals import half_width
 
 MAX_EXACT = 16
@@ -16,11 +18,11 @@ MAX_EXACT = 16
 
 @dataclass(frozen=True)
 class PairedTest:
-    """What the differences over shared seeds say.
+    """The differences over shared seeds, tested.
 
     ``difference`` is their mean; ``half_width`` half the width of its 95 % interval; ``p_t`` the two-sided p-value of
-    Student's paired t test; ``p_exact`` that of the exact sign-flip permutation test, None beyond ``MAX_EXACT`` pairs.
-    With one pair or none all but ``pairs`` and ``difference`` are None, without any the difference is too.
+    Student's paired t test; ``p_exact`` that of the exact sign-flip permutation test, None for more than ``MAX_EXACT``
+    pairs. A single pair has a difference only, and no pair has none.
     """
 
     pairs: int
@@ -44,42 +46,19 @@ def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTes
     if len(differences) < 2:
         return PairedTest(len(differences), differences[0] if differences else None)
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread == 0.0:  # t is without bounds, or without meaning where nothing differs at all
+    if spread == 0.0:  # t is infinite, or undefined if nothing differs
         p_t = 1.0 if mean == 0.0 else 0.0
     else:
-        p_t = two_sided_p(mean * math.sqrt(len(differences)) / spread, len(differences) - 1)
+        t = mean * math.sqrt(len(differences)) / spread
+        p_t = 2 * float(stdtr(len(differences) - 1, -abs(t)))
     exact = sign_flip_p(differences) if len(differences) <= MAX_EXACT else None
     return PairedTest(len(differences), mean, half_width(differences), p_t, exact)
 
 
-def two_sided_p(t: float, degrees: int) -> float:
-    """Return P(|T| >= |t|) for Student's t with a whole number of degrees of freedom.
-
-    The finite sums of Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd) and 26.7.4 (even).
-
-    Raises
-    ------
-    ValueError
-        With less than one degree of freedom.
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees={degrees}: must be >= 1")
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-    square = math.cos(angle) ** 2
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0 if degrees == 1 else term
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * square
-        total += term
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return min(max(1.0 - inside, 0.0), 1.0)
-
-
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Return the exact two-sided p-value: how many of the 2^n ways to sign the differences sum up as far from 0.
+    """Return the exact two-sided p-value: the share of the 2^n sign patterns whose sum is at least as far from 0.
 
-    It asks for nothing but that a difference is as likely as its negative, and with n pairs is never below 2 / 2^n.
+    It assumes only that a difference is as likely as its negative. With n pairs it is never below 2 / 2^n.
 
     Raises
     ------
@@ -89,13 +68,10 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if not 1 <= len(differences) <= MAX_EXACT:
         raise ValueError(f"{len(differences)} differences: must be 1 to {MAX_EXACT}")
     observed = abs(math.fsum(differences))
-    slack = 1e-12 * math.fsum(map(abs, differences))  # the same sum in another order may be rounded otherwise
+    slack = 1e-12 * math.fsum(map(abs, differences))  # rounding depends on the order of summation
     first, rest = differences[0], differences[1:]
-    # turning all signs round changes nothing, so the first keeps its own
-    flipped = (math.fsum((first, *(s * d for s, d in zip(signs, rest, strict=True)))) for signs in _signs(len(rest)))
+    # flipping all signs changes nothing, so the first keeps its own
+    ways = product((1, -1), repeat=len(rest))
+    flipped = (math.fsum((first, *(s * d for s, d in zip(signs, rest, strict=True)))) for signs in ways)
     as_far = sum(abs(total) >= observed - slack for total in flipped)
     return as_far / float(2 ** len(rest))
-
-
-def _signs(count: int) -> product[tuple[int, ...]]:
-    return product((1, -1), repeat=count)

@@ -1,4 +1,4 @@
-"""What a run writes down: tables line by line while it runs, Parquet when it is done, small files beside them."""
+"""The tables of a run: written line by line while it runs, as Parquet at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -15,10 +15,8 @@ from typing import Any, BinaryIO, Self
 from fedcl.base.files import write_atomic
 from fedcl.config.value_rules import ConfigError
 from fedcl.results import reading, schema, sums
-from fedcl.results.environment import create_run_dir, environment
 from fedcl.results.reading import Damaged
-
-__all__ = ["Recorder", "create_run_dir", "environment", "to_parquet", "write_atomic", "write_launch", "write_summary"]
+from fedcl.results.writing import plain, to_parquet, write_summary
 
 _METRIC_COLUMNS = tuple(schema.METRIC_COLUMNS)
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode  # made once, not a line
@@ -29,8 +27,8 @@ _quoted = functools.lru_cache(maxsize=1 << 15)(_ENCODE)  # the names of clients 
 class Recorder:
     """Writes the tables and small files of one run's folder.
 
-    Lines are buffered; only ``flush`` makes them durable. A process that dies between two flushes leaves a longer or
-    torn table behind, which the byte offsets of the last checkpoint cut off again.
+    Lines are buffered; only ``flush`` makes them durable. Whatever a killed process wrote after its last checkpoint is
+    cut off on resume, at the byte offsets that the checkpoint holds.
 
     Parameters
     ----------
@@ -39,13 +37,13 @@ class Recorder:
     resume_offsets
         None for a new run. Otherwise what ``flush`` returned when the checkpoint was written: table -> bytes to keep.
     digests
-        What ``digests`` returned then: table -> SHA-256 of those bytes; none in a checkpoint of an older version.
+        What ``digests`` returned then: table -> SHA-256 of those bytes. None to check nothing.
 
     Raises
     ------
     ConfigError
-        The folder is missing, a new run finds a table that is already there, or a table is not what it was at the
-        checkpoint; nothing has been changed then.
+        If the folder is missing, a new run finds a table that is already there, or a table differs from what it was at
+        the checkpoint. Nothing has been changed then.
     """
 
     def __init__(
@@ -71,11 +69,10 @@ class Recorder:
                 os.truncate(path, resume_offsets[table])
         for table in (schema.METRICS, schema.TIMINGS):  # made from lines that may be cut off now
             (self.run_dir / f"{table}.parquet").unlink(missing_ok=True)
-        self.followers: list[Callable[[Mapping[str, Any]], None]] = []  # each is told every row of the metrics
+        self.followers: list[Callable[[Mapping[str, Any]], None]] = []  # each receives every row of the metrics
         self._files: dict[str, BinaryIO] = {table: path.open("ab") for table, path in paths.items()}
 
     def __enter__(self) -> Self:
-        """Return itself, open."""
         return self
 
     def __exit__(
@@ -83,7 +80,7 @@ class Recorder:
     ) -> None:
         """Close; after an exception without the Parquet files, since the run is not done.
 
-        The hashes of a run that was told to stop are taken: its tables stay as they are until it is resumed.
+        An interrupted run gets its hashes: its tables do not change until it is resumed.
         """
         self.close(finished=exc_type is None)
         if exc_type is not None and issubclass(exc_type, (KeyboardInterrupt, SystemExit)):
@@ -122,11 +119,6 @@ class Recorder:
             for follow in self.followers:
                 follow(record)
 
-    def rows(self, rows: Iterable[schema.Row]) -> None:
-        """Record several values in their order."""
-        for row in rows:
-            self.row(**row._asdict())
-
     def event(self, kind: str, *, round: int, virtual_time: float, **fields: Any) -> None:
         """Record that something happened: a fault, a rejected reply, an unlearning request, a task boundary.
 
@@ -137,7 +129,7 @@ class Recorder:
         round, virtual_time
             When: server round (-1 before training) and virtual clock in seconds.
         **fields
-            Whatever JSON can say; numpy scalars and arrays are converted, numbers that are not finite become null.
+            Values that JSON can hold; numpy scalars and arrays are converted, numbers that are not finite become null.
 
         Raises
         ------
@@ -176,7 +168,12 @@ class Recorder:
         finished
             False for a run that was interrupted or failed: it may be resumed, so it gets no Parquet files.
         """
-        if self._close_tables() and finished:
+        if all(file.closed for file in self._files.values()):
+            return
+        self.flush()
+        for file in self._files.values():
+            file.close()
+        if finished:
             to_parquet(self.run_dir / "metrics.jsonl", self.run_dir / "metrics.parquet", schema.METRIC_COLUMNS)
             to_parquet(self.run_dir / "timings.jsonl", self.run_dir / "timings.parquet", schema.TIMING_COLUMNS)
 
@@ -185,34 +182,20 @@ class Recorder:
         write_atomic(self.run_dir / schema.STATUS, text.rstrip("\n") + "\n")
 
     def write_summary(self, summary: Mapping[str, float | str | None]) -> None:
-        """Write ``summary.json``: flat, keys of the schema in their order, numbers that are not finite as null.
-
-        Raises
-        ------
-        ValueError
-            A key that ``schema.is_summary_key`` does not know: scripts depend on the names.
-        """
+        """Write ``summary.json`` (:func:`fedcl.results.writing.write_summary`)."""
         write_summary(self.run_dir, summary)
 
     def finalize(self) -> None:
-        """Write down the hash of everything that has been measured: it is to stay as it is."""
+        """Record the hashes of the results, which do not change any more."""
         sums.finalize(self.run_dir)
 
     def _write(self, table: str, record: Mapping[str, Any]) -> None:
-        self._line(table, _ENCODE(_plain(record)) + "\n")
+        self._line(table, _ENCODE(plain(record)) + "\n")
 
     def _line(self, table: str, line: str) -> None:
         data = line.encode()
         self._digests[table].update(data)
         self._files[table].write(data)
-
-    def _close_tables(self) -> bool:
-        if all(file.closed for file in self._files.values()):
-            return False
-        self.flush()
-        for file in self._files.values():
-            file.close()
-        return True
 
 
 def _text(value: str | float | None) -> str:
@@ -220,79 +203,6 @@ def _text(value: str | float | None) -> str:
     if isinstance(value, str):
         return _quoted(value)
     return "null" if value is None else repr(value)
-
-
-def write_summary(folder: Path, summary: Mapping[str, float | str | None]) -> None:
-    """Write ``summary.json`` as :meth:`Recorder.write_summary` does; ValueError for an unknown key."""
-    unknown = sorted(key for key in summary if not schema.is_summary_key(key))
-    if unknown:
-        raise ValueError(f"summary keys {', '.join(unknown)}: not in fedcl.results.schema.SUMMARY_KEYS")
-    keys = [key for key in schema.SUMMARY_KEYS if key in summary]
-    keys += sorted(key for key in summary if key not in schema.SUMMARY_KEYS)
-    text = json.dumps(_plain({key: summary[key] for key in keys}), indent=2, allow_nan=False)
-    sums.replace(folder / schema.SUMMARY, text + "\n")
-
-
-def write_launch(folder: Path, config: str, overrides: Sequence[str], env: Mapping[str, Any]) -> None:
-    """Write what a run is: ``overrides.yaml``, ``env.json``, their hashes and, last, ``config.yaml``.
-
-    A folder with a ``config.yaml`` has them all: where a run died before it, it never began.
-
-    Parameters
-    ----------
-    folder
-        The run's folder.
-    config
-        The resolved configuration as YAML text.
-    overrides
-        What the user changed, as ``key=value``.
-    env
-        Where and with what the run runs (:func:`fedcl.results.environment.environment`), and how it was asked for.
-    """
-    # a JSON string is a YAML string, so writing needs no YAML library on a device
-    listed = "".join(f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides) or "[]\n"
-    told = json.dumps(_plain(env), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    texts = {schema.OVERRIDES: listed, schema.ENV: told, schema.CONFIG: config}
-    write_atomic(folder / schema.OVERRIDES, listed)
-    write_atomic(folder / schema.ENV, told)
-    sums.write(folder, sums.of_texts(texts))
-    write_atomic(folder / schema.CONFIG, config)
-
-
-def to_parquet(lines: Path, target: Path, columns: Mapping[str, str]) -> None:
-    """Turn a table of JSON lines into Parquet, atomically and with the same bytes for the same lines.
-
-    Parameters
-    ----------
-    lines
-        File with one JSON object a line, each with exactly the keys of ``columns``.
-    target
-        Parquet file to replace.
-    columns
-        Column -> ``int64``, ``float64`` or ``str``, in the order of the file; null in a ``float64`` stays null.
-
-    Raises
-    ------
-    pyarrow.ArrowInvalid
-        A line has another key, or a value of another type.
-    """
-    import pyarrow as pa
-    import pyarrow.json
-    import pyarrow.parquet
-
-    types = {"int64": pa.int64(), "float64": pa.float64(), "str": pa.string()}
-    layout = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-    if lines.stat().st_size:
-        parse = pyarrow.json.ParseOptions(explicit_schema=layout, unexpected_field_behavior="error")
-        # one thread and one chunk: the layout of pages must not depend on the machine
-        table = pyarrow.json.read_json(lines, pyarrow.json.ReadOptions(use_threads=False), parse).combine_chunks()
-    else:
-        table = layout.empty_table()
-    temporary = target.with_name(f".{target.name}.tmp")
-    pyarrow.parquet.write_table(table, temporary, compression="zstd", row_group_size=1 << 17, version="2.6")
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
 
 
 def _refuse_existing(paths: Mapping[str, Path]) -> None:
@@ -320,7 +230,9 @@ def _checked(
     for table, path in paths.items():
         data, offset = reading.content(path, checked=False) or b"", offsets[table]
         if not 0 <= offset <= len(data):
-            raise Damaged(path, f"has {len(data)} bytes, the checkpoint expects {offset}: the table was cut", remedy)
+            raise Damaged(
+                path, f"has {len(data)} bytes, the checkpoint expects {offset}: the table was truncated", remedy
+            )
         kept[table] = hashlib.sha256(memoryview(data)[:offset])
         if kept[table].hexdigest() != digests.get(table, kept[table].hexdigest()) or data[offset - 1 : offset] not in (
             b"\n",
@@ -328,20 +240,3 @@ def _checked(
         ):
             raise Damaged(path, f"its first {offset} bytes are not those of the checkpoint: it was changed", remedy)
     return kept
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can say: scalars and arrays of numpy or torch as numbers and lists, not finite as null."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, str | int | None):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, Path):
-        return str(value)
-    return value

@@ -1,4 +1,4 @@
-"""A run told on the terminal: what was run, its headline numbers, what went wrong, and where the figures are."""
+"""A run's report on the terminal: its settings, headline numbers, faults, and the folder of its figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -49,18 +48,11 @@ def terminal_report(run: Run, *, width: int = 100, color: bool = False) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def write_figures(run: Run) -> list[Path]:
-    """Draw every figure that the run has data for into its ``figures/`` and return the files."""
-    from fedcl.results.figures import save_all  # here: a report on the terminal must not wait for matplotlib
-
-    return save_all(run, run.path / schema.FIGURES)
-
-
 def headline_rows(run: Run) -> list[tuple[str, str, str, str]]:
-    """Return (key, value, reference's value, difference) as shown, in the order of the schema; empty where unknown.
+    """Return (key, value, reference's value, difference) as text, in the order of the schema; empty if unknown.
 
     Windowed forgetting and plasticity are left to ``summary.json``: too many numbers to read at a glance.
-    The reference is the run beside this one, or where there is none the ``reference/`` keys of the summary.
+    The reference's values come from the reference run, or without one from the ``reference/`` keys of the summary.
     """
     own = run.headline()
     beside = run.reference.headline() if run.reference else {}
@@ -161,7 +153,7 @@ def _accuracies(run: Run) -> RenderableType:
 
 
 def _clients(run: Run) -> RenderableType | None:
-    """Return each client's accuracy by phase, on its own test samples; None where clients were not tested."""
+    """Return each client's accuracy by phase, on its own test samples; None if clients were not tested."""
     phases = {phase: run.by_client(phase) for phase in ("received", "trained", "personal")}
     phases = {phase: values for phase, values in phases.items() if values}
     clients = sorted({client for values in phases.values() for client in values}, key=client_order)

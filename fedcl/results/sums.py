@@ -1,7 +1,7 @@
 """``SHA256SUMS`` in a run's folder: what each file held when the run wrote it, as ``sha256sum -c`` reads it.
 
-It tells of accidents: a bit that flipped, an editor, half a copy. From the start it has the files that say what the run
-is, and its tables and summary from when it is done; while it goes on, its checkpoints have the hashes of the tables.
+It detects accidents: a flipped bit, an edit, an incomplete copy. From the start it lists the files that define the run,
+and its tables and summary once it is done. Until then the checkpoints hold the hashes of the tables.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedcl.config.value_rules import ConfigError
 from fedcl.results import schema
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
-Sums = dict[str, tuple[str, ...]]  # file -> hashes of what it may hold: two while it is being replaced
+Sums = dict[str, tuple[str, ...]]  # file -> hashes that it may have: two while it is being replaced
 
 
 def read(folder: Path) -> Sums:
-    """Return what is known of the files in ``folder``; nothing where there is no list.
+    """Return the hashes of the files in ``folder``; empty if there is no list.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def read(folder: Path) -> Sums:
     for line in lines or [""]:
         match = _LINE.fullmatch(line)
         if match is None:
-            raise ConfigError(f"{path}: damaged; restore it, or remove it: nothing is checked by it then")
+            raise ConfigError(f"{path}: damaged; restore it, or remove it to skip its checks")
         found[match[2]] = (*found.get(match[2], ()), match[1])
     return found
 
@@ -50,12 +50,12 @@ def write(folder: Path, sums: Mapping[str, Iterable[str]]) -> None:
 
 
 def of_texts(texts: Mapping[str, str]) -> Sums:
-    """Return the sums of texts that are to be written."""
+    """Return the hashes of texts before they are written."""
     return {name: (hashlib.sha256(text.encode()).hexdigest(),) for name, text in texts.items()}
 
 
 def begin(folder: Path) -> None:
-    """Let go of what changes while a run goes on: all but the files that say what it is."""
+    """Drop the hashes of what changes during a run: of all but the files that define it."""
     known = read(folder)
     kept = {name: digests for name, digests in known.items() if name in schema.LAUNCH}
     if kept == known:
@@ -67,7 +67,7 @@ def begin(folder: Path) -> None:
 
 
 def finalize(folder: Path) -> None:
-    """Take in what a run that is done has written."""
+    """Add the hashes of what a finished run has written."""
     found = read(folder)
     for name in schema.WRITTEN:
         if (folder / name).is_file():
@@ -77,13 +77,13 @@ def finalize(folder: Path) -> None:
 
 
 def accept(folder: Path) -> None:
-    """Take the files that say what a run is as they are now, since the user says so."""
+    """Accept the files that define a run as they are now, at the user's request."""
     texts = {name: (folder / name).read_bytes() for name in schema.LAUNCH if (folder / name).is_file()}
     write(folder, {**read(folder), **{name: (hashlib.sha256(data).hexdigest(),) for name, data in texts.items()}})
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace a file that the list knows, so that a kill at any moment leaves a file that fits its line."""
+    """Replace a listed file, so that it matches its hash even if the process is killed at any moment."""
     known = read(path.parent)
     new = of_texts({path.name: text})
     if path.name in known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Callable, Sequence
 
@@ -155,23 +154,10 @@ def _latex(comparison: Comparison) -> str:
 
 
 def _html(comparison: Comparison) -> str:
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in _head(comparison))
-    rows = []
-    for name, *rest in _body(comparison):
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in rest)
-        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
-    told = "".join(f"<p>{html.escape(note)}</p>" for note in notes(comparison))
-    style = (
-        ":root{color-scheme:light dark}body{font-family:system-ui,sans-serif;margin:1rem}div{overflow-x:auto}"
-        "table{border-collapse:collapse}th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #8888}"
-        "th:first-child{text-align:left}"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison of runs</title>\n'
-        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head><body>\n'
-        f'<div tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table></div>\n'
-        f"{told}\n</body></html>\n"
-    )
+    from fedcl.results.html.page import environment  # with matplotlib, which the other formats need not wait for
+
+    page = environment().get_template("comparison.html")
+    return page.render(columns=_head(comparison), rows=_body(comparison), notes=notes(comparison))
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {

@@ -20,11 +20,11 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.environment import create_run_dir, environment, refuse_used
 from fedcl.results.launches import Launched, Trust, launched
 from fedcl.results.locking import hold
-from fedcl.results.recorder import to_parquet, write_launch, write_summary
 from fedcl.results.report import terminal_report
 from fedcl.results.run import Run, load
 from fedcl.results.summary import add_reference, summary
 from fedcl.results.trackers import check as check_trackers
+from fedcl.results.writing import to_parquet, write_launch, write_summary
 from fedcl.runs.autotune import chosen, note_unstacked
 from fedcl.runs.session import run_session
 from fedcl.runs.setup import Setup

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fedcl.assembly import local_work, make_model, make_strategy
+from fedcl.base.files import write_atomic
 from fedcl.config.compose import Config, diff
 from fedcl.config.instantiate import plugin_directories
 from fedcl.config.value_rules import ConfigError
@@ -26,7 +27,6 @@ from fedcl.results import reading, schema
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.launches import Trust, launched
 from fedcl.results.locking import hold
-from fedcl.results.recorder import write_atomic
 from fedcl.results.target import was_reached
 from fedcl.runs.experiment import begin, finish, new_folder, reference_config
 from fedcl.runs.session import run_session

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from fedcl.base.files import write_atomic
 from fedcl.config.compose import Config, compose, to_yaml
 from fedcl.config.overrides import as_text
 from fedcl.config.value_rules import ConfigError
@@ -25,7 +26,6 @@ from fedcl.results.environment import create_run_dir
 from fedcl.results.intervals import half_width
 from fedcl.results.launches import Trust
 from fedcl.results.locking import hold
-from fedcl.results.recorder import write_atomic
 from fedcl.runs import experiment
 
 PLAN, RESULT, BEST = "protocol.yaml", "protocol.json", "best.yaml"

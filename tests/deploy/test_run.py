@@ -164,7 +164,7 @@ def test_a_signal_ends_a_local_fleet_whole_and_says_how_to_go_on(
     _, rest = process.communicate(timeout=300)
     assert process.returncode == 130, rest
     (line,) = [line for line in rest.splitlines() if not line.startswith("round ")]
-    assert line == f"fedcl: interrupted; go on with: fedcl deploy local -n 2 --resume --dir {tmp_path / 'fleet'}"
+    assert line == f"fedcl: interrupted; resume with: fedcl deploy local -n 2 --resume --dir {tmp_path / 'fleet'}"
     assert (folder / "STATUS").read_text() == "interrupted\n"
     assert alive(tmp_path) == []
 

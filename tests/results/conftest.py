@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedcl.evaluation import metrics
-from fedcl.results.recorder import Recorder, write_launch
+from fedcl.results.recorder import Recorder
+from fedcl.results.writing import write_launch
 
 MakeRun = Callable[..., Path]
 

@@ -54,7 +54,7 @@ def test_rows_means_intervals_and_tests_by_hand(runs: Path) -> None:
     assert found.metrics == ("accuracy/average",)
     plain, replay = (row.cells[0] for row in found.rows)
     assert plain.mean == pytest.approx(0.52)
-    assert plain.half_width == pytest.approx(4.303 * 0.02 / math.sqrt(3))
+    assert plain.half_width == pytest.approx(4.302653 * 0.02 / math.sqrt(3))
     assert plain.test is None
     assert replay.test is not None
     # differences 0.10, 0.12, 0.14: mean 0.12, deviation 0.02
@@ -150,7 +150,7 @@ def test_a_folder_that_is_no_run_says_what_is_wanted(
     assert refusal(capsys, "absent") == f"absent: not there; {wanted} or a sweep's"
     assert refusal(capsys, "note.txt") == f"note.txt: no folder; {wanted} or a sweep's"
     assert refusal(capsys, "empty") == f"empty: holds no run; {wanted}, with a config.yaml, or one with runs in it"
-    assert refusal(capsys, "a0", "--baseline", "b0").startswith("--baseline b0: none of the runs that are compared")
+    assert refusal(capsys, "a0", "--baseline", "b0").startswith("--baseline b0: not among the compared runs")
     (runs / "sweep.json").write_text("{}")
     assert refusal(capsys, ".").startswith("sweep.json: not the index of a sweep; remove it")
     (runs / "sweep.json").unlink()
@@ -159,7 +159,7 @@ def test_a_folder_that_is_no_run_says_what_is_wanted(
     assert said.startswith("a0/summary.json: damaged, it cannot be read")
     assert said.endswith("fedcl resume a0 writes it again")
     (runs / "a0" / "config.yaml").write_text("name: other\n")
-    assert refusal(capsys, "a0") == "a0/config.yaml: is not what a run writes there: has no seed; leave a0 out"
+    assert refusal(capsys, "a0") == "a0/config.yaml: has no seed; leave a0 out"
 
 
 def test_unequal_seeds_are_told_and_tested_over_the_shared_ones(runs: Path) -> None:

@@ -13,10 +13,12 @@ import pytest
 from fedcl.config.compose import compose, to_yaml
 from fedcl.contracts.requests import ForgetRequest
 from fedcl.results import html
-from fedcl.results.html.elements import Cell, esc, table
+from fedcl.results.html.content import Cell, Table
+from fedcl.results.html.page import environment
 from fedcl.results.html.svg import inline
-from fedcl.results.recorder import Recorder, write_launch
+from fedcl.results.recorder import Recorder
 from fedcl.results.run import load
+from fedcl.results.writing import write_launch
 from fedcl.unlearning.certificate import About, Receipt, write
 from tests.results.rich_run import NAMES, write_run
 
@@ -157,7 +159,7 @@ def test_figures_take_the_pages_colours(page: Page) -> None:
     # text on coloured cells keeps its colour; no other is black or white of its own
     assert {value for value in used if value.startswith("#")} <= {"#111111", "#ffffff"}
     page_styles = " ".join(text for tag, text in page.text if tag == "style")
-    assert page_styles.count("--ink:") == 3
+    assert page_styles.count("--ink:") == 2
     assert "prefers-color-scheme: dark" in page_styles
     assert "@media print" in page_styles
 
@@ -198,10 +200,14 @@ def test_the_reference_stands_beside_the_run(tmp_path: Path) -> None:
     assert "reference 37.50 % (+12.50 pp)" in [text for tag, text in page.text if tag == "span"]
 
 
-def test_elements_escape_and_numbers_are_sorted_by_their_value() -> None:
-    assert esc("<&\"'\x07\u2066") == "&lt;&amp;&quot;&#x27;\ufffd\ufffd"
-    text = table("a<b", ("k", "n"), [("x", Cell("12 %", 0.12)), ("y", Cell("", None))])
+def test_templates_escape_and_numbers_are_sorted_by_their_value() -> None:
+    show = environment().from_string("{{ text }}")
+    assert show.render(text="<&\"'\x07\u2066") == "&lt;&amp;&#34;&#39;\ufffd\ufffd"
+    table = environment().from_string('{% from "elements.html" import table %}{{ table(content) }}')
+    text = table.render(content=Table("a<b", ("k", "n"), [("x", Cell("12 %", 0.12)), ("y", "")], total=3))
     assert "a&lt;b" in text
+    assert '<th scope="col" class="number">n</th>' in text
     assert '<td class="number" data-value="0.12">12 %</td>' in text
+    assert "the first 2 of 3" in text
     with pytest.raises(ValueError, match="not an SVG file"):
-        inline("<p>", "a", "b")
+        inline("<p>", "a")

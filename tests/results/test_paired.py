@@ -1,37 +1,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 
-from fedcl.results.paired import MAX_EXACT, paired_test, sign_flip_p, two_sided_p
-
-
-@pytest.mark.parametrize(
-    ("t", "degrees", "p"),
-    [
-        (12.706205, 1, 0.05),  # the 97.5 % quantiles of any table of t
-        (4.302653, 2, 0.05),
-        (3.182446, 3, 0.05),
-        (2.228139, 10, 0.05),
-        (1.0, 1, 0.5),  # Cauchy: 1 - 2 atan(1) / pi
-        (0.0, 7, 1.0),
-        (-4.302653, 2, 0.05),
-    ],
-)
-def test_t_by_the_tables(t: float, degrees: int, p: float) -> None:
-    assert two_sided_p(t, degrees) == pytest.approx(p, abs=1e-6)
-
-
-@pytest.mark.slow
-def test_t_against_scipy() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stats = pytest.importorskip("scipy.stats")
-    for degrees in range(1, 40):
-        for t in (0.1, 0.7, 1.3, 2.0, 5.0, 40.0):
-            assert two_sided_p(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), abs=1e-12)
+from fedcl.results.paired import MAX_EXACT, paired_test, sign_flip_p
 
 
 def test_sign_flips_by_hand() -> None:
@@ -53,7 +26,7 @@ def test_a_paired_test_by_hand() -> None:
     t = 2 * math.sqrt(3)
     assert found.pairs == 3
     assert found.difference == 2.0
-    assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
+    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3))
     assert found.p_t == pytest.approx(1 - t / math.sqrt(2 + t * t))
     assert found.p_exact == 0.25
 

@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedcl.base.files import write_atomic
 from fedcl.results import schema
-from fedcl.results.recorder import Recorder, create_run_dir, environment, to_parquet, write_atomic, write_launch
+from fedcl.results.environment import create_run_dir, environment
+from fedcl.results.recorder import Recorder
 from fedcl.results.schema import Row
+from fedcl.results.writing import to_parquet, write_launch
 
 
 def sha256(path: Path) -> str:
@@ -34,7 +37,8 @@ def test_row_and_schema_have_the_same_columns() -> None:
 def test_parquet_has_the_documented_columns_types_and_exact_values(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e22, 3.0]
     with Recorder(tmp_path) as recorder:
-        recorder.rows(Row(i, i / 7, f"c{i}", i, i - 1, 2, "received", "accuracy", v) for i, v in enumerate(values))
+        for i, value in enumerate(values):
+            recorder.row(**Row(i, i / 7, f"c{i}", i, i - 1, 2, "received", "accuracy", value)._asdict())
     frame = pd.read_parquet(tmp_path / "metrics.parquet")
     assert list(frame.columns) == ["round", "virtual_time", "client", "task", "after", "step", "phase", "name", "value"]
     assert [str(t) for t in frame.dtypes.drop(["client", "phase", "name"])] == [

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedcl.config.value_rules import ConfigError
-from fedcl.results.recorder import Recorder, write_launch
-from fedcl.results.report import event_counts, headline_rows, terminal_report, write_figures
+from fedcl.results.figures import save_all
+from fedcl.results.recorder import Recorder
+from fedcl.results.report import event_counts, headline_rows, terminal_report
 from fedcl.results.run import load
+from fedcl.results.writing import write_launch
 
 MakeRun = Callable[..., Path]
 
@@ -17,7 +19,7 @@ MakeRun = Callable[..., Path]
 def test_the_report_tells_what_was_run_and_what_came_out(make_run: MakeRun) -> None:
     path = make_run()
     run = load(path)
-    files = write_figures(run)
+    files = save_all(run, run.path / "figures")
     text = terminal_report(run)
     assert str(path) in text
     assert "(done)" in text

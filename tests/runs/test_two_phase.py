@@ -58,7 +58,7 @@ def test_what_is_no_plan_is_refused(
 
 
 def test_intervals_by_hand() -> None:
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
-    assert half_width([0.0, 1.0] * 50) == pytest.approx(1.96 * 0.5025189 / 10, rel=1e-4)
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5)
+    assert half_width([0.0, 1.0] * 50) == pytest.approx(1.984217 * 0.5025189 / 10)
     with pytest.raises(ValueError, match="needs two"):
         half_width([1.0])

@@ -55,20 +55,20 @@ CATALOGUE = (
     Entry(
         "accuracy_by_task",
         "Accuracy by task over rounds",
-        "Test accuracy of the global model on each task; thin before the task is learned. Dashed lines: the stream "
-        "goes on to the next task.",
+        "Test accuracy of the global model on each task; thin before the task is learned. Dashed lines "
+        "mark task changes.",
         accuracy_by_task,
     ),
     Entry(
         "accuracy_by_task_time",
         "Accuracy by task over virtual time",
-        "The same curves against the virtual clock, on which slow devices take longer.",
+        "The same curves over virtual time, in which slow devices take longer.",
         functools.partial(accuracy_by_task, over="virtual_time"),
     ),
     Entry(
         "forgetting_bars",
         "Forgetting",
-        "What was forgotten of each task but the last; below zero a task has become better after it was learned.",
+        "Forgetting of each task but the last; below zero, the accuracy rose after the task was learned.",
         forgetting_bars,
     ),
     Entry(
@@ -113,21 +113,21 @@ CATALOGUE = (
         "timeline",
         "Timeline",
         "When each client's updates arrived (where all are waited for: when they counted), coloured by task; lines "
-        "lead back to when the model they started from was the newest; crosses are faults, dotted lines requests to "
-        "forget.",
+        "lead back to when the model they started from was the newest; crosses are faults, dotted lines unlearning "
+        "requests.",
         timeline,
     ),
     Entry(
         "unlearning_gaps",
         "Unlearning against retraining",
-        "Each number of the unlearning panel minus that of a model trained all over without the forget set: hollow "
-        "before the request, filled after it. Zero is the aim; the shaded rows are about the forget set.",
+        "Each unlearning metric minus that of the retrained reference: hollow before the request, filled after it. "
+        "Zero is the aim; the shaded rows are about the forget set.",
         unlearning_gaps,
     ),
     Entry(
         "revival_curve",
         "Revival",
-        "Accuracy on what was forgotten while training goes on; dashed is the retrained model, the hollow mark the "
+        "Accuracy on the forget set as training continues; dashed is the retrained reference, the hollow mark the "
         "model before the request.",
         revival_curve,
     ),
@@ -142,7 +142,7 @@ CATALOGUE = (
 
 
 def draw_all(runs: Runs) -> tuple[list[Drawn], dict[str, str]]:
-    """Draw every figure that there are data for; return them, and title -> why not of the others."""
+    """Draw every figure that the runs have data for; return them, and title -> reason of the others."""
     drawn, absent = [], {}
     for entry in CATALOGUE:
         try:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fedcl.results.html.page import html_report, write
+from fedcl.results.html.page import write
 
-__all__ = ["html_report", "write"]
+__all__ = ["write"]

@@ -1,14 +1,16 @@
-"""A figure as SVG inside of a page: in the page's colours, with ids of its own, and no word of other addresses."""
+"""A figure as SVG within a page: in the page's colours, with ids of its own and without external addresses."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from fedcl.results.figures.style import GREY, GRID, INK, MISSING, ON_DARK, ON_LIGHT, PALETTE
-from fedcl.results.html.elements import esc
 
 VARIABLES = {INK: "ink", GREY: "muted", GRID: "grid"} | {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
-"""Colour in the file -> name of the page's variable that takes its place."""
+"""Colour in the file -> name of the page's variable that replaces it."""
 _FIXED = {colour.lower() for colour in (ON_LIGHT, ON_DARK, MISSING)}
 _NAMES = {colour.lower(): name for colour, name in VARIABLES.items()}
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", re.DOTALL)
@@ -20,22 +22,29 @@ _SPACE = re.compile(r" *\n\s*")
 _DATA = re.compile(r'href="data:[^"]*"')
 
 
-def inline(file: str, name: str, text: str) -> str:
-    """Return the SVG ``file`` as an element of a page.
+@dataclass(frozen=True)
+class Picture:
+    """The viewBox and the width in pixels of an SVG element, and everything after its opening tag."""
+
+    box: str
+    pixels: int
+    body: Markup
+
+
+def inline(file: str, name: str) -> Picture:
+    """Return an SVG file as an element of a page.
 
     Parameters
     ----------
     file
-        What matplotlib wrote.
+        The file's text, as matplotlib wrote it.
     name
-        Of the figure: its ids begin with it.
-    text
-        What the figure shows, for those who cannot see it.
+        The figure's name: its ids begin with it.
 
     Raises
     ------
     ValueError
-        If it is no SVG file of matplotlib's.
+        If it is not an SVG file as matplotlib writes it.
     """
     root = _ROOT.search(file)
     if root is None:
@@ -49,12 +58,8 @@ def inline(file: str, name: str, text: str) -> str:
         lambda match: f'href="#{ids[match[1]]}"' if match[1] is not None else f"url(#{ids[match[2]]})", body
     )
     body = _DATA.sub(lambda match: "".join(match[0].split()), _COLOUR.sub(_themed, body).replace("xlink:href", "href"))
-    width, height = float(root[1]), float(root[2])
-    pixels = width * 4 / 3  # of a point
-    return (
-        f'<svg role="img" aria-label="{esc(text)}" viewBox="0 0 {width:g} {height:g}" '
-        f'style="max-width: {pixels:.0f}px; min-width: min({pixels:.0f}px, 30rem)">{_SPACE.sub(" ", body)}'
-    )
+    width, height = float(root[1]), float(root[2])  # in points
+    return Picture(f"0 0 {width:g} {height:g}", round(width * 4 / 3), Markup(_SPACE.sub(" ", body)))
 
 
 def _themed(match: re.Match[str]) -> str:
