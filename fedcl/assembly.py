@@ -16,7 +16,8 @@ from fedcl.client.engines import STEP_HOOKS
 from fedcl.client.local_data import LocalData, PartitionedData
 from fedcl.client.local_evaluation import LocalEvaluation
 from fedcl.client.lr_schedule import TaskDecay
-from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
+from fedcl.client.runtime import ClientRuntime
+from fedcl.client.session import PluginFactories, check_learner
 from fedcl.config.checks import is_local
 from fedcl.config.compose import Config
 from fedcl.config.instantiate import TARGET_KEY, build, builder, call, is_own

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, cast
@@ -180,6 +180,8 @@ class FlatModel:
         self.parameters: list[nn.Parameter] = list(self.module.parameters())
         self.trainable: list[nn.Parameter] = [p for p in self.parameters if p.requires_grad]
         self.parameter_specs: list[TensorSpec] = [tensor for tensor in self.spec if tensor.kind == "parameter"]
+        pairs = zip(self.parameters, self.parameter_specs, strict=True)
+        self.trainable_specs: list[TensorSpec] = [tensor for p, tensor in pairs if p.requires_grad]
 
     def _point_module_at_flat(self) -> None:
         for name, tensor, kind in _named_state(self.module):
@@ -220,6 +222,20 @@ class FlatModel:
     def vector(self) -> Tensor:
         """Return a copy of the flat vector (P,)."""
         return self.flat.clone()
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return the slices of ``vector``, at least as long as the parameters, that belong to trainable parameters.
+
+        Each is a view in its parameter's shape, in the order of ``trainable``.
+        """
+        return [vector[tensor.start : tensor.stop].view(tensor.shape) for tensor in self.trainable_specs]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return one tensor for each trainable parameter as one vector, zero where a parameter is frozen."""
+        vector = torch.zeros(self.num_parameters, device=self.device)
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
+            view.copy_(tensor)
+        return vector
 
     def copy(self) -> FlatModel:
         """Return an independent model of the same kind, with this one's present weights."""

@@ -53,7 +53,7 @@ def visits(
         made.append(
             Context(
                 model=model, task=task, data=TaskData(x, y), received=model.vector(), epochs=1, batch_size=1,
-                lr=training.lr * (1 + k % 2), seed=3, client=str(k), visit=2, is_new_task=True, task_columns={},
+                lr=training.lr * (1 + k % 2), seed=3, client=str(k), local_round=2, is_new_task=True, task_columns={},
                 num_columns=10,
             )
         )  # fmt: skip

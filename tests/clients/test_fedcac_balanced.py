@@ -30,7 +30,7 @@ def context(task: int = 0, y: torch.Tensor = TARGETS, mask: tuple[int, ...] | No
         lr=0.1,
         seed=0,
         client="0",
-        visit=0,
+        local_round=0,
         is_new_task=True,
         task_columns={task: (0, 1, 2)},
         num_columns=3,

@@ -31,7 +31,7 @@ def logistic(device: torch.device, *weights: float) -> FlatModel:
 def context(model: FlatModel, x: Tensor, y: Tensor, *, batch_size: int = 2) -> Context:
     return Context(
         model=model, task=Task(0, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
-        batch_size=batch_size, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns={0: (0, 1)},
+        batch_size=batch_size, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True, task_columns={0: (0, 1)},
         num_columns=2,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def context(model: FlatModel, x: Tensor, seen: dict[int, tuple[int, ...]], colum
     task = max(seen)
     return Context(
         model=model, task=Task(task, seen[task], seen[task]), received=model.vector(), epochs=1, batch_size=2, lr=0.1,
-        data=TaskData(x, torch.zeros(len(x), dtype=torch.int64, device=x.device)), seed=0, client="0", visit=0,
+        data=TaskData(x, torch.zeros(len(x), dtype=torch.int64, device=x.device)), seed=0, client="0", local_round=0,
         is_new_task=True, task_columns=seen, num_columns=columns,
     )  # fmt: skip
 
