@@ -29,7 +29,6 @@ class EMA(Plugin):
     """
 
     phase = Phase.WEIGHT
-    stackable = True
 
     def __init__(self, *, alpha: float | None = None, fallback: float = 0.01) -> None:
         self.alpha = alpha

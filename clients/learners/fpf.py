@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from clients.learners.er import masks_by_task
+from clients.learners.replay import masks_by_task
 from clients.strategies.local_sgd import descend
 from fedcl.client.buffer import ReplayBuffer, Replayed
 from fedcl.client.erasing import erase
@@ -109,7 +109,7 @@ class FPF(Plugin):
 
     def _sensitive(self, ctx: Context) -> list[nn.Parameter]:
         model = ctx.model
-        pairs = [(p, spec) for p, spec in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
+        pairs = list(zip(model.trainable, model.trainable_specs, strict=True))
         chosen_P = in_scope(model, self.scope, f"{self.key}.scope")
         if chosen_P is not None:
             return [p for p, spec in pairs if bool(chosen_P[spec.start])]
@@ -118,9 +118,9 @@ class FPF(Plugin):
         names = sorted(trained, key=lambda module: -totals[module])[: self.modules]
         return [p for p, spec in pairs if module_of(spec) in names]
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
+    def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
         """Erase the forget set from memory; what is known of how much modules change starts over."""
-        erased = erase(self._buffer, self, request, gone)
+        erased = erase(self._buffer, self, request, removed)
         if not self._changes:
             return erased
         self._changes = {}

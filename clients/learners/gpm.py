@@ -56,8 +56,7 @@ class GPM(Plugin):
         """Leave what lies outside the spans, in place."""
         if not self._bases:
             return
-        specs = [s for p, s in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True) if p.requires_grad]
-        named = {spec.name: gradient for spec, gradient in zip(specs, grads, strict=True)}
+        named = {spec.name: gradient for spec, gradient in zip(ctx.model.trainable_specs, grads, strict=True)}
         for layer, basis_DK in self._bases.items():
             project_layer(named[f"{layer}.weight"], named.get(f"{layer}.bias"), basis_DK)
 

@@ -23,7 +23,6 @@ class HFT(Plugin):
     """
 
     phase = Phase.WEIGHT
-    stackable = True
 
     def __init__(self, *, share: float = 0.5) -> None:
         self.share = share

@@ -21,7 +21,6 @@ class LiNeS(Plugin):
     """
 
     phase = Phase.WEIGHT
-    stackable = True
 
     def __init__(self, *, shallow: float = 0.5) -> None:
         self.shallow = shallow

@@ -60,15 +60,16 @@ class Refresh(Plugin):
         """Move the weights; the batch stays as it is."""
         if not self.delta:
             return batch
-        grads = gradients(ctx, batch)
-        specs = [s for p, s in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True) if p.requires_grad]
+        grads = gradients(ctx.model, batch)
         noise_P = torch.randn(ctx.model.num_parameters, generator=ctx.rng("refresh")).to(ctx.device)
         with torch.no_grad():
             moves = ascent(list(ctx.model.trainable), grads, self.lr)
-            for parameter, move, spec in zip(ctx.model.trainable, moves, specs, strict=True):
-                move += self.noise * noise_P[spec.start : spec.stop].view(spec.shape)
-                if self._fisher_P is not None:
-                    move /= 1.0 + self.damping * self._fisher_P[spec.start : spec.stop].view(spec.shape)
+            for move, noise in zip(moves, ctx.model.views(noise_P), strict=True):
+                move += self.noise * noise
+            if self._fisher_P is not None:
+                for move, fisher in zip(moves, ctx.model.views(self._fisher_P), strict=True):
+                    move /= 1.0 + self.damping * fisher
+            for parameter, move in zip(ctx.model.trainable, moves, strict=True):
                 parameter.add_(move, alpha=self.delta)
         return batch
 

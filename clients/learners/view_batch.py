@@ -101,7 +101,7 @@ class ViewBatch(Plugin):
             x = mirrored(x, generator) if self.flip else x
         return x + self.noise * torch.randn(x.shape, generator=generator).to(x.device) if self.noise else x
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
+    def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
         """Keep the count: it says nothing about samples."""
         return ErasureOutcome(type(self).__name__, "none", "counts epochs, and nothing else")
 

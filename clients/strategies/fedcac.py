@@ -35,7 +35,6 @@ class CriticalMask(Plugin):
         If a parameter is out of its range.
     """
 
-    stackable: ClassVar[bool] = True
     phase: ClassVar[Phase] = Phase.BOOKKEEPING  # after those that still change the weights
 
     def __init__(self, *, tau: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
@@ -71,8 +70,6 @@ class BalancedCriticalMask(CriticalMask):
     ValueError
         If a parameter is out of its range.
     """
-
-    stackable: ClassVar[bool] = False  # the frequencies are each client's own
 
     def __init__(
         self,

@@ -134,7 +134,6 @@ class SubspaceResponse(Plugin):
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
     queries: ClassVar[tuple[str, ...]] = ("subspace",)
-    stackable: ClassVar[bool] = True
 
     def __init__(
         self,

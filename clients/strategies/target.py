@@ -44,12 +44,7 @@ class SyntheticDistillation(Plugin):
         chosen = torch.randperm(count, generator=ctx.rng("target"))[: self.batch_size or ctx.batch_size]
         x, teacher, columns = (ctx.payload[name][chosen].to(ctx.device) for name in (INPUTS, LOGITS, COLUMNS))
         allowed, scale = columns.bool(), self.weight * self.temperature**2
-        log_p, log_q = (
-            F.log_softmax((logits / self.temperature).masked_fill(~allowed, -torch.inf), dim=1).masked_fill(
-                ~allowed, 0.0
-            )
-            for logits in (teacher, ctx.model(x).logits)
-        )
+        log_p, log_q = (_log_softmax(logits / self.temperature, allowed) for logits in (teacher, ctx.model(x).logits))
         return scale * (log_p.exp() * allowed * (log_p - log_q)).sum(1).mean()
 
 

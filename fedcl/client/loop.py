@@ -122,8 +122,7 @@ def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTrain
         else:
             with torch.autocast(ctx.device.type, getattr(torch, training.precision)):
                 loss = loss_of(batch)
-        found = torch.autograd.grad(loss, params, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
         for plugin in after_backward:
             plugin.after_backward(ctx, grads)
         velocity = sgd_step(params, grads, velocity, training)

@@ -10,9 +10,10 @@ import torch
 
 from clients.learners.agem import AGEM
 from clients.learners.der import DER
-from clients.learners.er import ER, masks_by_task
+from clients.learners.er import ER
 from clients.learners.er_ace import ERACE
 from clients.learners.gdumb import GDumb
+from clients.learners.replay import masks_by_task
 from clients.learners.uer import UER
 from fedcl.base.tree import equal
 from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
