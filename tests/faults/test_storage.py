@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the run has begun")
 
-    monkeypatch.setattr("fedcl.runs.experiment.play", never)
+    monkeypatch.setattr("fedcl.runs.experiment.run_session", never)
     assert main([*RUN, f"run_dir={tmp_path / place}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
