@@ -35,7 +35,7 @@ class AGEM(Replay):
     def after_task(self, ctx: Context) -> None:
         """Offer the finished task's samples to the buffer."""
         self._buffer.offer_task(ctx)
-        super().after_task(ctx)
+        self._buffer.finalize(ctx)
 
 
 @torch.no_grad()

@@ -32,6 +32,10 @@ class ER(Replay):
             self._buffer.offer(ctx, batch)
         return joined
 
+    def after_task(self, ctx: Context) -> None:
+        """Choose what to keep of the task, if the policy chooses at its end."""
+        self._buffer.finalize(ctx)
+
     def _join(self, ctx: Context, batch: Batch) -> Batch:
         past = self.replayed(ctx, self._buffer.draw(ctx, self.replay_size))
         mask = batch.mask

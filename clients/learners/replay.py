@@ -37,10 +37,6 @@ class Replay(Plugin):
     def before_round(self, ctx: Context) -> None:
         self._mask_TC = masks_by_task(ctx)
 
-    def after_task(self, ctx: Context) -> None:
-        """Choose what to keep of the task, if the policy chooses at its end."""
-        self._buffer.finalize(ctx)
-
     def replayed(self, ctx: Context, past: Replayed) -> Batch:
         """Return samples of the buffer as a batch in which each may predict the columns of its task."""
         return Batch(past.x, past.y, ctx.mask if self._mask_TC is None else self._mask_TC[past.task], fresh=0)
