@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedcl.base.randomness import key, numpy_generator
 from fedcl.client.engines import STEP_HOOKS
-from fedcl.client.local_data import LocalData, PartitionedData
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.local_evaluation import LocalEvaluation
 from fedcl.client.lr_schedule import TaskDecay
 from fedcl.client.runtime import ClientRuntime
@@ -287,7 +287,7 @@ def _check_one_rate(cfg: Config, parts: Sequence[Part | Unlearner]) -> None:
             )
 
 
-def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRuntime:
+def client_runtime(cfg: Config, data: PartitionedData, dataset: Dataset) -> ClientRuntime:
     """Build what runs clients' visits, in this process."""
     device = device_of(cfg)
     stream, training = make_stream(cfg, dataset), local_training(cfg)

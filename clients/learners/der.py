@@ -86,7 +86,7 @@ class DER(Replay):
 
     @torch.no_grad()
     def after_task(self, ctx: Context) -> None:
-        """Store the logits of the task's samples as the global model gives them that the task ended with."""
+        """Store the logits that the global model at the task's end gives to the task's samples."""
         if self.refresh:
             ctx.model.eval()
             self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits, ctx.data.restore)

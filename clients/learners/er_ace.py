@@ -28,7 +28,6 @@ class ERACE(ER):
     key = "learner.er_ace"
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the mean over all samples of both cross-entropies."""
         new, past = halves(batch, out, self._incoming)
         if self._buffer.enabled and len(ctx.task_columns) > 1:
             new = (Batch(new[0].x, new[0].y, present_columns(new[0], ctx.num_columns)), new[1])

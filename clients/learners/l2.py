@@ -1,8 +1,8 @@
-"""L2: a uniform pull towards the weights that the last task ended with.
+"""L2: a uniform pull towards the weights at the end of the last task.
 
 Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023 (arXiv 2203.17269), section on
 parameter regularisation: ``L(theta) + lambda sum_i (theta_i - theta*_i)^2`` over the parameters in scope, theta* the
-model after the last task. Rows of a head that no finished task has used are free.
+model after the last task. Rows of a head that no finished task has used are not held.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class L2(Quadratic):
             self._importance_AP = held_elements(ctx, self.scope, self._columns)[None]
 
     def after_task(self, ctx: Context) -> None:
-        """Keep the global model that the task ended with."""
         if self.weight:
             self._anchor_AP = parameters(ctx).clone()[None]
             self._columns = sorted({column for columns in ctx.task_columns.values() for column in columns})

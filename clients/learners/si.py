@@ -2,7 +2,7 @@
 
 Zenke, Poole and Ganguli, "Continual Learning Through Synaptic Intelligence", ICML 2017. While a task is trained, each
 weight's share in the fall of the loss is integrated along the path (eq. 3), ``omega_k = -sum_steps g_k dtheta_k``. At
-its end (eq. 5) ``Omega_k += max(0, omega_k) / (Delta_k^2 + xi)`` with Delta_k the way gone; the loss is eq. 4,
+its end (eq. 5) ``Omega_k += max(0, omega_k) / (Delta_k^2 + xi)`` with Delta_k the distance moved; the loss is eq. 4,
 ``L + c sum_k Omega_k (theta_k - theta~_k)^2``.
 """
 
@@ -54,14 +54,13 @@ class SI(Quadratic):
         self._before_P: Tensor | None = None
 
     def before_round(self, ctx: Context) -> None:
-        """Begin a path where the task has none."""
         if self.weight and self._path_P is None:
             self._path_P = torch.zeros(ctx.model.num_parameters, device=ctx.device)
             self._way_P = torch.zeros_like(self._path_P)
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Note the gradient of the loss without the penalty, and where the step starts."""
+        """Keep the gradient of the loss without the penalty, and the weights before the step."""
         if not self.weight:
             return
         self._before_P = parameters(ctx).clone()
@@ -71,7 +70,6 @@ class SI(Quadratic):
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
-        """Add the step to the path."""
         if self._path_P is None or self._way_P is None or self._before_P is None or self._gradient_P is None:
             return
         step_P = parameters(ctx) - self._before_P

@@ -43,7 +43,6 @@ class UER(ER):
         self.scale = scale
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the mean over all samples of both cross-entropies."""
         if not self._buffer.enabled:
             return masked_cross_entropy(out, batch)
         (new, new_out), (past, past_out) = halves(batch, out, self._incoming)

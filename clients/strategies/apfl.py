@@ -41,12 +41,10 @@ class APFL(PersonalModel):
         self.adaptive = adaptive
 
     def state(self) -> State:
-        """Return v and alpha."""
         state = super().state()
         return {**state, "alpha": self.alpha} if state and self.adaptive else state
 
     def load(self, state: State) -> None:
-        """Restore them."""
         super().load(state)
         self.alpha = state.get("alpha", self.alpha)
 

@@ -40,7 +40,6 @@ class FedProx(Plugin):
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Pull towards the received model."""
         if self.mu:
             weights: list[Tensor] = list(ctx.model.trainable)
             drift = torch._foreach_sub(weights, self._anchors)

@@ -1,7 +1,7 @@
-"""TARGET's client half: distil the answers of the model that the last task ended with, on synthetic samples.
+"""TARGET's client half: distil the outputs of the last task's final model on synthetic samples.
 
 Zhang et al., ICCV 2023: L = cross-entropy on the task's samples + weight KL(old model || model) on synthetic ones. The
-server half, ``strategies/projection/target.py``, sends the samples with the old model's answers.
+server half, ``strategies/projection/target.py``, sends the samples with the old model's logits.
 """
 
 # N = synthetic samples, B = batch, C = logit columns
@@ -37,7 +37,7 @@ class SyntheticDistillation(Plugin):
         self.weight, self.temperature, self.batch_size = weight, temperature, batch_size
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distillation loss; nothing while no task has ended."""
+        """Return the distillation loss; None before a task has ended."""
         if self.weight == 0 or INPUTS not in ctx.payload:
             return None
         count = len(ctx.payload[INPUTS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedcl.client.local_data import LocalData
+from fedcl.client.local_data import PartitionedData
 from fedcl.contracts.learner import TaskData
 from fedcl.contracts.requests import ForgetNote, Forgotten
 from fedcl.contracts.unlearner import Samples
@@ -14,7 +14,9 @@ from fedcl.scenario.task import Task
 # N = samples, C = logit columns
 
 
-def part(data: LocalData, client: str, note: ForgetNote, device: torch.device) -> list[tuple[Task, TaskData, TaskData]]:
+def part(
+    data: PartitionedData, client: str, note: ForgetNote, device: torch.device
+) -> list[tuple[Task, TaskData, TaskData]]:
     """Return (task, to forget, to retain) for every task of ``note`` of which ``client`` holds something.
 
     Raises

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from fedcl.client.local_data import LocalData
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.loop import owner
 from fedcl.contracts.learner import Context, Phase, Plugin, TaskData
 from fedcl.evaluation.predictions import masked, score
@@ -54,7 +54,7 @@ class LocalEvaluation(Plugin):
 
     phase = Phase.BOOKKEEPING
 
-    def __init__(self, *, every: int, tasks: Sequence[Task], data: LocalData, plugins: Sequence[Plugin]) -> None:
+    def __init__(self, *, every: int, tasks: Sequence[Task], data: PartitionedData, plugins: Sequence[Plugin]) -> None:
         self.every = every
         self.tasks, self.data = tasks, data
         self.metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""From the form samples are stored in to the form a model sees them in."""
+"""From the stored form of samples to the form that a model reads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from fedcl.scenario.transforms import apply_transform
 
 
 def restore(dataset: Dataset, raw: Tensor, transform: dict[str, Any] | None) -> Tensor:
-    """Return samples of ``dataset``, normalised and shown through a task's ``transform``: contiguous float32.
+    """Return samples of ``dataset``, normalised and changed by a task's ``transform``: contiguous float32.
 
     Parameters
     ----------
     dataset
-        Says how its samples are normalised.
+        Normalises its samples.
     raw
-        (N, ...) uint8 or float32, on the CPU, as the data set stores them. What becomes of a sample does not depend on
-        which others are there.
+        (N, ...) uint8 or float32, on the CPU, as the data set stores them. Samples do not affect each other.
     transform
         As :func:`fedcl.scenario.transforms.apply_transform` takes it; None for none.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedcl.base.tree import clone, num_bytes
-from fedcl.client.local_data import LocalData
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.loop import owner
 from fedcl.client.state import ClientStateStore
 from fedcl.contracts.learner import EXCLUSIVE, Context, LocalTraining, Plugin, State
@@ -32,7 +32,7 @@ class Sessions:
 
     model: FlatModel
     plugins: PluginFactories
-    data: LocalData
+    data: PartitionedData
     training: LocalTraining
     seed: int
     num_columns: int

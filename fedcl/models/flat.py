@@ -180,8 +180,6 @@ class FlatModel:
         self.parameters: list[nn.Parameter] = list(self.module.parameters())
         self.trainable: list[nn.Parameter] = [p for p in self.parameters if p.requires_grad]
         self.parameter_specs: list[TensorSpec] = [tensor for tensor in self.spec if tensor.kind == "parameter"]
-        pairs = zip(self.parameters, self.parameter_specs, strict=True)
-        self.trainable_specs: list[TensorSpec] = [tensor for p, tensor in pairs if p.requires_grad]
 
     def _point_module_at_flat(self) -> None:
         for name, tensor, kind in _named_state(self.module):
@@ -222,6 +220,12 @@ class FlatModel:
     def vector(self) -> Tensor:
         """Return a copy of the flat vector (P,)."""
         return self.flat.clone()
+
+    @property
+    def trainable_specs(self) -> list[TensorSpec]:
+        """The specs of the trainable parameters, in the order of ``trainable``."""
+        pairs = zip(self.parameters, self.parameter_specs, strict=True)
+        return [tensor for parameter, tensor in pairs if parameter.requires_grad]
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return the slices of ``vector``, at least as long as the parameters, that belong to trainable parameters.

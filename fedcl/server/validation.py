@@ -68,7 +68,7 @@ class Expected:
         for name, tensor in form.items():
             groups.setdefault(tensor.group, set()).add(name)
         always, *others = (frozenset(names) for names in groups.values())
-        owed = frozenset(name for name, number in fields.metrics.items() if number.owed)
+        owed = frozenset(name for name, number in fields.metrics.items() if number.required)
         tensors = {name: tensor.resolved(sizes) for name, tensor in form.items()}
         return cls(kind, spec, fields, MODEL.resolved(sizes), tensors, always, tuple(others), owed, num_tasks)
 
@@ -111,7 +111,7 @@ def _metrics(reply: Reply, expected: Expected) -> str | None:
         number = known.get(name) or _iteration(name, expected)
         if number is None:
             return f"metric {shown(name)} is none of those that a reply to {expected.kind!r} may hold"
-        owed += number.owed
+        owed += number.required
         if type(value) is float and number.low <= value <= number.high and not number.whole:
             continue  # as most are
         refused = number.refusal(value)

@@ -134,7 +134,7 @@ def test_no_budget_keeps_nothing_and_a_negative_one_is_refused() -> None:
     buffer = ReplayBuffer(0)
     show(buffer, 0, 5, torch.Generator())
     assert (len(buffer), buffer.state()) == (0, {})
-    with pytest.raises(ValueError, match="empty buffer"):
+    with pytest.raises(ValueError, match="the buffer is empty"):
         buffer.sample(1, torch.Generator())
     with pytest.raises(ValueError, match="budget=-1: must be >= 0"):
         ReplayBuffer(-1)
@@ -215,7 +215,7 @@ def test_uint8_takes_a_quarter_of_the_memory(images: PartitionedData, device: to
     assert torch.equal(held["raw"]["y"], held["seen"]["y"])
     carried = ReplayBuffer(40)
     carried.load(held["raw"])
-    with pytest.raises(ValueError, match="held raw: give `restore`"):
+    with pytest.raises(ValueError, match="held raw: `restore` must be given"):
         carried.sample(1, torch.Generator())
 
 
@@ -259,7 +259,7 @@ def test_herding_chooses_at_the_end_of_a_task_and_keeps_the_dearest(
     images: PartitionedData, device: torch.device
 ) -> None:
     buffer = ReplayBuffer(12, "herding")
-    with pytest.raises(ValueError, match="policy=herding: chooses among all samples of a task"):
+    with pytest.raises(ValueError, match="policy=herding: chooses only at a task"):
         buffer.add(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 0, torch.Generator())
     first = context(images.train("0", TASKS[0], device), TASKS[0])
     offer_all(buffer, first)
