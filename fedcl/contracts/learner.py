@@ -47,11 +47,6 @@ class Payload:
     ``tensor`` declares the exact form of an upload; a reply with any other is rejected before a part sees it.
     ``reduction`` says what the server needs of many clients' uploads: their ``sum``, or each on its own (``stack``).
     Responses to a query are declared with the query (:class:`~fedcl.contracts.strategy.Query`).
-
-    Raises
-    ------
-    ValueError
-        If an upload is not declared.
     """
 
     name: str
@@ -208,13 +203,7 @@ class Plugin:
     sums: ClassVar[Mapping[str, Form]] = {}
 
     def check(self, model: FlatModel) -> None:
-        """Reject a model that this plugin cannot work with; called once, before a run begins.
-
-        Raises
-        ------
-        ValueError
-            Naming the configuration key and what is allowed.
-        """
+        """Raise ValueError, naming the configuration key, for a model that does not fit; called once, before a run."""
 
     def setup(self, ctx: Context) -> None:
         """Prepare for a message; state has been loaded, the model holds the received weights."""
