@@ -30,6 +30,10 @@ os.environ.update(
 # Two processes share two cores: what they start gets one thread each, as they have themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A shell starts what runs in its background with Ctrl-C ignored, and processes inherit that: tests interrupt some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where tests with tensors run")
