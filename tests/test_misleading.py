@@ -17,7 +17,7 @@ from fedcl.cli import main
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
 from fedcl.evaluation.evaluator import Evaluator
-from fedcl.evaluation.predictions import correct
+from fedcl.evaluation.predictions import score
 from fedcl.models.flat import FlatModel
 from fedcl.results import load
 from fedcl.results.caveats import caveats
@@ -168,7 +168,9 @@ def test_the_reason_that_most_clients_share() -> None:
 def test_an_output_that_is_no_number_is_never_right() -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[0.0, 1.0], [nan, 1.0], [nan, nan], [inf, 0.0], [-inf, 1.0]])
-    assert correct(logits, torch.tensor([1, 0, 0, 0, 1])).tolist() == [True, False, False, False, True]
+    right, defined = score(lambda rows: logits[rows], torch.arange(5), torch.tensor([1, 0, 0, 0, 1]))
+    assert right.tolist() == [True, False, False, False, True]
+    assert defined.tolist() == [True, False, False, False, True]
 
 
 class Diary:

@@ -1,7 +1,7 @@
 """What closed-form heads share: features come from the model, the head from sums over all clients' samples.
 
-The contract is :meth:`fedcl.contracts.learner.Plugin.solve`: clients answer with plain sums in float64, the server adds
-them up and writes the head, so that the head is the one that a single client with all the data would have.
+As :meth:`fedcl.contracts.learner.Plugin.solve` says, clients respond with plain sums in float64, and the server adds
+them up and writes the head. It is the head that a single client with all the data would have.
 """
 
 # N = samples, F = features, C = logit columns
@@ -27,10 +27,10 @@ TRAIN: tuple[Train, ...] = ("first_task", "none", "all")
 
 
 class ClosedForm(Plugin):
-    """Train the network by the usual loop as long as ``train`` says; a subclass solves for the head.
+    """Train the network by the usual loop in the tasks that ``train`` names; a subclass solves for the head.
 
-    With ``first_task`` a client trains in the first task it meets and never again, so that sums over tasks are of one
-    feature map; with ``all`` the features of earlier tasks drift away from their sums.
+    With ``first_task`` a client trains in its first task only, so that sums over tasks are of one feature map; with
+    ``all`` the features of earlier tasks drift away from their sums.
 
     Raises
     ------
@@ -39,7 +39,7 @@ class ClosedForm(Plugin):
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
-    key: ClassVar[str]  # its name in the configuration, for messages
+    key: ClassVar[str]  # of the configuration
 
     def __init__(self, *, train: Train = "first_task") -> None:
         if train not in TRAIN:
@@ -47,12 +47,12 @@ class ClosedForm(Plugin):
         self.train = train
 
     def indices(self, ctx: Context, order: Tensor) -> Tensor:
-        """Return the epoch's samples, or none where nothing is to be trained."""
+        """Return the epoch's samples, or none if the task is not trained."""
         trains = self.train == "all" or (self.train == "first_task" and len(ctx.task_columns) == 1)
         return order if trains else order[:0]
 
     def check(self, model: FlatModel) -> None:
-        """Refuse heads that are not linear with a bias: there is nowhere to write the solution."""
+        """Reject heads that are not linear with a bias, which the solution is written to."""
         if not all(isinstance(head, nn.Linear) and head.bias is not None for head in heads(model)):
             raise ValueError(f"learner.{self.key}: needs linear heads; set model.head=linear, random or unit")
 
@@ -91,10 +91,10 @@ def features_of(model: FlatModel, x: Tensor, y: Tensor, batch_size: int = 1024) 
         yield model(rows).features.double(), columns
 
 
-def class_sums(ctx: Context, *, unit: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the sums of the features of each column's samples (C, F) and their counts (C,), float64.
+def class_sums(ctx: Context, *, unit: bool = False) -> dict[str, Tensor]:
+    """Return `CLASS_SUMS`: of each column's samples the sum of the features (C, F) and the count (C,), on the CPU.
 
-    With ``unit`` features are scaled to length 1 before. The client must hold samples of the task.
+    With ``unit`` features are first scaled to length 1. The client must hold samples of the task.
     """
     total: Tensor | None = None
     for rows, y in features(ctx):
@@ -103,4 +103,4 @@ def class_sums(ctx: Context, *, unit: bool = False) -> tuple[Tensor, Tensor]:
         total.index_add_(0, y, F.normalize(rows, dim=1) if unit else rows)
         counts += torch.bincount(y, minlength=ctx.num_columns)
     assert total is not None
-    return total, counts
+    return {"features": total.cpu(), "counts": counts.cpu()}

@@ -12,37 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clients.learners.er import masks_by_task
-from fedcl.client.buffer import ReplayBuffer, Replayed
-from fedcl.client.erasing import erase
+from clients.learners.replay import Replay
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.client.policies import Policy
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.contracts.learner import Batch, Context
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns, T = tasks
 
 
-class DER(Plugin):
+class DER(Replay):
     """Replay samples with the logits they had.
 
     Parameters
     ----------
-    budget, policy
-        Those of :class:`~fedcl.client.buffer.ReplayBuffer`; a budget of 0 turns the method off.
+    budget, replay_size, policy
+        Those of :class:`~clients.learners.replay.Replay`; a budget of 0 turns the method off.
     alpha, beta
         Weights of the distance of logits, and of the cross-entropy on replayed labels (0: DER, above 0: DER++).
-    replay_size
-        Samples of one draw (null: as many as ``client.batch_size``).
     refresh
-        Whether the stored logits of a task's samples are taken again from the global model that the task ended with,
+        Whether the stored logits of a task's samples are computed again with the global model that the task ended with,
         and are replayed only from then on; otherwise they stay those of the first epoch, when the model knew little.
 
-    The stream that fills the buffer counts each sample once: in the first epoch of the client's first visit to a task.
+    The stream that fills the buffer counts each sample once: in the first epoch of the client's first local round of a
+    task.
     """
-
-    phase = Phase.DATA
 
     def __init__(
         self,
@@ -55,26 +49,23 @@ class DER(Plugin):
         policy: Policy = "reservoir",
     ) -> None:
         if policy == "herding" and not refresh:
-            raise ValueError("policy=herding: needs refresh=true, as it chooses when the stream's logits are gone")
-        self.budget = budget
+            raise ValueError("policy=herding: needs refresh=true: it chooses after the stream's logits are lost")
+        self.key = "learner.derpp" if beta else "learner.der"  # type: ignore[misc]
+        super().__init__(budget=budget, replay_size=replay_size, policy=policy)
         self.alpha = alpha
         self.beta = beta
-        self.replay_size = replay_size
         self.refresh = refresh
-        self.policy = policy
-        self._buffer = ReplayBuffer(budget, policy, at="learner.derpp" if beta else "learner.der")
-        self._mask_TC: Tensor | None = None
         self._known_TC: Tensor | None = None
 
     def before_round(self, ctx: Context) -> None:
-        """Work out which columns a sample of each task may predict, and which of its logits are to be held."""
-        self._mask_TC = masks_by_task(ctx)
+        """Determine which logits of each task's samples are to be held."""
+        super().before_round(ctx)
         self._known_TC = known_columns(ctx)
         if self.refresh:
             self._known_TC[ctx.task.id] = False
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the replay terms, and let the buffer see the incoming samples with their logits."""
+        """Return the replay terms, and offer the incoming samples with their logits to the buffer."""
         total = self._replay(ctx) if len(self._buffer) else None
         if ctx.is_new_task and ctx.epoch == 0:
             self._buffer.offer(ctx, batch, out.logits.detach())
@@ -90,43 +81,27 @@ class DER(Plugin):
             terms.append(self.alpha * distance)
         if self.beta:
             past = self._buffer.draw(ctx, self.replay_size)
-            labelled = Batch(past.x, past.y, self._masks(ctx, past))
-            terms.append(self.beta * masked_cross_entropy(ctx.model(past.x), labelled))
+            terms.append(self.beta * masked_cross_entropy(ctx.model(past.x), self.replayed(ctx, past)))
         return sum(terms[1:], terms[0]) if terms else None
-
-    def _masks(self, ctx: Context, past: Replayed) -> Tensor | None:
-        return ctx.mask if self._mask_TC is None else self._mask_TC[past.task]
 
     @torch.no_grad()
     def after_task(self, ctx: Context) -> None:
-        """Ask the global model that the task ended with for the logits of the task's samples in memory."""
+        """Store the logits that the global model at the task's end gives to the task's samples."""
         if self.refresh:
             ctx.model.eval()
             self._buffer.rewrite_logits(ctx.task.id, lambda x: ctx.model(x).logits, ctx.data.restore)
         self._buffer.finalize(ctx, logits=True)
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-        """Erase the forget set from the buffer; the other samples stay."""
-        return erase(self._buffer, self, request, gone)
-
-    def state(self) -> State:
-        """Return the buffer."""
-        return self._buffer.state()
-
-    def load(self, state: State) -> None:
-        """Restore the buffer."""
-        self._buffer.load(state)
-
 
 def known_columns(ctx: Context) -> Tensor:
-    """Return which logits of a sample of each task id, up to the largest met, are to be held: bool (T, C).
+    """Return which logits of a sample of each task id, up to the largest seen, are to be held: bool (T, C).
 
     With one head all are, as in the paper: those of classes yet to come keep these from taking over old samples. With
     a head for each task, only those of heads that had been trained when the sample was stored.
     """
-    if all(tensor.task is None for tensor in ctx.model.spec):
-        return torch.ones(max(ctx.task_columns) + 1, ctx.num_columns, dtype=torch.bool, device=ctx.device)
     known_TC = torch.zeros(max(ctx.task_columns) + 1, ctx.num_columns, dtype=torch.bool, device=ctx.device)
+    if all(tensor.task is None for tensor in ctx.model.spec):
+        return ~known_TC
     for task, columns in ctx.task_columns.items():
         known_TC[task:, list(columns)] = True
     return known_TC

@@ -6,7 +6,7 @@ each step, with
 
     alpha = 2 (1 + b) / (a c),  a = |theta - theta*|_1,  b = |g_t|_1,  c = |g_t - g_(t-1)|_1
 
-for each tensor where that lies in (0, 1), and a small constant elsewhere. The average is what a visit sends.
+for each tensor where that lies in (0, 1), and a small constant elsewhere. The client sends the average.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from fedcl.contracts.learner import Context, Phase, Plugin
 
 
 class EMA(Plugin):
-    """Send a moving average of the visit's weights, which starts from those received.
+    """Send a moving average of the local round's weights, which starts at the received ones.
 
     Parameters
     ----------
     alpha
         The same coefficient for all tensors and steps instead; 1 is plain training, and computes nothing.
     fallback
-        alpha where the coefficient is not in (0, 1), and in a visit's first step, which has no gradient before it.
+        alpha where the coefficient is not in (0, 1), and in the first step, which has no gradient before it.
     """
 
     phase = Phase.WEIGHT
-    stackable = True
 
     def __init__(self, *, alpha: float | None = None, fallback: float = 0.01) -> None:
         self.alpha = alpha
@@ -39,18 +38,17 @@ class EMA(Plugin):
         self._previous: list[Tensor] = []
 
     def before_round(self, ctx: Context) -> None:
-        """Start the average at the weights received."""
+        """Start the average at the received weights."""
         if self.alpha != 1.0:
             self._average = [weight.detach().clone() for weight in ctx.model.trainable]
 
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Keep the step's gradient: momentum and weight decay are no part of it."""
+        """Keep the step's gradient, without momentum and weight decay."""
         if self.alpha is None:
             self._gradient = [gradient.clone() for gradient in grads]
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
-        """Move the average."""
         for i, (average, weight) in enumerate(zip(self._average, ctx.model.trainable, strict=False)):
             if self.alpha is not None:
                 average.lerp_(weight, self.alpha)
@@ -63,7 +61,7 @@ class EMA(Plugin):
 
     @torch.no_grad()
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Put the average into the model; buffers stay as the last step left them."""
+        """Write the average into the model; buffers stay those of the last step."""
         for weight, average in zip(ctx.model.trainable, self._average, strict=False):
             weight.copy_(average)
         return {}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clients.learners.er import ER
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.policies import Policy
 from fedcl.contracts.learner import Batch, Context
 from fedcl.models.networks import Output
 
@@ -22,25 +21,13 @@ from fedcl.models.networks import Output
 class ERACE(ER):
     """Replay as :class:`~clients.learners.er.ER` does, with the loss above.
 
-    During a client's first task there is no old class to protect: incoming samples choose as they do without replay.
+    During a client's first task there is no old class to protect: incoming samples choose as without replay.
     With a budget of 0 the loss is plain cross-entropy.
     """
 
-    name = "er_ace"
-
-    def __init__(
-        self, *, budget: int | str = 200, replay_size: int | None = None, policy: Policy = "reservoir"
-    ) -> None:
-        super().__init__(budget=budget, replay_size=replay_size, policy=policy)
-        self._incoming = 0
-
-    def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Join replayed samples to the batch, and remember where they begin."""
-        self._incoming = len(batch.y)
-        return super().before_step(ctx, batch)
+    key = "learner.er_ace"
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the mean over all samples of both cross-entropies."""
         new, past = halves(batch, out, self._incoming)
         if self._buffer.enabled and len(ctx.task_columns) > 1:
             new = (Batch(new[0].x, new[0].y, present_columns(new[0], ctx.num_columns)), new[1])

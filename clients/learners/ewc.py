@@ -15,21 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clients.learners.quadratic import SUMMANDS, payloads_of, penalty, summands, summed
-from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.sample_gradients import add_to, summed_over_samples
-from fedcl.client.scope import check_scope, in_scope
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
+from clients.learners.quadratic import Quadratic, parameters
+from clients.strategies.local_sgd import gradients
+from fedcl.client.sample_gradients import add_to, mean_over_samples
+from fedcl.contracts.learner import Batch, Context
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
-from fedcl.models.networks import Output
 
-# P = parameter elements, A = anchors (1 online, one a task when separate), N = samples, B = batch
+# P = parameter elements, A = anchors (1 online, one a task when separate), N = samples
 FisherKind = Literal["per_sample", "per_batch"]
-FISHER = "fisher"  # the question whose answers the server adds up
-_CHUNK_ELEMENTS = 1 << 24  # of gradients held at once, 64 MiB
 
 
-class EWC(Plugin):
+class EWC(Quadratic):
     """Pull each weight towards where earlier tasks left it, as strongly as they depend on it.
 
     Parameters
@@ -45,21 +42,19 @@ class EWC(Plugin):
         gradient, as Avalanche computes it; smaller by up to a factor of the batch size.
     half
         Whether the penalty carries the paper's factor 1/2.
-    scope
-        Regular expression searched for in tensor names: only those are held; null: all.
-    aggregate
-        One penalty from the samples of all clients, around every finished task's model, instead of one's own. Needs
-        ``mode="separate"``: sums over tasks keep each task's anchor and forget none.
+    scope, aggregate
+        Those of :class:`~clients.learners.quadratic.Quadratic`. ``aggregate`` needs ``mode="separate"``: sums over
+        tasks keep each task's anchor and forget none.
 
     Raises
     ------
     ValueError
-        If ``scope`` is no regular expression or (in :meth:`check`) matches no tensor, or
-        ``aggregate`` goes with ``online``.
+        If ``scope`` is not a regular expression or (in :meth:`check`) matches no tensor, or ``aggregate`` is combined
+        with ``online``.
     """
 
-    phase = Phase.REGULARISER
-    stackable = True
+    key = "learner.ewc"
+    query = "fisher"
 
     def __init__(
         self,
@@ -72,74 +67,33 @@ class EWC(Plugin):
         scope: str | None = None,
         aggregate: bool = False,
     ) -> None:
-        check_scope(scope, "learner.ewc.scope")
         if aggregate and mode != "separate":
             raise ValueError("learner.ewc.aggregate=true: needs learner.ewc.mode=separate, whose anchors the sums keep")
-        self.weight = weight
+        super().__init__(weight=weight, scope=scope, aggregate=aggregate)
         self.mode = mode
         self.decay = decay
         self.fisher = fisher
         self.half = half
-        self.scope = scope
-        self.aggregate = aggregate
-        if aggregate:
-            self.queries = (FISHER,)  # type: ignore[misc]
-            self.sums = {FISHER: SUMMANDS}  # type: ignore[misc]
-            self.payloads = payloads_of(FISHER)  # type: ignore[misc]
-        self._scope_P: Tensor | None = None
-        self._fisher_AP: Tensor | None = None
-        self._anchor_AP: Tensor | None = None
 
-    def check(self, model: FlatModel) -> None:
-        """Refuse a scope that matches no tensor."""
-        in_scope(model, self.scope, "learner.ewc.scope")
-
-    def setup(self, ctx: Context) -> None:
-        """Find the tensors in scope, and take the sums over clients where they have come."""
-        self._scope_P = in_scope(ctx.model, self.scope, "learner.ewc.scope")
-        sums = summed(ctx.payload, FISHER, ctx.device) if self.aggregate else None
-        if sums is not None:
-            self._fisher_AP, self._anchor_AP = sums[0][None], sums[1][None]
-
-    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the penalty; nothing before a task has ended."""
-        if not self.weight or self._fisher_AP is None or self._anchor_AP is None:
-            return None
-        return penalty(ctx.model, self._fisher_AP, self._anchor_AP, self.weight / 2 if self.half else self.weight)
+    @property
+    def scale(self) -> float:
+        return self.weight / 2 if self.half else self.weight
 
     def after_task(self, ctx: Context) -> None:
-        """Take the task's Fisher on the client's own samples, at the global weights the task ended with."""
+        """Add the task's Fisher on the client's own samples, at the global weights the task ended with."""
         if not self.weight or self.aggregate:
             return
-        fisher_AP, anchor_AP = self._importance(ctx)[None], ctx.model.vector()[None, : ctx.model.num_parameters]
-        if self._fisher_AP is not None and self._anchor_AP is not None:
-            if self.mode == "online":
-                fisher_AP = self.decay * self._fisher_AP + fisher_AP
-            else:
-                fisher_AP = torch.cat([self._fisher_AP, fisher_AP])
-                anchor_AP = torch.cat([self._anchor_AP, anchor_AP])
-        self._fisher_AP, self._anchor_AP = fisher_AP, anchor_AP
+        fisher_P = self.importance(ctx)
+        if self.mode == "online" or self._importance_AP is None or self._anchor_AP is None:
+            self.add_task(ctx, fisher_P, self.decay)
+            return
+        self._importance_AP = torch.cat([self._importance_AP, fisher_P[None]])
+        self._anchor_AP = torch.cat([self._anchor_AP, parameters(ctx)[None]])
 
-    def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this client's share of the Fisher's sums: nothing where there is no term to use them."""
-        if not self.weight:
-            return {}
-        return summands(self._importance(ctx), ctx.model.flat[: ctx.model.num_parameters], len(ctx.data))
-
-    def _importance(self, ctx: Context) -> Tensor:
+    def importance(self, ctx: Context) -> Tensor:
         data = ctx.data
-        fisher = fisher_diagonal(ctx.model, data.x, data.y, ctx.mask, kind=self.fisher, batch=ctx.batch_size)
-        return fisher if self._scope_P is None else fisher * self._scope_P
-
-    def state(self) -> State:
-        """Return the Fisher and the anchors, (A, P) each; nothing of one's own where they are the server's."""
-        return (
-            {} if self._fisher_AP is None or self.aggregate else {"fisher": self._fisher_AP, "anchor": self._anchor_AP}
-        )
-
-    def load(self, state: State) -> None:
-        """Restore them."""
-        self._fisher_AP, self._anchor_AP = state.get("fisher"), state.get("anchor")
+        fisher_P = fisher_diagonal(ctx.model, data.x, data.y, ctx.mask, kind=self.fisher, batch=ctx.batch_size)
+        return self.held(ctx, fisher_P)
 
 
 def fisher_diagonal(
@@ -150,19 +104,12 @@ def fisher_diagonal(
     The model is left in evaluation mode: no dropout, running statistics. ``batch`` matters to ``per_batch`` alone.
     """
     if kind == "per_sample":
-
-        def loss(logits: Tensor, column: Tensor) -> Tensor:
-            if mask is not None:
-                logits = logits.masked_fill(~mask, float("-inf"))
-            return F.cross_entropy(logits, column[None])
-
-        total = summed_over_samples(model, loss, torch.square, x, y, chunk_elements=_CHUNK_ELEMENTS)
-        return (total / len(y)).float()
+        return mean_over_samples(
+            model, lambda logits, column: F.cross_entropy(masked(logits, mask), column[None]), torch.square, x, y
+        )
     model.eval()
     total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
-    batches = range(0, len(y), batch)
-    for start in batches:
-        part = Batch(x[start : start + batch], y[start : start + batch], mask)
-        grads = torch.autograd.grad(masked_cross_entropy(model(part.x), part), model.trainable, materialize_grads=True)
-        add_to(total, model, [g.square() for g in grads])
+    batches = list(zip(torch.split(x, batch), torch.split(y, batch), strict=True))
+    for part_x, part_y in batches:
+        add_to(total, model, [gradient.square() for gradient in gradients(model, Batch(part_x, part_y, mask))])
     return (total / len(batches)).float()

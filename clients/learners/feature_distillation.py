@@ -9,48 +9,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
+from clients.learners.teacher import Teacher
+from fedcl.contracts.learner import Batch, Context
 from fedcl.models.networks import Output
 
-# B = batch, F = features, P = parameters
+# B = batch, F = features
 
 
-class FeatureDistillation(Plugin):
+class FeatureDistillation(Teacher):
     """Add ``weight`` times the squared distance of the features (B, F) from those of the last task's model.
 
     With ``weight`` 0 there is no term, and nothing is kept.
     """
 
-    phase = Phase.REGULARISER
-    stackable = True
-
     def __init__(self, *, weight: float = 0.1) -> None:
-        self.weight = weight
-        self._teacher_P: Tensor | None = None
-
-    def before_round(self, ctx: Context) -> None:
-        """Hand the old model to the context."""
-        if self._teacher_P is not None:
-            ctx.set_teacher(self._teacher_P)
+        super().__init__(weight=weight)
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distance; nothing before a task has ended."""
+        """Return the distance; None before a task has ended."""
         if self._teacher_P is None:
             return None
         return self.weight * feature_distance(out.features, ctx.teacher(batch.x).features)
-
-    def after_task(self, ctx: Context) -> None:
-        """Keep the global model that the task ended with."""
-        if self.weight:
-            self._teacher_P = ctx.model.vector()
-
-    def state(self) -> State:
-        """Return the old model (P,)."""
-        return {} if self._teacher_P is None else {"teacher": self._teacher_P}
-
-    def load(self, state: State) -> None:
-        """Restore it."""
-        self._teacher_P = state.get("teacher")
 
 
 def feature_distance(student_BF: Tensor, teacher_BF: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from clients.learners.er import masks_by_task
+from clients.learners.replay import masks_by_task
 from clients.strategies.local_sgd import descend
 from fedcl.client.buffer import ReplayBuffer, Replayed
 from fedcl.client.erasing import erase
@@ -28,7 +28,7 @@ from fedcl.models.flat import FlatModel, Spec, TensorSpec
 
 
 class FPF(Plugin):
-    """At the end of a visit, train the sensitive modules alone on a memory in which classes count alike.
+    """At the end of a local round, train only the sensitive modules, on a class-balanced memory.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class FPF(Plugin):
     lr
         Step size; null: ``client.optimizer.lr``.
     modules
-        How many modules are trained: those with the largest mean change over the client's visits.
+        How many modules are trained: those with the largest mean change over the client's local rounds.
     scope
         Regular expression over tensor names that chooses them instead; null: measured.
 
@@ -67,11 +67,10 @@ class FPF(Plugin):
         self._origin_P: Tensor | None = None
 
     def check(self, model: FlatModel) -> None:
-        """Refuse a scope that matches no tensor."""
         in_scope(model, self.scope, f"{self.key}.scope")
 
     def setup(self, ctx: Context) -> None:
-        """Note where the visit starts."""
+        """Keep the received weights, where the local round starts."""
         self._origin_P = ctx.received.clone()
 
     def before_task(self, ctx: Context) -> None:
@@ -85,14 +84,14 @@ class FPF(Plugin):
             )  # fmt: skip
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Fine-tune, and remember how far the visit's own training has moved each module."""
+        """Fine-tune, and add up how far the local round's training has moved each module."""
         changes = self._totals(ctx)
         self.finetune(ctx)
         self._changes = changes
         return {}
 
     def finetune(self, ctx: Context) -> None:
-        """Train the sensitive modules on memory; what that moves does not count as change."""
+        """Train the sensitive modules on memory; this does not count as change."""
         if not self.steps or not len(self._buffer) or self._origin_P is None:
             return
         before_P = ctx.model.vector()
@@ -109,7 +108,7 @@ class FPF(Plugin):
 
     def _sensitive(self, ctx: Context) -> list[nn.Parameter]:
         model = ctx.model
-        pairs = [(p, spec) for p, spec in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
+        pairs = list(zip(model.trainable, model.trainable_specs, strict=True))
         chosen_P = in_scope(model, self.scope, f"{self.key}.scope")
         if chosen_P is not None:
             return [p for p, spec in pairs if bool(chosen_P[spec.start])]
@@ -118,9 +117,9 @@ class FPF(Plugin):
         names = sorted(trained, key=lambda module: -totals[module])[: self.modules]
         return [p for p, spec in pairs if module_of(spec) in names]
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-        """Erase the forget set from memory; what is known of how much modules change starts over."""
-        erased = erase(self._buffer, self, request, gone)
+    def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
+        """Erase the forget set from memory, and reset the modules' changes."""
+        erased = erase(self._buffer, self, request, removed)
         if not self._changes:
             return erased
         self._changes = {}
@@ -129,19 +128,18 @@ class FPF(Plugin):
         return replace(erased, why=f"{erased.why}; the modules' changes start over")
 
     def state(self) -> State:
-        """Return memory, and the sum over visits of each module's mean change."""
+        """Return memory, and the sum over local rounds of each module's mean change."""
         if not self.steps or not self._buffer.enabled:
             return {}
         return {"buffer": self._buffer.state(), "changes": self._changes}
 
     def load(self, state: State) -> None:
-        """Restore them."""
         self._buffer.load(state.get("buffer", {}))
         self._changes = dict(state.get("changes", {}))
 
 
 class KFPF(FPF):
-    """Train plainly, and fine-tune the sensitive modules ``times`` times, evenly over ``visits`` visits of a task.
+    """Train plainly, and fine-tune the sensitive modules ``times`` times, evenly over ``visits`` rounds of a task.
 
     The other parameters are those of :class:`FPF`. With ``visits`` the number of a task's rounds, and a client that is
     in all of them, there are ``times`` fine-tunings a task, the last at its end.
@@ -164,25 +162,23 @@ class KFPF(FPF):
         self._done = 0
 
     def after_step(self, ctx: Context) -> None:
-        """Fine-tune where the next of the ``times`` is due."""
+        """Fine-tune when the next of the ``times`` is due."""
         total = self.visits * ctx.epochs * -(-len(ctx.data) // ctx.batch_size)
         done = self._done + ctx.step
         if done * self.times // total > (done - 1) * self.times // total:
             self.finetune(ctx)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Remember how far training has moved each module, and how many steps it took."""
+        """Add up how far training has moved each module, and its steps."""
         self._changes = self._totals(ctx)
         self._done += ctx.step
         return {}
 
     def state(self) -> State:
-        """Return memory, changes, and the steps of the task."""
         state = super().state()
         return {**state, "steps": self._done} if state else {}
 
     def load(self, state: State) -> None:
-        """Restore them."""
         super().load(state)
         self._done = state.get("steps", 0)
 

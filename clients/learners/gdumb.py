@@ -8,30 +8,24 @@ k / C samples in memory; where memory is full, it takes the place of a random sa
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from clients.learners.er import masks_by_task
-from fedcl.client.buffer import ReplayBuffer
-from fedcl.client.erasing import erase
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State, TaskData
-from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from clients.learners.replay import Replay
+from fedcl.contracts.learner import Batch, Context
 
 # M = samples in memory, C = logit columns, T = tasks
 
 
-class GDumb(Plugin):
+class GDumb(Replay):
     """Train every step on a batch from a class-balanced memory, in place of the incoming one.
 
     ``budget`` is that of :class:`~fedcl.client.buffer.ReplayBuffer`. The stream that fills memory counts each sample
-    once, when the client first visits a task. With a budget of 0 the incoming batches stay.
+    once, in the client's first local round of a task. With a budget of 0 the incoming batches stay.
     """
 
-    phase = Phase.DATA
+    key = "learner.gdumb"
 
     def __init__(self, *, budget: int | str = 200) -> None:
-        self.budget = budget
-        self._buffer = ReplayBuffer(budget, at="learner.gdumb")
-        self._mask_TC: Tensor | None = None
+        super().__init__(budget=budget)
 
     def before_task(self, ctx: Context) -> None:
         """Offer the new task's samples to memory, in random order."""
@@ -44,28 +38,11 @@ class GDumb(Plugin):
         self._buffer.keep(torch.tensor(chosen, device=ctx.device), rows)
         self._buffer.seen += len(ctx.data)
 
-    def before_round(self, ctx: Context) -> None:
-        """Work out which columns a sample of each task may predict."""
-        self._mask_TC = masks_by_task(ctx)
-
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Return as many samples of memory as came in, or all it has."""
+        """Return as many samples of memory as the batch has, or all there are."""
         if not len(self._buffer):
             return batch
-        rows = self._buffer.draw(ctx, len(batch.y))
-        return Batch(rows.x, rows.y, ctx.mask if self._mask_TC is None else self._mask_TC[rows.task], fresh=0)
-
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-        """Erase the forget set from memory; the other samples stay."""
-        return erase(self._buffer, self, request, gone)
-
-    def state(self) -> State:
-        """Return the memory."""
-        return self._buffer.state()
-
-    def load(self, state: State) -> None:
-        """Restore it."""
-        self._buffer.load(state)
+        return self.replayed(ctx, self._buffer.draw(ctx, len(batch.y)))
 
 
 def balanced(held: list[int], arriving: list[int], budget: int, generator: torch.Generator) -> list[int]:

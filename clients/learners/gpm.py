@@ -1,7 +1,7 @@
 """GPM: gradient projection memory.
 
 Saha, Garg and Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021. A layer's gradient lies in the span
-of its inputs (section 4); steps orthogonal to the inputs of past tasks leave the layer's answers to them as they are.
+of its inputs (section 4); steps orthogonal to the inputs of past tasks leave the layer's outputs on them unchanged.
 At a task's end the basis of each layer grows until it holds a share epsilon of the energy of the task's inputs (eq. 9):
 ``||R_proj||^2 + ||R_hat_k||^2 >= epsilon ||R||^2``; then every gradient loses its part in the span (eq. 6).
 """
@@ -23,7 +23,7 @@ _BATCH = 256
 
 
 class GPM(Plugin):
-    """Project the gradients of each layer outside the span of what the client's past tasks had it read.
+    """Project the gradients of each layer out of the span of its inputs in the client's past tasks.
 
     A bias counts as the weight of an input that is always 1.
 
@@ -53,17 +53,16 @@ class GPM(Plugin):
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Leave what lies outside the spans, in place."""
+        """Keep the part of each gradient outside its layer's span, in place."""
         if not self._bases:
             return
-        specs = [s for p, s in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True) if p.requires_grad]
-        named = {spec.name: gradient for spec, gradient in zip(specs, grads, strict=True)}
+        named = {spec.name: gradient for spec, gradient in zip(ctx.model.trainable_specs, grads, strict=True)}
         for layer, basis_DK in self._bases.items():
             project_layer(named[f"{layer}.weight"], named.get(f"{layer}.bias"), basis_DK)
 
     @torch.no_grad()
     def after_task(self, ctx: Context) -> None:
-        """Extend each basis by what the finished task reads, under the global model that it ended with."""
+        """Extend each basis by the inputs of the finished task, under the global model that it ended with."""
         if not self.epsilon:
             return
         share = min(1.0, self.epsilon + self.increment * self._tasks)
@@ -77,7 +76,6 @@ class GPM(Plugin):
         return {"bases": self._bases, "tasks": self._tasks} if self._bases else {}
 
     def load(self, state: State) -> None:
-        """Restore them."""
         self._bases, self._tasks = dict(state.get("bases", {})), state.get("tasks", 0)
 
 

@@ -1,7 +1,7 @@
 """HFT: half fine-tuning.
 
 Hui et al., "HFT: Half Fine-Tuning for Large Language Models", 2024 (arXiv 2404.18466). In every round of training a
-random half of the parameters is frozen, drawn again the next time; what is frozen keeps what earlier tasks taught it.
+random half of the parameters is frozen, drawn again each time; frozen parameters keep what they learned before.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from fedcl.models.flat import FlatModel
 
 
 class HFT(Plugin):
-    """Hold a random ``share`` of the output units of every layer at the weights received; drawn again each visit.
+    """Freeze a random ``share`` of the output units of every layer, drawn again in each local round.
 
     A unit is a row of a weight with its bias. Heads train whole, since a class whose row is frozen cannot be learned.
     With ``share`` 0 nothing is computed.
     """
 
     phase = Phase.WEIGHT
-    stackable = True
 
     def __init__(self, *, share: float = 0.5) -> None:
         self.share = share
@@ -36,7 +35,7 @@ class HFT(Plugin):
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
-        """Put frozen weights back, whatever momentum or weight decay did to them."""
+        """Restore frozen weights, which momentum or weight decay may have moved."""
         if self._frozen_P is not None:
             parameters_P = ctx.model.flat[: len(self._frozen_P)]
             torch.where(self._frozen_P, ctx.received[: len(self._frozen_P)], parameters_P, out=parameters_P)

@@ -1,8 +1,8 @@
-"""L2: a uniform pull towards the weights that the last task ended with.
+"""L2: a uniform pull towards the weights at the end of the last task.
 
 Smith et al., "A Closer Look at Rehearsal-Free Continual Learning", CVPR Workshops 2023 (arXiv 2203.17269), section on
 parameter regularisation: ``L(theta) + lambda sum_i (theta_i - theta*_i)^2`` over the parameters in scope, theta* the
-model after the last task. Rows of a head that no finished task has used are free.
+model after the last task. Rows of a head that no finished task has used are not held.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import re
 import torch
 from torch import Tensor
 
-from clients.learners.quadratic import penalty
-from fedcl.client.scope import check_scope, in_scope
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
-from fedcl.models.flat import FlatModel
-from fedcl.models.networks import Output
+from clients.learners.quadratic import Quadratic, parameters
+from fedcl.client.scope import in_scope
+from fedcl.contracts.learner import Context, State
 
 # P = parameter elements
 _HEAD = re.compile(r"^heads?\.")
 
 
-class L2(Plugin):
+class L2(Quadratic):
     r"""Hold the weights whose tensor's name matches ``scope`` where the last task left them.
 
     Parameters
@@ -35,48 +33,32 @@ class L2(Plugin):
     Raises
     ------
     ValueError
-        If ``scope`` is no regular expression, or (in :meth:`check`) matches no tensor of the model.
+        If ``scope`` is not a regular expression, or (in :meth:`check`) matches no tensor of the model.
     """
 
-    phase = Phase.REGULARISER
-    stackable = True
+    key = "learner.l2"
 
     def __init__(self, *, weight: float = 0.1, scope: str | None = None) -> None:
-        check_scope(scope, "learner.l2.scope")
-        self.weight = weight
-        self.scope = scope
-        self._anchor_P: Tensor | None = None
+        super().__init__(weight=weight, scope=scope)
         self._columns: list[int] = []
-        self._held_P: Tensor | None = None
-
-    def check(self, model: FlatModel) -> None:
-        """Refuse a scope that matches no tensor."""
-        in_scope(model, self.scope, "learner.l2.scope")
 
     def setup(self, ctx: Context) -> None:
-        """Work out which elements are held."""
+        """Hold the elements in scope, all with the importance 1."""
         if self.weight:
-            self._held_P = held_elements(ctx, self.scope, self._columns)
-
-    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the penalty; nothing before a task has ended."""
-        if not self.weight or self._anchor_P is None or self._held_P is None:
-            return None
-        return penalty(ctx.model, self._held_P[None], self._anchor_P[None], self.weight)
+            self._importance_AP = held_elements(ctx, self.scope, self._columns)[None]
 
     def after_task(self, ctx: Context) -> None:
-        """Keep the global model that the task ended with."""
         if self.weight:
-            self._anchor_P = ctx.model.vector()[: ctx.model.num_parameters]
+            self._anchor_AP = parameters(ctx).clone()[None]
             self._columns = sorted({column for columns in ctx.task_columns.values() for column in columns})
 
     def state(self) -> State:
-        """Return the anchor (P,) and the head columns that it holds."""
-        return {} if self._anchor_P is None else {"anchor": self._anchor_P, "columns": self._columns}
+        """Return the anchor (1, P) and the head columns that it holds."""
+        return {} if self._anchor_AP is None else {"anchor": self._anchor_AP, "columns": self._columns}
 
     def load(self, state: State) -> None:
-        """Restore them."""
-        self._anchor_P, self._columns = state.get("anchor"), state.get("columns", [])
+        super().load(state)
+        self._columns = state.get("columns", [])
 
 
 def held_elements(ctx: Context, scope: str | None, columns: list[int]) -> Tensor:

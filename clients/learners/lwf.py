@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedcl.contracts.learner import Batch, Context, Phase, Plugin, State
+from clients.learners.teacher import Teacher
+from fedcl.contracts.learner import Batch, Context, State
 from fedcl.models.networks import Output
 
 # B = batch, C = logit columns, K = columns of one group
 
 
-class LwF(Plugin):
+class LwF(Teacher):
     """Add ``weight`` times the distillation of the model that the client's last task ended with.
 
     Parameters
@@ -31,51 +32,36 @@ class LwF(Plugin):
         Multiply by T^2 (Hinton et al. 2015), so that the gradient's size does not depend on T; Avalanche does not.
     """
 
-    phase = Phase.REGULARISER
-    stackable = True
-
     def __init__(self, *, weight: float = 1.0, temperature: float = 2.0, t_squared: bool = True) -> None:
-        self.weight = weight
+        super().__init__(weight=weight)
         self.temperature = temperature
         self.t_squared = t_squared
-        self._teacher: Tensor | None = None
         self._groups: list[list[int]] = []
 
-    def before_round(self, ctx: Context) -> None:
-        """Hand the old model to the context."""
-        if self._active:
-            assert self._teacher is not None
-            ctx.set_teacher(self._teacher)
-
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distillation loss over the old columns; nothing before a task has ended."""
-        if not self._active:
+        """Return the distillation loss over the old columns; None before a task has ended."""
+        if not self.weight or self._teacher_P is None:
             return None
         teacher = ctx.teacher(batch.x).logits
         scale = self.weight * (self.temperature**2 if self.t_squared else 1.0)
         return scale * distillation(out.logits, teacher, self._groups, self.temperature)
 
     def after_task(self, ctx: Context) -> None:
-        """Keep the model the task ended with, and which of its columns have meaning."""
-        self._teacher = ctx.model.vector()
-        self._groups = column_groups(ctx)
-
-    @property
-    def _active(self) -> bool:
-        return self.weight > 0 and self._teacher is not None
+        """Keep the model that the task ended with, and the columns of the tasks so far."""
+        super().after_task(ctx)
+        self._groups = column_groups(ctx) if self.weight else []
 
     def state(self) -> State:
-        """Return the old model (P,) and its columns."""
-        return {} if self._teacher is None else {"teacher": self._teacher, "groups": self._groups}
+        state = super().state()
+        return {**state, "groups": self._groups} if state else {}
 
     def load(self, state: State) -> None:
-        """Restore them."""
-        self._teacher = state.get("teacher")
+        super().load(state)
         self._groups = state.get("groups", [])
 
 
 def column_groups(ctx: Context) -> list[list[int]]:
-    """Return the columns met so far, each group one softmax: a group a task with heads of their own, else one group."""
+    """Return the columns seen so far in groups, each one softmax: one per task if tasks have heads, else one."""
     seen = list(ctx.task_columns.values())
     if any(tensor.task is not None for tensor in ctx.model.spec):
         return [sorted(columns) for columns in seen]

@@ -52,7 +52,7 @@ class NearestClassMean(ClosedForm):
         self.distance = distance
 
     def check(self, model: FlatModel) -> None:
-        """Refuse a model without a linear head, and for ``unit_euclidean`` one whose head reads features of any length.
+        """Reject a model without a linear head, and for ``unit_euclidean`` one whose features are not of length 1.
 
         Raises
         ------
@@ -64,12 +64,9 @@ class NearestClassMean(ClosedForm):
             raise ValueError("learner.nmc.distance=unit_euclidean: needs features of length 1; set model.head=unit")
 
     def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums of the task's features (C, F) and how many each column has (C,), float64."""
-        total, counts = class_sums(ctx, unit=self.distance == "cosine")
-        return {"features": total.cpu(), "counts": counts.cpu()}
+        return class_sums(ctx, unit=self.distance == "cosine")
 
     def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
-        """Write the means into the heads."""
         means_CF = sums["features"] / sums["counts"].clamp_min(1.0)[:, None]
         known_C = sums["counts"] > 0
         if self.distance == "cosine":

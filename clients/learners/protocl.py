@@ -41,9 +41,9 @@ def log_joint(features_BF: Tensor, sums_CF: Tensor, counts_C: Tensor, noise: flo
 class ProtoCL(ClosedForm):
     """Train the network so that samples are likely under their class's posterior; let the head say the same.
 
-    In a visit, classes of earlier tasks have the posterior of all clients' samples, which rides along; those of the
-    present task the client's own, under the received weights. The head is linear: exact when all classes have the same
-    number of samples, and near that as 1 / n otherwise.
+    In a local round, classes of earlier tasks have the posterior of all clients' samples, which comes with the model;
+    those of the current task have that of the client's own samples, under the received weights. The head is linear:
+    exact if all classes have the same number of samples, otherwise with an error of order 1 / n.
 
     Parameters
     ----------
@@ -75,9 +75,8 @@ class ProtoCL(ClosedForm):
         self._sums_CF = self._counts_C = torch.zeros(0)
 
     def before_round(self, ctx: Context) -> None:
-        """Join everybody's sums of earlier classes with the client's own of the present ones."""
-        own = class_sums(ctx)
-        sums_CF, counts_C = (tensor.float().to(ctx.device) for tensor in own)
+        """Join all clients' sums of earlier classes with the client's own sums of the current ones."""
+        sums_CF, counts_C = (tensor.float().to(ctx.device) for tensor in class_sums(ctx).values())
         shared = ctx.payload.get(f"{QUERY}/features")
         if shared is not None:
             others_C = ctx.payload[f"{QUERY}/counts"].to(ctx.device)
@@ -87,16 +86,14 @@ class ProtoCL(ClosedForm):
         self._sums_CF, self._counts_C = sums_CF, counts_C
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the mean of -log p(c | phi) over the classes that have samples somewhere."""
+        """Return the mean of -log p(c | phi) over the classes of which some client has samples."""
         logits = log_joint(out.features, self._sums_CF, self._counts_C, self.noise, self.prior)
         seen = self._counts_C > 0
         mask = seen if batch.mask is None else seen & batch.mask
         return masked_cross_entropy(Output(logits, out.features), batch._replace(mask=mask))
 
     def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums of the task's features (C, F) and how many each column has (C,), float64."""
-        total, counts = class_sums(ctx)
-        return {"features": total.cpu(), "counts": counts.cpu()}
+        return class_sums(ctx)
 
     def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
         """Write the linear discriminant of the posterior into the heads."""

@@ -22,7 +22,7 @@ from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.learner import Context
 from fedcl.models.flat import FlatModel
 
-GRAM = "gram"  # the question whose answers the server adds up
+GRAM = "gram"  # the query whose responses the server adds up
 GRAM_SUMS: Form = {  # what `gram_sums` returns
     "gram": TensorField(("features", "features"), "float64"),
     "cross": TensorField(("features", "columns"), "float64"),
@@ -57,11 +57,9 @@ class RanPAC(ClosedForm):
         self.ridge = ridge
 
     def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the client's `gram_sums`."""
         return gram_sums(features(ctx), ctx.num_columns)
 
     def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
-        """Write the ridge solution into the heads."""
         gram = sums["gram"]
         scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
         regular = gram + self.ridge * scale * torch.eye(len(gram), dtype=gram.dtype)

@@ -1,12 +1,12 @@
-"""Refresh learning: before every step the weights unlearn a little of the batch, then learn it as they would.
+"""Refresh learning: before every step the weights unlearn a little of the batch, then learn it as usual.
 
 Wang et al., "A Unified and General Framework for Continual Learning", ICLR 2024 (arXiv 2403.13249). The procedure is
-that of the published code, with one unlearning step: climb the batch's cross-entropy, ``Delta = gamma g``; give each
-tensor's way the tensor's own norm, ``u = |theta| / (|Delta| + eps) Delta``; then
+that of the published code, with one unlearning step: climb the batch's cross-entropy, ``Delta = gamma g``; scale it
+in each tensor to the tensor's own norm, ``u = |theta| / (|Delta| + eps) Delta``; then
 
     theta <- theta + delta (u + sigma xi) / (1 + kappa F),   xi ~ N(0, 1)
 
-with the Fisher information F of finished tasks. It goes on top of any learner.
+with the Fisher information F of finished tasks. It combines with any learner.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Refresh(Plugin):
     noise
         sigma, share of the noise.
     damping
-        kappa: how much less weights move that earlier tasks depend on.
+        kappa: how much less those weights move that earlier tasks depend on.
     lr
         gamma of the ascent. Norms are matched afterwards, so it matters to vanishing gradients alone.
     fisher
         ``per_batch``: squared gradients of batch means. ``per_sample``: of each sample.
     """
 
-    phase = Phase.OBJECTIVE  # after all data plugins: it looks at the batch as it is trained on
+    phase = Phase.OBJECTIVE  # after all data plugins: it uses the final batch
 
     def __init__(
         self, *, delta: float = 1e-5, noise: float = 1e-3, damping: float = 1e-3, lr: float = 0.01,
@@ -57,18 +57,19 @@ class Refresh(Plugin):
         self._fisher_P: Tensor | None = None
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Move the weights; the batch stays as it is."""
+        """Move the weights; the batch is returned unchanged."""
         if not self.delta:
             return batch
-        grads = gradients(ctx, batch)
-        specs = [s for p, s in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True) if p.requires_grad]
+        grads = gradients(ctx.model, batch)
         noise_P = torch.randn(ctx.model.num_parameters, generator=ctx.rng("refresh")).to(ctx.device)
         with torch.no_grad():
             moves = ascent(list(ctx.model.trainable), grads, self.lr)
-            for parameter, move, spec in zip(ctx.model.trainable, moves, specs, strict=True):
-                move += self.noise * noise_P[spec.start : spec.stop].view(spec.shape)
-                if self._fisher_P is not None:
-                    move /= 1.0 + self.damping * self._fisher_P[spec.start : spec.stop].view(spec.shape)
+            for move, noise in zip(moves, ctx.model.views(noise_P), strict=True):
+                move += self.noise * noise
+            if self._fisher_P is not None:
+                for move, fisher in zip(moves, ctx.model.views(self._fisher_P), strict=True):
+                    move /= 1.0 + self.damping * fisher
+            for parameter, move in zip(ctx.model.trainable, moves, strict=True):
                 parameter.add_(move, alpha=self.delta)
         return batch
 
@@ -81,11 +82,9 @@ class Refresh(Plugin):
         self._fisher_P = fisher_P if self._fisher_P is None else self._fisher_P + fisher_P
 
     def state(self) -> State:
-        """Return the Fisher information (P,)."""
         return {} if self._fisher_P is None else {"fisher": self._fisher_P}
 
     def load(self, state: State) -> None:
-        """Restore it."""
         self._fisher_P = state.get("fisher")
 
 

@@ -29,7 +29,7 @@ class UER(ER):
     ``scale`` is gamma. With a budget of 0 the loss is plain cross-entropy.
     """
 
-    name = "uer"
+    key = "learner.uer"
 
     def __init__(
         self,
@@ -41,15 +41,8 @@ class UER(ER):
     ) -> None:
         super().__init__(budget=budget, replay_size=replay_size, policy=policy)
         self.scale = scale
-        self._incoming = 0
-
-    def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Join replayed samples to the batch, and remember where they begin."""
-        self._incoming = len(batch.y)
-        return super().before_step(ctx, batch)
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the mean over all samples of both cross-entropies."""
         if not self._buffer.enabled:
             return masked_cross_entropy(out, batch)
         (new, new_out), (past, past_out) = halves(batch, out, self._incoming)

@@ -3,7 +3,7 @@
 Kang et al., "Do Your Best and Get Enough Rest for Continual Learning", CVPR 2025 (arXiv 2503.18371), after its
 published code: an index permutation is drawn for a block of R epochs; each epoch takes its next share of 1/R, every
 index R times in a row. An epoch costs what it did, a sample comes back R times as late. Its first view is the sample as
-it is, the others are augmented, and a divergence pulls what the model says of them to what it says of the first.
+it is, the others are augmented, and a divergence pulls the model's outputs on them towards its output on the first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedcl.models.networks import Output
 class ViewBatch(Plugin):
     """Train on ``repeats`` views of 1/``repeats`` of the samples in each epoch, and let the views agree.
 
-    Epochs are counted over the client's visits to a task. With ``repeats`` 1 nothing is computed.
+    Epochs are counted over the client's local rounds of a task. With ``repeats`` 1 nothing is computed.
 
     Parameters
     ----------
@@ -58,7 +58,6 @@ class ViewBatch(Plugin):
         self._others: Tensor | None = None
 
     def before_task(self, ctx: Context) -> None:
-        """Count the epochs of the new task."""
         self._epochs = 0
 
     def indices(self, ctx: Context, order: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class ViewBatch(Plugin):
         return torch.randperm(len(order), generator=generator)[share::shares].repeat_interleave(self.repeats)
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Augment all views of a sample but its first in the batch."""
+        """Augment all views of a sample except its first in the batch."""
         self._first = self._others = None
         if self.repeats == 1:
             return batch
@@ -87,7 +86,7 @@ class ViewBatch(Plugin):
         return batch._replace(x=x)
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the divergence between views; nothing where the batch has no second view."""
+        """Return the divergence between views; None if the batch has no second view."""
         if not self.weight or self._first is None or self._others is None or self._epochs <= self.start:
             return None
         logits = out.logits if ctx.mask is None else out.logits[:, ctx.mask]
@@ -101,16 +100,14 @@ class ViewBatch(Plugin):
             x = mirrored(x, generator) if self.flip else x
         return x + self.noise * torch.randn(x.shape, generator=generator).to(x.device) if self.noise else x
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-        """Keep the count: it says nothing about samples."""
+    def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
+        """Keep the count, which does not depend on samples."""
         return ErasureOutcome(type(self).__name__, "not applicable", "counts epochs, and nothing else")
 
     def state(self) -> State:
-        """Return how many epochs of the task have been trained."""
         return {"epochs": self._epochs} if self._epochs else {}
 
     def load(self, state: State) -> None:
-        """Restore the count."""
         self._epochs = state.get("epochs", 0)
 
 

@@ -15,15 +15,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.local_sgd import gradient_at
 from clients.strategies.personal import PersonalModel
 from fedcl.contracts.learner import Batch, Context, Phase, State
 
 
 class APFL(PersonalModel):
-    """Move v on each batch, by plain SGD, and alpha once a visit, on its first batch.
+    """Move v on each batch, by plain SGD, and alpha once per local round, on its first batch.
 
-    The first batch is where v and w differ by what the other clients have learned. With ``adaptive`` false alpha stays.
+    On the first batch v and w differ by what the other clients have learned. With ``adaptive`` false alpha is constant.
 
     Raises
     ------
@@ -41,31 +41,28 @@ class APFL(PersonalModel):
         self.adaptive = adaptive
 
     def state(self) -> State:
-        """Return v and alpha."""
         state = super().state()
         return {**state, "alpha": self.alpha} if state and self.adaptive else state
 
     def load(self, state: State) -> None:
-        """Restore them."""
         super().load(state)
         self.alpha = state.get("alpha", self.alpha)
 
     def predicting(self, ctx: Context) -> Tensor | None:
-        """Return the mixture with the model at hand."""
+        """Return the mixture with the current model."""
         if self._personal is None:
             return None
         return self.alpha * self._personal + (1 - self.alpha) * ctx.model.flat
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Move v, and at first alpha, while w still stands where it did; buffers of v are those of the mixture."""
+        """Move v, and in the first step alpha, before w moves; the buffers of v become those of the mixture."""
         personal_P, weights = self.personal(), slice(ctx.model.num_parameters)
         mixture_P = self.alpha * personal_P + (1 - self.alpha) * ctx.model.flat
-        with standing_at(ctx.model, mixture_P):
-            gradient_P = flat_gradient(ctx, batch)
+        gradient_P = gradient_at(ctx.model, mixture_P, batch)
         alpha = self.alpha
         if self.adaptive and ctx.step == 0:
-            slope = float((personal_P - ctx.model.flat)[weights] @ gradient_P[weights])
+            slope = float((personal_P - ctx.model.flat)[weights] @ gradient_P)
             self.alpha = min(max(alpha - ctx.lr * slope, 0.0), 1.0)
-        personal_P[weights] -= ctx.lr * alpha * gradient_P[weights]
+        personal_P[weights] -= ctx.lr * alpha * gradient_P
         personal_P[ctx.model.num_parameters :] = mixture_P[ctx.model.num_parameters :]
         return batch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.local_sgd import gradient_at
 from clients.strategies.personal import PersonalModel
 from fedcl.contracts.learner import Batch, Context, Phase
 
@@ -16,7 +16,7 @@ from fedcl.contracts.learner import Batch, Context, Phase
 class Ditto(PersonalModel):
     """Take one step of the personal model on each batch, by plain SGD.
 
-    The shared model trains as if Ditto were not there: bit for bit, unless dropout draws for both.
+    The shared model trains exactly as without Ditto, unless dropout draws for both.
 
     Raises
     ------
@@ -38,9 +38,8 @@ class Ditto(PersonalModel):
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
         """Move the personal model on the batch as the other plugins left it."""
         personal_P = self.personal()
-        with standing_at(ctx.model, personal_P):
-            gradient_P = flat_gradient(ctx, batch)
+        gradient_P = gradient_at(ctx.model, personal_P, batch)
         weights = slice(ctx.model.num_parameters)
         pull = personal_P[weights] - ctx.received[weights]
-        personal_P[weights] -= (self.lr or ctx.lr) * (gradient_P[weights] + self.weight * pull)
+        personal_P[weights] -= (self.lr or ctx.lr) * (gradient_P + self.weight * pull)
         return batch

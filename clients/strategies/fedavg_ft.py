@@ -19,7 +19,7 @@ from fedcl.contracts.learner import Context, Phase, Plugin
 class FineTuned(Plugin):
     """Predict with the received model after ``epochs`` epochs of plain SGD on the client's own samples.
 
-    Training is untouched. After it, within the same visit, the model predicts as it is: it has just been fine-tuned.
+    Training does not change. After it, within the same message, the model predicts as it is: it has just been trained.
 
     Parameters
     ----------
@@ -47,11 +47,10 @@ class FineTuned(Plugin):
         self._trained = False
 
     def before_round(self, ctx: Context) -> None:
-        """From here on the model at hand is the client's own."""
+        """From here on the current model is the client's own."""
         self._trained = True
 
     def predict(self, ctx: Context, x: Tensor) -> Tensor:
-        """Return the fine-tuned model's logits (B, C)."""
         if self._trained or len(ctx.data) == 0:
             return ctx.model(x).logits
         received_P = ctx.model.vector()

@@ -17,5 +17,4 @@ class FedBN(Kept):
     name: ClassVar[str] = "norms"
 
     def keeps(self, tensor: TensorSpec) -> bool:
-        """Whether a normalisation layer owns ``tensor``."""
         return tensor.norm

@@ -1,4 +1,4 @@
-"""FedCAC's client half: which of its parameters are critical, one bit each, for a server that does not work it out.
+"""FedCAC's client half: which parameters are critical, one bit each, if the server does not compute it.
 
 Wu et al., "Bold but Cautious: Unlocking the Potential of Personalized Federated Learning through Cautiously Aggressive
 Collaboration", ICCV 2023 (arXiv 2309.11103), with the details of its author's code (FLAIR-Community/Fling).
@@ -27,7 +27,7 @@ CRITICAL = Payload(
 class CriticalMask(Plugin):
     """Upload the mask of critical parameters as uint8 (B,), from the model received and the model trained.
 
-    With ``masks="server"`` nothing is sent. Both parameters are the server half's.
+    With ``masks="server"`` nothing is sent. Both parameters are those of the server half.
 
     Raises
     ------
@@ -35,7 +35,6 @@ class CriticalMask(Plugin):
         If a parameter is out of its range.
     """
 
-    stackable: ClassVar[bool] = True
     phase: ClassVar[Phase] = Phase.BOOKKEEPING  # after those that still change the weights
 
     def __init__(self, *, tau: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
@@ -49,7 +48,7 @@ class CriticalMask(Plugin):
             self.payloads = (CRITICAL,)  # type: ignore[misc]
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Return the mask, which leaves out heads of other tasks: those were not trained."""
+        """Return the mask, without the heads of other tasks, which were not trained."""
         if self.masks == "server":
             return {}
         tensors = trained_parameters(ctx.model.spec, ctx.task.head)
@@ -57,7 +56,7 @@ class CriticalMask(Plugin):
 
 
 class BalancedCriticalMask(CriticalMask):
-    """Learn how classes look apart from how frequent they are here, and predict half-way between trained and merged.
+    """Learn classes independently of their local frequency, and predict with a mean of trained and received weights.
 
     The loss is the cross-entropy of z + log(n_c + ``smoothing``), with z the logits and n_c the client's samples of
     class c in the task; predictions are the largest of the same sum, with n_c over all tasks it has trained. So weights
@@ -71,8 +70,6 @@ class BalancedCriticalMask(CriticalMask):
     ValueError
         If a parameter is out of its range.
     """
-
-    stackable: ClassVar[bool] = False  # the frequencies are each client's own
 
     def __init__(
         self,
@@ -98,12 +95,11 @@ class BalancedCriticalMask(CriticalMask):
         return {"counts": dict(self._counts), **({} if self._trained is None else {"trained": self._trained})}
 
     def load(self, state: State) -> None:
-        """Restore them."""
         self._counts = dict(state.get("counts", {}))
         self._trained = state.get("trained")
 
     def before_round(self, ctx: Context) -> None:
-        """Count the samples of the task; from here on the weights at hand are the client's own."""
+        """Count the samples of the task; from here on the current weights are the client's own."""
         counts = torch.bincount(ctx.data.y, minlength=ctx.num_columns)
         self._counts[str(ctx.task.id)] = counts
         self._prior = (counts + self.smoothing).log()
@@ -111,16 +107,16 @@ class BalancedCriticalMask(CriticalMask):
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
         """Return the mean cross-entropy of the adjusted logits over the allowed columns."""
         if self._prior is None:
-            raise RuntimeError("BalancedCriticalMask: a step was taken in a visit that never began")
+            raise RuntimeError("BalancedCriticalMask: a step was taken in a local round that never began")
         return masked_cross_entropy(Output(out.logits + self._prior, out.features), batch)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Keep the trained weights, and return the mask as FedCAC's plain half does."""
+        """Keep the trained weights, and return the mask as in FedCAC."""
         self._trained = ctx.model.vector()
         return super().after_round(ctx)
 
     def predict(self, ctx: Context, x: Tensor) -> Tensor:
-        """Return the adjusted logits (B, C); a client that has never trained has nothing to adjust with."""
+        """Return the adjusted logits (B, C), or plain ones for a client that has never trained."""
         if not self._counts:
             return ctx.model(x).logits
         counts = torch.stack(list(self._counts.values())).sum(0)

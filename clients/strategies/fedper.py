@@ -23,7 +23,6 @@ class FedPer(Kept):
     name: ClassVar[str] = "heads"
 
     def keeps(self, tensor: TensorSpec) -> bool:
-        """Whether ``tensor`` belongs to a head."""
         return is_head(tensor)
 
 
@@ -46,10 +45,9 @@ class FedRep(FedPer):
         self._frozen: list[tuple[Tensor, Tensor]] = []
 
     def before_round(self, ctx: Context) -> None:
-        """Train the head, then note where it stands."""
+        """Train the head, then keep its weights."""
         model = ctx.model
-        pairs = zip(model.parameters, model.parameter_specs, strict=True)
-        heads = [p for p, spec in pairs if p.requires_grad and is_head(spec)]
+        heads = [p for p, spec in zip(model.trainable, model.trainable_specs, strict=True) if is_head(spec)]
         body_buffers = model.flat[model.num_parameters :].clone()
         train_epochs(ctx, epochs=self.head_epochs, lr=ctx.lr, purpose="head", parameters=heads)
         model.flat[model.num_parameters :] = body_buffers
@@ -57,6 +55,6 @@ class FedRep(FedPer):
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
-        """Put the head back: no gradient, momentum or weight decay moves it while the body learns."""
+        """Restore the head: no gradient, momentum or weight decay moves it while the body learns."""
         for weight, kept in self._frozen:
             weight.copy_(kept)

@@ -36,14 +36,10 @@ class FedProx(Plugin):
         self._anchors: list[Tensor] = []
 
     def setup(self, ctx: Context) -> None:
-        """Find each trainable tensor's received value: views of the message, nothing is copied."""
-        model = ctx.model
-        pairs = zip(model.parameters, model.parameter_specs, strict=True)
-        self._anchors = [model.spec.view(ctx.received, spec.name) for p, spec in pairs if p.requires_grad]
+        self._anchors = ctx.model.views(ctx.received)  # nothing is copied
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Pull towards the received model."""
         if self.mu:
             weights: list[Tensor] = list(ctx.model.trainable)
             drift = torch._foreach_sub(weights, self._anchors)

@@ -1,4 +1,4 @@
-"""FOT's client half: summarises what each layer reads, in one pass over the client's samples of the task.
+"""FOT's client half: summarises each layer's inputs in one pass over the client's samples of the task.
 
 Bakman et al., ICLR 2024 (global principal subspace extraction). The server half is ``strategies/projection/fot.py``.
 """
@@ -25,7 +25,7 @@ _CHUNK = 4096  # columns of A sketched at a time: bounds the random matrix, whic
 def layer_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Return the columns of a layer's input matrix as rows (M, D): inputs of a linear layer, patches of a convolution.
 
-    Patches are those that the layer's kernel meets, with its stride, padding and dilation: all samples, all positions.
+    Patches are those that the layer's kernel reads, with its stride, padding and dilation: all samples, all positions.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, layer.in_features)
@@ -52,7 +52,6 @@ class GramSum:
         self._gram_DD = torch.zeros(inputs, inputs, dtype=torch.float64)
 
     def add(self, rows_MD: Tensor) -> None:
-        """Take in a batch of inputs."""
         self._gram_DD += (rows_MD.T @ rows_MD).double().cpu()
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
@@ -63,7 +62,7 @@ class GramSum:
 class Sketch:
     """A sketch R G (D, Q) of the residual inputs R = A - U U^T A, with the energies of R and A, batch by batch.
 
-    Each batch meets fresh rows of the random matrix G, which nobody but this client ever knows.
+    Each batch uses new rows of the random matrix G, which only this client knows.
     """
 
     def __init__(self, basis_DK: Tensor, width: int, draw: Callable[[int, int], Tensor]) -> None:
@@ -73,7 +72,6 @@ class Sketch:
         self._residual = torch.zeros(1, dtype=torch.float64)
 
     def add(self, rows_MD: Tensor) -> None:
-        """Take in a batch of inputs."""
         for rows in torch.split(rows_MD, _CHUNK):
             residual = project_out(rows, self._basis_DK)
             self._energy += rows.double().square().sum().cpu()
@@ -93,7 +91,7 @@ class Sketch:
 class Range:
     """The residual's Gram matrix times random signs, R R^T Omega (D, Q), with the energies of R and A, batch by batch.
 
-    All clients of a question use the same Omega, so that the sum over clients is that of the pooled samples.
+    All clients of a query use the same Omega, so that the sum over clients is that of the pooled samples.
     """
 
     def __init__(self, basis_DK: Tensor, signs_DQ: Tensor) -> None:
@@ -103,7 +101,6 @@ class Range:
         self._residual = torch.zeros(1, dtype=torch.float64)
 
     def add(self, rows_MD: Tensor) -> None:
-        """Take in a batch of inputs."""
         residual = project_out(rows_MD, self._basis_DK)
         self._energy += rows_MD.double().square().sum().cpu()
         self._residual += residual.double().square().sum().cpu()
@@ -119,22 +116,21 @@ class Range:
 
 
 class SubspaceResponse(Plugin):
-    """Answers the server's question for the subspace of every layer's inputs.
+    """Responds to the server's query for the subspace of every layer's inputs.
 
     Parameters
     ----------
     variant, method, sketch_width
         As the server half has them. ``official`` sketches with G uniform on (-1, 1), in training mode, and reads an
         activation before its dropout. ``corrected`` runs in evaluation mode; its sketch has G / sqrt(Q), G normal,
-        which makes the expected energy of the sketch that of the residual. The range finder's width and signs are
-        the server's to say.
+        which makes the expected energy of the sketch that of the residual. The server chooses the range
+        finder's width and signs.
     batch_size
         Samples of one forward pass.
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
     queries: ClassVar[tuple[str, ...]] = ("subspace",)
-    stackable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -148,12 +144,12 @@ class SubspaceResponse(Plugin):
 
     @torch.no_grad()
     def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of :class:`GramSum`, :class:`Sketch` or :class:`Range` for each layer asked for.
+        """Return the tensors of :class:`GramSum`, :class:`Sketch` or :class:`Range` for each layer of the query.
 
         Parameters
         ----------
         ctx
-            Its model holds the weights to answer with.
+            Its model holds the weights to use.
         name
             ``subspace``.
         request
@@ -212,7 +208,7 @@ def _layer(network: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 def _captured(
     network: nn.Module, layers: dict[str, nn.Linear | nn.Conv2d], *, before_dropout: bool
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what each layer reads in the forward passes inside; one entry for each call of the layer."""
+    """Collect each layer's inputs in the forward passes inside; one entry for each call of the layer."""
     inputs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     dropped: list[tuple[Tensor, Tensor]] = []  # (output, input) of dropout; holding the outputs keeps them distinct
 

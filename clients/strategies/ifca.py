@@ -26,7 +26,7 @@ class IFCA(Plugin):
     model bit for bit. Messages without ``clusters`` leave the received model where it is.
     """
 
-    # last after a visit, when nobody looks at the model any more
+    # last at the end of a local round, when no other plugin reads the model
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
     payloads: ClassVar[tuple[Payload, ...]] = (
         Payload("clusters", "down"),
@@ -38,7 +38,7 @@ class IFCA(Plugin):
         self._sent: Tensor | None = None
 
     def setup(self, ctx: Context) -> None:
-        """Let the chosen model take the place of the received one, for every plugin that looks from now on."""
+        """Replace the received model by the chosen one, for all plugins that are called later."""
         others = ctx.payload.get("clusters")
         if others is None or len(ctx.data) == 0:
             return

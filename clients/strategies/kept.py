@@ -43,16 +43,15 @@ class Kept(Plugin):
         return {} if self._own is None else {self.name: self._own}
 
     def load(self, state: State) -> None:
-        """Restore them."""
         self._own = state.get(self.name)
 
     def setup(self, ctx: Context) -> None:
-        """Join what is shared and what is kept."""
+        """Write the client's own tensors into the model."""
         if self._own is not None:
             ctx.model.flat[self.mask(ctx.model)] = self._own.to(ctx.device)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Keep the client's own and send the received ones back."""
+        """Keep the client's own tensors, and send the received ones back."""
         mask = self.mask(ctx.model)
         self._own = ctx.model.flat[mask].clone()
         ctx.model.flat[mask] = ctx.received[mask]

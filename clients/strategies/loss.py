@@ -1,4 +1,4 @@
-"""How well a model does on a client's samples of the task, away from training."""
+"""The loss of a model on a client's samples of the task, outside training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedcl.contracts.learner import Batch, Context
 
 @torch.no_grad()
 def mean_loss(ctx: Context, batch_size: int = 1024) -> Tensor:
-    """Return the mean cross-entropy, float32 (), of the model as it stands on ``ctx.data``, in evaluation mode."""
+    """Return the mean cross-entropy, float32 (), of the current model on ``ctx.data``, in evaluation mode."""
     ctx.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=ctx.device)
     for start in range(0, len(ctx.data), batch_size):

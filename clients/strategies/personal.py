@@ -1,4 +1,4 @@
-"""What Ditto, APFL and pFedMe share: a second model that a client keeps for itself and predicts with."""
+"""What Ditto, APFL and pFedMe share: a second model that stays with the client and makes its predictions."""
 
 # B = batch, C = logit columns, P = length of the flat vector
 from __future__ import annotations
@@ -20,30 +20,26 @@ class PersonalModel(Plugin):
         self._personal: Tensor | None = None
 
     def state(self) -> State:
-        """Return the personal model."""
         return {} if self._personal is None else {"personal": self._personal}
 
     def load(self, state: State) -> None:
-        """Restore it."""
         self._personal = state.get("personal")
 
     def before_round(self, ctx: Context) -> None:
-        """Begin with the received model."""
         if self._personal is None:
             self._personal = ctx.model.vector()
 
     def personal(self) -> Tensor:
-        """Return the personal model of a visit that trains."""
+        """Return the personal model within a local round."""
         if self._personal is None:
-            raise RuntimeError(f"{type(self).__name__}: a step was taken in a visit that never began")
+            raise RuntimeError(f"{type(self).__name__}: a step was taken in a local round that never began")
         return self._personal
 
     def predicting(self, ctx: Context) -> Tensor | None:
-        """Return the vector (P,) to predict with; None is the model at hand."""
+        """Return the vector (P,) to predict with; None for the current model."""
         return self._personal
 
     def predict(self, ctx: Context, x: Tensor) -> Tensor:
-        """Return the personal model's logits (B, C)."""
         vector_P = self.predicting(ctx)
         if vector_P is None:
             return ctx.model(x).logits

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clients.strategies.local_sgd import flat_gradient, standing_at
+from clients.strategies.local_sgd import gradient_at
 from clients.strategies.personal import PersonalModel
 from fedcl.contracts.learner import Batch, Context, Phase
 
@@ -20,9 +20,9 @@ from fedcl.contracts.learner import Batch, Context, Phase
 class PFedMe(PersonalModel):
     """Replace every gradient of the shared model by lambda (w - theta), and predict with the last theta.
 
-    In a visit theta starts at the received model and goes on from batch to batch, as in the authors' code. What other
-    plugins add to the loss does not reach theta. The steps are stable while lr lambda and inner_lr lambda are well
-    below 2.
+    In a local round theta starts at the received model and moves on from batch to batch, as in the authors' code. What
+    other plugins add to the loss does not reach theta. The steps are stable while lr lambda and inner_lr lambda are
+    well below 2.
 
     Raises
     ------
@@ -44,25 +44,22 @@ class PFedMe(PersonalModel):
         self.inner_steps = inner_steps
 
     def before_round(self, ctx: Context) -> None:
-        """Begin with the received model, at every visit."""
+        """Start theta at the received model, in every local round."""
         self._personal = ctx.model.vector()
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Bring theta nearer to the minimum for this batch."""
+        """Move theta towards the minimum for this batch."""
         theta_P, weights = self.personal(), slice(ctx.model.num_parameters)
         shared_P = ctx.model.vector()
         for _ in range(self.inner_steps):
-            with standing_at(ctx.model, theta_P):
-                gradient_P = flat_gradient(ctx, batch)
+            gradient_P = gradient_at(ctx.model, theta_P, batch)
             pull = theta_P[weights] - shared_P[weights]
-            theta_P[weights] -= self.inner_lr * (gradient_P[weights] + self.weight * pull)
+            theta_P[weights] -= self.inner_lr * (gradient_P + self.weight * pull)
         return batch
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Write lambda (w - theta) over the gradients."""
-        model, theta_P = ctx.model, self.personal()
-        pairs = zip(model.parameters, model.parameter_specs, strict=True)
-        trainable = [(p, spec) for p, spec in pairs if p.requires_grad]
-        for grad, (parameter, spec) in zip(grads, trainable, strict=True):
-            grad.copy_(self.weight * (parameter - model.spec.view(theta_P, spec.name)))
+        """Replace the gradients by lambda (w - theta)."""
+        thetas = ctx.model.views(self.personal())
+        for grad, parameter, theta in zip(grads, ctx.model.trainable, thetas, strict=True):
+            grad.copy_(self.weight * (parameter - theta))

@@ -27,9 +27,7 @@ class QFedAvg(Plugin):
         self._loss = torch.zeros(())
 
     def before_round(self, ctx: Context) -> None:
-        """Measure the loss before the first step."""
         self._loss = mean_loss(ctx)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Return ``loss_received`` (1,)."""
         return {"loss_received": self._loss.reshape(1)}

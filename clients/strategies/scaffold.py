@@ -17,12 +17,12 @@ from fedcl.contracts.learner import Context, Payload, Phase, Plugin, State
 
 
 class Scaffold(Plugin):
-    """Train with the gradient g - c_i + c and renew the client's control variate c_i.
+    """Train with the gradient g - c_i + c and update the client's control variate c_i.
 
     c_i+ = c_i - c + (x - y) / (K lr) after K steps from x to y; it is the mean of the gradients used, so weight decay
     enters it. With momentum, x - y counts a gradient up to 1 / (1 - momentum) times: use plain SGD.
 
-    ``control_epoch`` tells a client that the server has started over, as it does when it forgets: c_i is then zero.
+    ``control_epoch`` changes when the server starts over, as it does after forgetting: c_i is then zero.
     """
 
     phase: ClassVar[Phase] = Phase.GRADIENT
@@ -43,7 +43,7 @@ class Scaffold(Plugin):
         return {} if self._own is None else {"control": self._own.cpu(), "epoch": self._epoch}
 
     def load(self, state: State) -> None:
-        """Restore c_i; a client that has never been visited starts from zero."""
+        """Restore c_i; a client that has never trained starts from zero."""
         self._own = state.get("control")
         self._epoch = state.get("epoch", 0)
 
@@ -62,23 +62,18 @@ class Scaffold(Plugin):
         if self._own is None or epoch != self._epoch:
             self._own, self._epoch = torch.zeros_like(control), epoch
         self._server, self._own = control.to(ctx.device), self._own.to(ctx.device)
-        difference = self._server - self._own
-        pairs = zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True)
-        self._correction = [ctx.model.spec.view(difference, spec.name) for p, spec in pairs if p.requires_grad]
+        self._correction = ctx.model.views(self._server - self._own)
 
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
         """Replace each gradient g by g - c_i + c."""
         torch._foreach_add_(grads, self._correction)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Renew c_i and return how much it changed, ``control_delta`` (P,)."""
+        """Update c_i and return its change, ``control_delta`` (P,)."""
         if self._own is None:
-            raise RuntimeError("SCAFFOLD: a visit ended that never began")
+            raise RuntimeError("SCAFFOLD: a local round ended that never began")
         mean_gradient = (ctx.received - ctx.model.flat) / (max(ctx.step, 1) * ctx.lr)
-        delta = mean_gradient - self._server
-        for p, spec in zip(ctx.model.parameters, ctx.model.parameter_specs, strict=True):
-            if not p.requires_grad:
-                delta[spec.start : spec.stop] = 0.0
-        delta[ctx.model.num_parameters :] = 0.0  # buffers have no gradient
+        delta = torch.zeros_like(mean_gradient)  # as frozen parameters and buffers have no gradient
+        torch._foreach_copy_(ctx.model.views(delta), ctx.model.views(mean_gradient - self._server))
         self._own = self._own + delta
         return {"control_delta": delta}

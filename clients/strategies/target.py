@@ -1,7 +1,7 @@
-"""TARGET's client half: distil the answers of the model that the last task ended with, on synthetic samples.
+"""TARGET's client half: distil the outputs of the last task's final model on synthetic samples.
 
 Zhang et al., ICCV 2023: L = cross-entropy on the task's samples + weight KL(old model || model) on synthetic ones. The
-server half, ``strategies/projection/target.py``, sends the samples with the old model's answers.
+server half, ``strategies/projection/target.py``, sends the samples with the old model's logits.
 """
 
 # N = synthetic samples, B = batch, C = logit columns
@@ -37,19 +37,14 @@ class SyntheticDistillation(Plugin):
         self.weight, self.temperature, self.batch_size = weight, temperature, batch_size
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distillation loss; nothing while no task has ended."""
+        """Return the distillation loss; None before a task has ended."""
         if self.weight == 0 or INPUTS not in ctx.payload:
             return None
         count = len(ctx.payload[INPUTS])
         chosen = torch.randperm(count, generator=ctx.rng("target"))[: self.batch_size or ctx.batch_size]
         x, teacher, columns = (ctx.payload[name][chosen].to(ctx.device) for name in (INPUTS, LOGITS, COLUMNS))
         allowed, scale = columns.bool(), self.weight * self.temperature**2
-        log_p, log_q = (
-            F.log_softmax((logits / self.temperature).masked_fill(~allowed, -torch.inf), dim=1).masked_fill(
-                ~allowed, 0.0
-            )
-            for logits in (teacher, ctx.model(x).logits)
-        )
+        log_p, log_q = (_log_softmax(logits / self.temperature, allowed) for logits in (teacher, ctx.model(x).logits))
         return scale * (log_p.exp() * allowed * (log_p - log_q)).sum(1).mean()
 
 

@@ -11,10 +11,11 @@ from fedcl.assembly.model import device_of, make_model
 from fedcl.assembly.settings import Settings
 from fedcl.assembly.tasks import make_schedule, make_stream
 from fedcl.assembly.unlearning import make_unlearner
-from fedcl.client.local_data import LocalData, PartitionedData
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.local_evaluation import LocalEvaluation
 from fedcl.client.lr_schedule import TaskDecay
-from fedcl.client.runtime import ClientRuntime, PluginFactories, check_learner
+from fedcl.client.runtime import ClientRuntime
+from fedcl.client.session import PluginFactories, check_learner
 from fedcl.config.compose import Config
 from fedcl.config.instantiate import builder
 from fedcl.contracts.learner import Plugin
@@ -42,7 +43,7 @@ def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, .
     return PartitionedData(dataset, partition, clients)
 
 
-def client_runtime(cfg: Config, data: LocalData, dataset: Dataset) -> ClientRuntime:
+def client_runtime(cfg: Config, data: PartitionedData, dataset: Dataset) -> ClientRuntime:
     """Build what runs clients' local rounds, in this process."""
     settings, stream = Settings.of(cfg), make_stream(cfg, dataset)
     curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), settings.evaluation.iterations

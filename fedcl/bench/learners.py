@@ -68,7 +68,7 @@ class Bench:
             self.model.load(self.start)
         ctx = Context(
             model=self.model, task=TASKS[task], data=self.data.train("0", TASKS[task], self.model.device),
-            received=self.model.vector(), epochs=EPOCHS, batch_size=BATCH, lr=LR, seed=0, client="0", visit=task,
+            received=self.model.vector(), epochs=EPOCHS, batch_size=BATCH, lr=LR, seed=0, client="0", local_round=task,
             is_new_task=True, task_columns={t.id: t.columns for t in TASKS[: task + 1]}, num_columns=10,
         )  # fmt: skip
         for plugin, state in zip(plugins, self.states or [{}] * len(plugins), strict=True):

@@ -13,14 +13,14 @@ from fedcl.client.rows import Rows, among, grown, shown
 from fedcl.contracts.learner import Batch, Context, Restore, State
 
 # M = samples held, B = batch, C = logit columns, F = features
-# columns: x as it is held, y, task; logits if they are given; shown, x as the model sees it, once it is known
+# columns: x as held, y, task; logits if given; shown, x in the form that the model reads, once it is computed
 _BATCH = 256
 
 
 class Replayed(NamedTuple):
-    """Samples out of a buffer: inputs (B, ...), target columns (B,), and the task each was met in (B,).
+    """Samples of a buffer: inputs (B, ...), target columns (B,), and each sample's task (B,).
 
-    ``logits`` (B, C) are what a model once answered, where they were given; a buffer holds them for all or for none.
+    ``logits`` (B, C) are stored outputs of a model; a buffer holds them for all samples or for none.
     """
 
     x: Tensor
@@ -32,9 +32,9 @@ class Replayed(NamedTuple):
 class ReplayBuffer:
     """At most ``budget`` samples: ``200`` of them, or as many as fit into ``"64KB"``.
 
-    Samples that are given with their ``raw`` uint8 form are held as that, a quarter of the memory; what the model sees
-    is made from it again, bit for bit, once a visit and only if the visit replays. Others are held as they are given.
-    Memory grows with what is kept, not with the budget, and is on the device of the first sample.
+    Samples that are given with their ``raw`` uint8 form are held in it, in a quarter of the memory; the form that the
+    model reads is restored from it, bit for bit, once per message and only if samples are drawn. Others are held as
+    given. Memory grows with the samples kept, not with the budget, and is on the device of the first sample.
 
     Parameters
     ----------
@@ -42,17 +42,17 @@ class ReplayBuffer:
         Samples, or bytes of samples as they are held, with label, task and logits (:meth:`Budget.of`).
     policy
         ``reservoir``: a uniform random subset of all that were ever added (Vitter 1985, algorithm R). The k-th sample
-        (from 0) is kept as long as there is room; then it draws a slot j from 0..k and replaces the sample there if
-        j < budget. ``class_balanced``: every class an equal share (:class:`ClassTally`). ``herding``: at a task's end,
-        of every class the samples that keep its mean in the model's features (:func:`herd`), every class of every task
-        an equal share; nothing is kept before.
+        (from 0) is kept while there is room; then it draws a slot j from 0..k and replaces the sample there if
+        j < budget. ``class_balanced``: an equal share for every class (:class:`ClassTally`). ``herding``: at a task's
+        end, of every class the samples that keep its mean in the model's features (:func:`herd`), with an equal share
+        for every class of every task; nothing is kept before.
     at
-        Whose settings these are, for messages: ``learner.er``.
+        The configuration key of these settings, for messages: ``learner.er``.
 
     Raises
     ------
     ValueError
-        For a budget or a policy that there is not.
+        For an invalid budget or an unknown policy.
     """
 
     def __init__(self, budget: int | str, policy: Policy = "reservoir", *, at: str = "") -> None:
@@ -71,16 +71,16 @@ class ReplayBuffer:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is any room at all."""
+        """Whether the budget is not 0."""
         return self.budget.amount > 0
 
     @property
     def held(self) -> Rows:
-        """The samples as they are held: views of length M, by name; none while the buffer is empty."""
+        """The samples as held: views of length M, by name; none while the buffer is empty."""
         return {} if self._rows is None else {name: tensor[: self._held] for name, tensor in self._rows.items()}
 
     def offer(self, ctx: Context, batch: Batch, logits: Tensor | None = None) -> None:
-        """Show the samples that the present step came with; ``logits`` (B, C) are the model's on ``batch``."""
+        """Offer the current step's incoming samples to the policy; ``logits`` (B, C) are the model's on ``batch``."""
         if self.policy == "herding" or not self.enabled:
             return
         positions, data, task = ctx.rows, ctx.data, ctx.task
@@ -91,20 +91,20 @@ class ReplayBuffer:
             kept = None if logits is None else logits[part]
             if positions is None:
                 return self._arriving(batch.x[part], batch.y[part], task.id, kept, None, None)
-            rows = positions[part]  # of the samples themselves, whatever has been done to them in this step
+            rows = positions[part]  # the original samples, however this step has changed them
             raw, transform = (None, None) if data.raw is None else (data.raw[rows], task.transform)
             return self._arriving(data.x[rows], data.y[rows], task.id, kept, raw, transform)
 
         self._admit(batch.y[:fresh], ctx.rng("reservoir"), pick)
 
     def offer_task(self, ctx: Context) -> None:
-        """Show all samples of a finished task."""
+        """Offer all samples of a finished task to the policy."""
         if self.policy != "herding" and self.enabled:
             rows = self.rows_of(ctx)
             self._admit(rows["y"], ctx.rng("reservoir"), lambda part: {name: rows[name][part] for name in rows})
 
     def finalize(self, ctx: Context, *, logits: bool = False) -> None:
-        """Choose among a finished task's samples by herding, if that is the policy; with their logits if asked."""
+        """Choose among a finished task's samples, if the policy is herding; with ``logits`` keep theirs too."""
         if self.policy != "herding" or not self.enabled:
             return
         ctx.model.eval()
@@ -126,10 +126,10 @@ class ReplayBuffer:
         raw: Tensor | None = None,
         transform: dict[str, Any] | None = None,
     ) -> None:
-        """Show samples x (B, ...), y (B,) of ``task`` to the policy; ``generator`` is on the CPU.
+        """Offer samples x (B, ...), y (B,) of ``task`` to the policy; ``generator`` is on the CPU.
 
-        ``logits`` (B, C) and ``raw`` (B, ...) are given with every sample or with none; ``transform`` is what the task
-        does to ``raw``.
+        ``logits`` (B, C) and ``raw`` (B, ...) are given with every sample or with none; ``transform`` is that of the
+        task.
 
         Raises
         ------
@@ -137,13 +137,13 @@ class ReplayBuffer:
             If the policy is ``herding``, which chooses among whole tasks, or no sample fits into a budget in bytes.
         """
         if self.policy == "herding":
-            raise ValueError("policy=herding: chooses among all samples of a task at its end")
+            raise ValueError("policy=herding: chooses only at a task's end, among all its samples")
         if self.enabled:
             rows = self._arriving(x, y, task, logits, raw, transform)
             self._admit(y, generator, lambda part: {name: rows[name][part] for name in rows})
 
     def _admit(self, y: Tensor, generator: torch.Generator, pick: Callable[[slice | Tensor], Rows]) -> None:
-        """Show samples to the policy; only those that it keeps are picked."""
+        """Offer samples to the policy; ``pick`` is called for those that it keeps."""
         if not (count := len(y)):
             return
         if self._capacity is None:
@@ -155,7 +155,7 @@ class ReplayBuffer:
             self._tally.count(y[:room].tolist())
         if count > room:
             slots = self._slots(y[room:], generator, room)
-            # where several samples drew one slot the last stays, as it does when they come one at a time
+            # if several samples drew one slot the last stays, as when they come one at a time
             taken = {slot: room + i for i, slot in enumerate(slots) if 0 <= slot < self._held}
             if taken:
                 assert self._rows is not None
@@ -173,7 +173,7 @@ class ReplayBuffer:
             If the buffer is empty, or samples are held raw and ``restore`` is not given.
         """
         if self._rows is None:
-            raise ValueError("an empty buffer has no samples to give")
+            raise ValueError("the buffer is empty")
         inputs, rows = self._inputs(restore), self._rows
         chosen = torch.randperm(self._held, generator=generator)[:count].to(inputs.device)
         logits = rows["logits"].index_select(0, chosen) if "logits" in rows else None
@@ -181,18 +181,18 @@ class ReplayBuffer:
         return Replayed(inputs.index_select(0, chosen), y, task, logits)
 
     def draw(self, ctx: Context, count: int | None) -> Replayed:
-        """Return ``count`` different samples (None: as many as a batch has) for a step of the visit."""
+        """Return ``count`` different samples (None: as many as a batch has) for a training step."""
         return self.sample(count or ctx.batch_size, ctx.rng("replay"), ctx.data.restore)
 
     def rewrite_logits(self, task: int, response: Callable[[Tensor], Tensor], restore: Restore | None = None) -> None:
-        """Replace the logits of the samples of ``task`` with ``answer(x)`` (B, C), where any are held."""
+        """Replace the logits of the held samples of ``task`` with ``response(x)`` (B, C)."""
         held = self.held
         if "logits" in held and (held["task"] == task).any():
             chosen = torch.nonzero(held["task"] == task).squeeze(1)
             held["logits"][chosen] = response(self._inputs(restore)[chosen])
 
     def keep(self, chosen: Tensor, arriving: Rows | None = None) -> None:
-        """Hold the samples at the positions ``chosen`` (K,) of those held, followed by ``arriving``, in that order."""
+        """Keep only the samples at the positions ``chosen`` (K,) in the held ones followed by ``arriving``."""
         both = held = self.held
         if arriving is not None:
             both = {name: torch.cat([held[name], rows]) if held else rows for name, rows in arriving.items()}
@@ -200,35 +200,35 @@ class ReplayBuffer:
         self._rows = {name: tensor[chosen] for name, tensor in both.items()} if self._held else None
 
     def drop(self, mask: Tensor) -> int:
-        """Erase the samples where ``mask`` (M,) is true and return how many they were.
+        """Erase the samples where ``mask`` (M,) is true and return their number.
 
-        The memory they took is given back; the room is filled by what comes next. The count of the stream shrinks in
-        proportion, as if it had never held them.
+        Their memory is freed, and later samples may fill their slots. The count of the stream shrinks in proportion, as
+        if it had never held them.
         """
-        gone = int(mask.sum())
-        if gone:
-            left = self._held - gone
+        erased = int(mask.sum())
+        if erased:
+            left = self._held - erased
             labels = set(self.held["y"].tolist())
             self.seen = max(left, round(self.seen * left / self._held))
             self.keep(torch.nonzero(~mask).squeeze(1))
             self._tally.forget(labels - set(self.held.get("y", mask[:0]).tolist()))
-        return gone
+        return erased
 
     def drop_where(self, name: Literal["y", "task"], values: Sequence[int]) -> int:
-        """Erase every sample with one of these targets, or of one of these tasks; return how many they were."""
+        """Erase every sample with one of these targets, or of one of these tasks; return their number."""
         if self._rows is None:
             return 0
         return self.drop(torch.isin(self.held[name], torch.tensor(list(values), device=self._rows["y"].device)))
 
     def drop_samples(self, x: Tensor) -> int:
-        """Erase every sample that equals a row of ``x`` (K, ...), given in the form samples are held in.
+        """Erase every sample that equals a row of ``x`` (K, ...), which has the form of the held samples.
 
-        Raises ``ValueError`` if it is given in another form.
+        Raises ``ValueError`` if it has another form.
         """
         return 0 if self._rows is None or not len(x) else self.drop(among(self.held["x"], x))
 
     def state(self) -> State:
-        """Return the samples as they are held, the count of the stream, and what the policy remembers of it."""
+        """Return the samples as held, the count of the stream, and the policy's own counts."""
         if self._rows is None:
             return {}
         state: State = {name: tensor for name, tensor in self.held.items() if name != "shown"}
@@ -236,7 +236,7 @@ class ReplayBuffer:
         return {**state, "seen": self.seen, **self._tally.state()}
 
     def load(self, state: State) -> None:
-        """Restore what :meth:`state` returned; the tensors become the buffer's own and will be written to."""
+        """Restore what :meth:`state` returned; the buffer will write to the tensors."""
         self.seen = state.get("seen", 0)
         self._rows = {name: state[name] for name in ("x", "y", "task", "logits") if name in state} or None
         self._held = 0 if self._rows is None else len(self._rows["y"])
@@ -245,7 +245,7 @@ class ReplayBuffer:
         self._tally = ClassTally.of(state)
 
     def rows_of(self, ctx: Context, logits: Tensor | None = None) -> Rows:
-        """Return all samples of the present task in the buffer's form, for :meth:`keep`."""
+        """Return all samples of the current task in the buffer's form, for :meth:`keep`."""
         return self._arriving(ctx.data.x, ctx.data.y, ctx.task.id, logits, ctx.data.raw, ctx.task.transform)
 
     def _arriving(
@@ -271,14 +271,14 @@ class ReplayBuffer:
         return self.budget.samples(sum(t[:1].nbytes for name, t in rows.items() if name != "shown"))
 
     def _inputs(self, restore: Restore | None) -> Tensor:
-        """Return what the model sees (M or more, ...)."""
+        """Return the inputs in the form that the model reads, (M or more, ...)."""
         assert self._rows is not None
         raw = self._rows["x"]
         if raw.dtype != torch.uint8:
             return raw
         if "shown" not in self._rows:
             if restore is None:
-                raise ValueError("samples are held raw: give `restore` to see them")
+                raise ValueError("samples are held raw: `restore` must be given")
             held = self.held
             self._rows["shown"] = shown(held["x"], held["task"], self._transforms, restore)
         return self._rows["shown"]

@@ -1,4 +1,4 @@
-"""A real device: what its owner has written down for it, and its own samples under the run's global labels."""
+"""A real device: its owner's settings, and its own samples under the run's global labels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 
 _KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
-_PLACE = re.compile(r"""\W*(/|~|\.{1,2}/|[A-Za-z]:/)""")  # how a path begins that is not just a name
+_PLACE = re.compile(r"""\W*(/|~|\.{1,2}/|[A-Za-z]:/)""")  # the beginning of a path
 _TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
-# what a server decides for itself or a device decides for itself: of no use here when it comes from the other side
+# what the server or the device decides for itself: not taken from the other side
 _NOT_FOR_DEVICES = (
     "name", "run_dir", "backend", "figures", "compare_with", "checkpoint", "unlearning", "device", "devices",
     "protocol", "async", "min_replies", "round_retries", "max_update_norm",
@@ -33,10 +33,10 @@ _NOT_FOR_DEVICES = (
 class DeviceSpec:
     """A device's ``client.yaml``.
 
-    ``client`` is the id its state goes by. ``data`` are overrides of the config group ``data`` (``data=npz``,
-    ``data.root=/home/pi/samples.npz``), None for a rehearsal in which each device takes its part of the data that the
-    run names. ``state`` is the folder of client state, ``device`` cpu, cuda or auto. ``config_dirs`` are folders with
-    choices of the owner's, whose names a run may use.
+    ``client`` is the id of its state. ``data`` are overrides of the config group ``data`` (``data=npz``,
+    ``data.root=/home/pi/samples.npz``); None for a rehearsal, in which each device takes its part of the run's data.
+    ``state`` is the folder of client state, ``device`` cpu, cuda or auto. ``config_dirs`` are the owner's folders with
+    further configurations, whose names a run may use.
     """
 
     client: str
@@ -62,15 +62,17 @@ def read_spec(path: Path) -> DeviceSpec:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(_KEYS)}")
     unknown = sorted(str(key) for key in raw if key not in _KEYS)
     if unknown:
-        raise ConfigError(f"{path}: {unknown[0]}: no such key; known: {', '.join(_KEYS)}")
+        raise ConfigError(f"{path}: {unknown[0]}: unknown key; must be one of {', '.join(_KEYS)}")
     client, data, state = str(raw.get("client", "")), raw.get("data"), raw.get("state", "state")
     if not CLIENT_ID.fullmatch(client):
-        raise ConfigError(f"{path}: client={client!r}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with no sign")
+        raise ConfigError(
+            f"{path}: client={client!r}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with a letter or digit"
+        )
     if not isinstance(state, str):
         raise ConfigError(f"{path}: state={state}: must be a folder")
     megabytes, threads = _number(path, raw, "max_message_mb", 512), _number(path, raw, "threads", 1)
@@ -99,7 +101,7 @@ def _number(path: Path, raw: Mapping[str, Any], key: str, default: int) -> int:
 
 def _texts(path: Path, value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ConfigError(f"{path}: {key}={value}: must be a list of texts")
+        raise ConfigError(f"{path}: {key}={value}: must be a list of strings")
     return tuple(value)
 
 
@@ -114,7 +116,7 @@ def _data(path: Path, value: Any) -> tuple[str, ...]:
 
 
 def sent_to_devices(overrides: Sequence[str], paths: Collection[str]) -> list[str]:
-    """Return those of a run's overrides that concern devices; none of the keys in ``paths`` is among them."""
+    """Return those of a run's overrides that concern devices, without the keys in ``paths``."""
     keys = [text.lstrip("+").partition("=")[0].strip() for text in overrides]
     return [
         text
@@ -126,15 +128,15 @@ def sent_to_devices(overrides: Sequence[str], paths: Collection[str]) -> list[st
 def device_overrides(
     sent: Sequence[str], spec: DeviceSpec, path_keys: Callable[[Sequence[str], Sequence[Path]], Collection[str]]
 ) -> list[str]:
-    """Return the overrides of a run as this device takes them: names and plain values, in its own configuration.
+    """Return the overrides of a run that this device accepts, which are names and plain values, and its own.
 
-    Data are the device's own where its ``client.yaml`` says so; nothing that came over the wire names a path on it, a
+    The data are the device's own if its ``client.yaml`` says so. Nothing from the wire may name a path on the device, a
     module or a ``_target_``. ``path_keys`` is :func:`fedcl.config.compose.path_keys`.
 
     Raises
     ------
     ValueError
-        If an override is none that a server may send.
+        If a server must not send one of the overrides.
     """
     taken = []
     for text in sent_to_devices(sent, ()):
@@ -156,12 +158,12 @@ def device_overrides(
 
 
 def refuse_foreign_targets(targets: Sequence[str], config_dirs: Sequence[Path]) -> None:
-    """Let a composed configuration build only what the YAML files in this device's own folders name.
+    """Reject a composed configuration with a ``_target_`` that no YAML file in this device's own folders names.
 
     Raises
     ------
     ValueError
-        Naming a ``_target_`` that none of them has.
+        Naming the ``_target_``.
     """
     files = [file for folder in config_dirs for file in folder.rglob("*.yaml")]
     own = {name for file in files for name in _TARGET.findall(file.read_text(encoding="utf-8"))}
@@ -182,7 +184,7 @@ class Agreement:
     local: bool
 
     def to_json(self) -> str:
-        """Return it as it travels with the hello."""
+        """Return it as the JSON of the hello message."""
         raw = {"classes": list(self.classes), "input_shape": list(self.input_shape), "local": self.local}
         return json.dumps(raw, separators=(",", ":"))
 
@@ -193,7 +195,7 @@ class Agreement:
         Raises
         ------
         ValueError
-            If it is something else.
+            If the text is anything else.
         """
         try:
             raw = json.loads(text)
@@ -203,21 +205,21 @@ class Agreement:
             raise ValueError("the message does not say which classes the run has") from error
 
     def check(self, spec: DeviceSpec) -> None:
-        """Refuse a run for whose kind this device is not set up.
+        """Reject a run whose kind of data this device is not set up for.
 
         Raises
         ------
         ValueError
-            If the run wants devices' own data and this one names none, or the other way round.
+            If the run needs devices' own data and this device names none, or the other way round.
         """
         if self.local and spec.data is None:
-            raise ValueError(f"client {spec.client}: the run wants devices' own data; set data in client.yaml")
+            raise ValueError(f"client {spec.client}: the run needs devices' own data; set data in client.yaml")
         if not self.local and spec.data is not None:
             raise ValueError(f"client {spec.client}: has data of its own; the run must say data/partition=local")
 
 
 def relabel(dataset: Dataset, agreed: Agreement, client: str) -> Dataset:
-    """Return a device's data under the run's global labels: its classes are found by their names.
+    """Return a device's data under the run's global labels; classes are matched by name.
 
     Raises
     ------
@@ -241,9 +243,9 @@ def relabel(dataset: Dataset, agreed: Agreement, client: str) -> Dataset:
 
 
 class DeviceData(PartitionedData):
-    """The samples of one device: all of its own files, to positions in which a forget request refers.
+    """All samples of one device's own files; forget requests refer to their positions.
 
-    ``drop`` erases the copies kept ready; the files are their owner's, and stay.
+    ``drop`` erases cached copies; the files belong to the owner, and stay.
     """
 
     def __init__(self, dataset: Dataset, client: str) -> None:

@@ -1,4 +1,4 @@
-"""Client state on a device's disk: by run and client, through restarts of everything.
+"""Client state on a device's disk, by run and client; it survives restarts of server and device.
 
 ``<folder>/<run>/<client>/visit_<n>.safetensors`` are the states (:mod:`fedcl.client.file_state`), beside them lie
 ``ledger.json`` (the newest message that changed state), ``agreed.json`` (the run's classes), ``config.json`` (the run's
@@ -18,8 +18,8 @@ from fedcl.client.file_state import FileStateStore
 from fedcl.client.state import NEVER
 from fedcl.contracts.learner import State
 
-KEEP_RUNS = 3  # runs whose state is kept: one that is resumed much later must still find it
-KEEP_VISITS = 6  # committed states kept: a server that falls back to an older checkpoint asks for an older one
+KEEP_RUNS = 3  # runs whose state is kept: a run that is resumed much later must still find it
+KEEP_VISITS = 6  # committed states kept: a server that falls back to an older checkpoint needs an older one
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STATE = re.compile(r"visit_(\d+)\.safetensors")
 
@@ -30,7 +30,7 @@ class DeviceStateStore:
     Parameters
     ----------
     folder
-        Where the runs' folders go.
+        Holds the runs' folders.
     run
         The run's name, the same after each resume; letters, digits, ``_`` and ``-``.
     client
@@ -47,27 +47,27 @@ class DeviceStateStore:
             raise ValueError(f"run={run[:80]!r}: must be 1 to 64 letters, digits, '_' and '-'")
         self.folder, self.run, self.client = folder, run, client
         self._files = FileStateStore(folder / run)
-        self._files.has(client, NEVER)  # refuses an id that is no name of a folder
+        self._files.has(client, NEVER)  # rejects an id that cannot name a folder
         self._notes = folder / run / f"{client}.notes"
 
-    # -- what every message leaves ------------------------------------------------------------------------------------
+    # -- records of messages ------ ------------------------------------------------------------------------------------
 
     def enter(self, attempt: int, visit: int) -> None:
-        """Take note of a message that changes state, before it does.
+        """Record a message that changes state, before it does.
 
         ``attempt`` counts how often the server has started or resumed the run.
 
         Raises
         ------
         ValueError
-            If the message was here before, or comes from a server that has been replaced, or the client has left.
+            If the message has been here before, or comes from a server that has been replaced, or the client has left.
         """
         self.refuse_if_left()
         last = self._read("ledger.json")
         if last is not None:
             newest = (int(last["attempt"]), int(last["visit"]))
             if attempt < newest[0]:
-                raise ValueError(f"client {self.client}: a message of attempt {attempt}; the run is at {newest[0]}")
+                raise ValueError(f"client {self.client}: the message is of attempt {attempt}, the run at {newest[0]}")
             if attempt == newest[0] and visit <= newest[1]:
                 raise ValueError(f"client {self.client}: visit {visit} was here before (the newest is {newest[1]})")
         self._write("ledger.json", {"attempt": attempt, "visit": visit})
@@ -77,23 +77,17 @@ class DeviceStateStore:
         return self._read("left.json") is not None
 
     def refuse_if_left(self) -> None:
-        """Refuse to serve a run that this client has left.
-
-        Raises
-        ------
-        ValueError
-            If it has.
-        """
+        """Raise ValueError if this client has left the run."""
         if self.has_left():
-            raise ValueError(f"client {self.client} has left this run; it answers nothing more")
+            raise ValueError(f"client {self.client} has left this run; it does not respond any more")
 
     def agree(self, text: str) -> None:
-        """Keep what was agreed on with the hello, and make room: only the newest runs' states stay.
+        """Keep what the hello message agreed on, and remove the states of old runs.
 
         Raises
         ------
         ValueError
-            If the same run had agreed on something else.
+            If the same run agreed on something else before.
         """
         before = self._read("agreed.json")
         if before is not None and before != json.loads(text):
@@ -110,7 +104,7 @@ class DeviceStateStore:
         Raises
         ------
         ValueError
-            If no hello of this run was ever answered here.
+            If this run has never sent a hello message to this device.
         """
         found = self._read("agreed.json")
         if found is None:
@@ -118,12 +112,12 @@ class DeviceStateStore:
         return json.dumps(found)
 
     def kept_config(self, key: str) -> dict[str, Any] | None:
-        """Return the configuration that was composed here for ``key``, or None: composing costs a second a message."""
+        """Return the configuration composed here for ``key``, or None (composing takes a second)."""
         found = self._read("config.json")
         return found["config"] if found is not None and found["key"] == key else None
 
     def keep_config(self, key: str, config: dict[str, Any]) -> None:
-        """Keep the configuration that ``key`` gave."""
+        """Keep the configuration composed for ``key``."""
         self._write("config.json", {"key": key, "config": config})
 
     # -- ClientStateStore ---------------------------------------------------------------------------------------------
@@ -141,9 +135,9 @@ class DeviceStateStore:
         return self._files.has(client, visit)
 
     def commit(self, client: str, visit: int) -> None:
-        """Drop the states that nobody can ask for any more: all but the newest few, and none from before a forgetting.
+        """Drop all committed states but the newest few, and all from before a forget set was erased.
 
-        A message that names a state this device does not have changes nothing here: the visit itself will be refused.
+        A message that names a state this device does not have changes nothing here: it will be rejected.
         """
         home = self.folder / self.run / client
         if visit == NEVER or not self._files.has(client, visit) or not home.is_dir():
@@ -159,11 +153,11 @@ class DeviceStateStore:
                 path.unlink(missing_ok=True)
 
     def forgot(self, visit: int) -> None:
-        """Take note that ``visit`` erased a forget set: once it is committed, no earlier state may stay."""
+        """Record that ``visit`` erased a forget set: once it is committed, no earlier state may stay."""
         self._write("forgot.json", {"visit": visit})
 
     def drop(self, client: str) -> None:
-        """Erase the client's state in every run on this device; this run is left for good."""
+        """Erase the client's state in every run on this device, and record that it has left this run."""
         for run in self.folder.iterdir() if self.folder.is_dir() else ():
             if run.is_dir():
                 FileStateStore(run).drop(client)

@@ -1,4 +1,4 @@
-"""Which engine trains whom: a question of model and learner alone, so that every process answers it alike."""
+"""Which engine trains a client. It depends on model and learner alone, so that all processes choose the same."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fedcl.models.flat import FlatModel
 from fedcl.models.networks import RandomLayer
 
 STEP_HOOKS = ("indices", "before_step", "objective", "loss", "after_backward", "after_step")
-STACK = 8  # clients trained together: more of them no longer fit into a core's cache,
-SMALL = 1 << 15  # but for plain linear networks of so few parameters
+STACK = 8  # clients trained together: more do not fit into a core's cache,
+SMALL = 1 << 15  # except for plain linear networks with at most so many parameters
 Engine = Literal["auto", "loop", "fused", "stack"]
 
 
@@ -21,7 +21,7 @@ def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin]) -> str |
     if engine in ("loop", "fused"):
         return f"engine={engine}"
     if engine == "auto" and chain_of(model.module) is None:
-        return "the model is no plain linear network"
+        return "the model is not a plain linear network"
     return stackable(model, plugins)
 
 

@@ -1,4 +1,4 @@
-"""Client state on a disk, for devices and for simulations whose state does not fit into memory.
+"""Client state on disk, for devices and for simulations whose state does not fit into memory.
 
 ``<folder>/<client>/visit_<n>.safetensors`` holds the state that visit ``n`` staged: its tensors, and in the header the
 JSON of the rest with the client, the visit and a SHA-256 of every other byte of the file.
@@ -24,7 +24,7 @@ from fedcl.contracts.learner import State
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # within a JSON string its quotes would be escaped
 _NO_HASH = "0" * 64
-_ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead
+_ABANDONED = 3600.0  # seconds after which the writer of a temporary file counts as dead
 
 
 class StateDamaged(ValueError):
@@ -39,9 +39,9 @@ class FileStateStore:
     Parameters
     ----------
     folder
-        Where the clients' folders go; made when the first state is staged. Client ids consist of at most 128 of
+        Holds the clients' folders; made when the first state is staged. Client ids consist of at most 128 of
         ``A-Z a-z 0-9 . _ -`` and are neither ``.`` nor ``..``; on a file system that ignores case, two ids must not
-        differ by case alone. A client's folder can be entered by its owner only: state may hold samples.
+        differ by case alone. Only the owner can enter a client's folder, because state may hold samples.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class FileStateStore:
         StateDamaged
             If its file was changed, cut, or written for another client or visit.
         ValueError
-            If ``client`` is no allowed id.
+            If ``client`` is not an allowed id.
         """
         path = self._path(client, visit)
         if visit == NEVER:
@@ -84,7 +84,7 @@ class FileStateStore:
         TypeError
             If the state holds what :func:`fedcl.base.tree.pack` cannot store.
         ValueError
-            If ``client`` is no allowed id, or ``visit`` is negative.
+            If ``client`` is not an allowed id, or ``visit`` is negative.
         """
         path = self._path(client, visit)
         if visit < 0:
@@ -113,14 +113,14 @@ class FileStateStore:
         return visit == NEVER or path.is_file()
 
     def drop(self, client: str) -> None:
-        """Erase everything about a client, durably; a visit that is being staged meanwhile fails."""
+        """Erase everything about a client, durably; staging at the same time fails."""
         home = self._path(client, NEVER).parent
         if home.is_dir():
             shutil.rmtree(home)
             sync_folder(self.folder)
 
     def _path(self, client: str, visit: int) -> Path:
-        """Return a visit's file, refusing ids and links that lead anywhere else."""
+        """Return a state's file; reject ids and links that lead anywhere else."""
         if not _CLIENT.fullmatch(client) or client in (".", ".."):
             raise ValueError(f"client={client!r}: must be 1 to 128 of A-Z a-z 0-9 . _ - and neither '.' nor '..'")
         path = self.folder / client / f"visit_{visit}.safetensors"
@@ -140,7 +140,7 @@ def _to_bytes(client: str, visit: int, state: State) -> bytes:
 
 
 def _verified_header(data: bytes, what: str) -> dict[str, str]:
-    """Return the metadata of a state file after checking its hash, which is of the file with zeros in its place."""
+    """Return the metadata of a state file after checking its hash: that of the file with zeros in its place."""
     end = 8 + int.from_bytes(data[:8], "little")  # the format: header length, header, tensors
     match = _HASH.search(data[:end])
     if match is None:
@@ -154,7 +154,7 @@ def _verified_header(data: bytes, what: str) -> dict[str, str]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a temporary file is so old that a killed process must have left it."""
+    """Whether a temporary file is so old that its process must have been killed."""
     try:
         return time.time() - path.stat().st_mtime > _ABANDONED
     except FileNotFoundError:

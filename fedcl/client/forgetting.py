@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedcl.client.local_data import LocalData
+from fedcl.client.local_data import PartitionedData
 from fedcl.contracts.learner import TaskData
 from fedcl.contracts.requests import ForgetInstruction, Forgotten
 from fedcl.contracts.unlearner import Samples
@@ -16,7 +16,7 @@ from fedcl.scenario.task import Task
 
 
 def part(
-    data: LocalData, client: str, instruction: ForgetInstruction, device: torch.device
+    data: PartitionedData, client: str, instruction: ForgetInstruction, device: torch.device
 ) -> list[tuple[Task, TaskData, TaskData]]:
     """Return (task, to forget, to retain) for every task of ``instruction`` of which ``client`` holds something.
 

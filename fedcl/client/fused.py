@@ -1,4 +1,4 @@
-"""Steps of SGD on plain linear networks, written out: backpropagation whose last product is the update itself.
+"""Written-out steps of SGD on plain linear networks: backpropagation whose last product is the update itself.
 
 The same mathematics as the loop's (`fedcl.client.loop`), in a third of the calls: no graph is built, and a weight's
 gradient is never stored, ``W <- W - lr / B dY^T X`` being one product that accumulates into W. Rounding differs from
@@ -32,7 +32,7 @@ class FusedStep:
     Parameters
     ----------
     ctx
-        The visit; its model is moved in place.
+        The context; its model is moved in place.
     chain
         The model's layers.
     lr, momentum, weight_decay
@@ -87,7 +87,7 @@ class FusedStep:
         return loss
 
     def _drop(self, h_BF: Tensor, p: float) -> Tensor | None:
-        """Drop entries in place as the layer would, and return what they were multiplied by."""
+        """Drop entries in place as the layer would, and return the factors."""
         if not p or self._generator is None:
             return None
         keep = torch.rand(h_BF.shape, generator=self._generator, device=self._generator.device) >= p
@@ -107,7 +107,7 @@ class FusedStep:
         return back
 
     def _accumulate(self, moved: Layer, signal_BF: Tensor, inputs_BD: Tensor, scale: float) -> None:
-        """Add a layer's gradient, times ``scale``, to what moves; its weights are no longer needed as they were."""
+        """Add a layer's gradient, times ``scale``, to its weights or velocity; the old weights are not used again."""
         weight, bias = moved
         if self._velocity is None and self._weight_decay:
             weight.mul_(1.0 - self._lr * self._weight_decay)

@@ -1,11 +1,10 @@
-"""What a client can learn from: its own samples, picked out task by task."""
+"""A client's own samples, gathered task by task."""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -13,26 +12,6 @@ from fedcl.contracts.learner import TaskData
 from fedcl.data.dataset import ArrayDataset, Dataset, Indices, Partition
 from fedcl.scenario.materialise import gather, restore
 from fedcl.scenario.task import Task
-
-
-class LocalData(Protocol):
-    """A client's samples of a task."""
-
-    def train(self, client: str, task: Task, device: torch.device) -> TaskData:
-        """Return the train samples of ``task`` that ``client`` holds; perhaps none."""
-        ...
-
-    def test(self, client: str, task: Task, device: torch.device) -> TaskData:
-        """Return the client's own test samples of ``task``; perhaps none."""
-        ...
-
-    def num_examples(self, client: str) -> int:
-        """Return how many train samples ``client`` holds over all tasks."""
-        ...
-
-    def drop(self, client: str) -> None:
-        """Erase every copy of the client's samples that is kept beside its data source."""
-        ...
 
 
 def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task, device: torch.device) -> TaskData:
@@ -44,9 +23,9 @@ def task_samples(dataset: Dataset, half: ArrayDataset, held: Indices, task: Task
 
 
 class PartitionedData:
-    """Clients that share one array, each holding its part of it: the simulation's local data.
+    """The samples of clients that share one array, of which each holds a part: the simulation's local data.
 
-    The most recent samples are kept ready on the device, up to ``cache_bytes``.
+    The samples used last are cached on the device, up to ``cache_bytes``.
     """
 
     def __init__(self, dataset: Dataset, partition: Partition, clients: tuple[str, ...], cache_bytes: int = 1 << 29):
@@ -57,25 +36,25 @@ class PartitionedData:
         self._free = cache_bytes
 
     def train(self, client: str, task: Task, device: torch.device) -> TaskData:
-        """Return the client's train samples of ``task``."""
+        """Return the train samples of ``task`` that the client holds; perhaps none."""
         return self._get("train", client, task, device)
 
     def test(self, client: str, task: Task, device: torch.device) -> TaskData:
-        """Return the client's test samples of ``task``."""
+        """Return the client's own test samples of ``task``; perhaps none."""
         return self._get("test", client, task, device)
 
     def num_examples(self, client: str) -> int:
-        """Return how many train samples the client holds."""
+        """Return how many train samples the client holds over all tasks."""
         return len(self._train[client])
 
     def drop(self, client: str) -> None:
-        """Erase the copies that were kept ready of the client's samples; the shared array is the simulation's own."""
+        """Erase the cached copies of the client's samples; the shared array belongs to the simulation."""
         for key in [key for key in self._cache if key[1] == client]:
             self._free += _bytes(self._cache.pop(key))
 
     def _get(self, half: str, client: str, task: Task, device: torch.device) -> TaskData:
-        gone = f"{task.without_classes}{task.without_samples}" if half == "train" else ""
-        key = (half, client, f"{task.classes}{task.portions}{task.columns}{task.transform}{device}{gone}")
+        removed = f"{task.without_classes}{task.without_samples}" if half == "train" else ""
+        key = (half, client, f"{task.classes}{task.portions}{task.columns}{task.transform}{device}{removed}")
         data = self._cache.get(key)
         if data is not None:
             self._cache.move_to_end(key)

@@ -1,17 +1,16 @@
-"""Accuracy while a client trains: the stability gap shows between two rounds, not at their ends."""
+"""Accuracy of a client's model, also within local training: the stability gap shows between two rounds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from fedcl.client.local_data import LocalData
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.loop import owner
 from fedcl.contracts.learner import Context, Phase, Plugin, TaskData
-from fedcl.evaluation.predictions import correct
+from fedcl.evaluation.predictions import masked, score
 from fedcl.scenario.task import Task
 
 _KEY = re.compile(r"accuracy@(\d+)@(\d+)")
@@ -24,63 +23,66 @@ def iteration(metric: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-class LocalEvaluation(Plugin):
-    """Test the client's model on its own test samples of every task it has met, each ``every`` steps.
+def accuracy(ctx: Context, plugins: Sequence[Plugin], data: TaskData, mask: Tensor | None) -> float:
+    """Return the share of samples whose highest column, of those that ``mask`` (C,) allows, is their target."""
+    predictor = owner(plugins, "predict")
+    ctx.model.eval()
 
-    Step 0 is the received model, the last one what is sent back. Training is what it would be without: nothing is
-    drawn, and no weight or statistic is touched.
+    def logits_of(x: Tensor) -> Tensor:
+        return masked(ctx.model(x).logits if predictor is None else predictor.predict(ctx, x), mask)
+
+    return int(score(logits_of, data.x, data.y)[0].sum()) / len(data)
+
+
+class LocalEvaluation(Plugin):
+    """Evaluate the client's model every few steps, on its own test samples of every task it has seen.
+
+    Step 0 is the received model, the last step the model sent back. Training is not affected: nothing is drawn, and no
+    weight or statistic changes.
 
     Parameters
     ----------
     every
-        Optimizer steps between two tests.
+        Optimizer steps between two evaluations.
     tasks
-        The tasks met, as they are tested.
+        The seen tasks, as they are tested.
     data
-        Where the client's test samples are.
+        Holds the client's test samples.
     plugins
-        The learner, one of which may predict.
+        The learner, of which one plugin may predict.
     """
 
     phase = Phase.BOOKKEEPING
 
-    def __init__(self, *, every: int, tasks: Sequence[Task], data: LocalData, plugins: Sequence[Plugin]) -> None:
+    def __init__(self, *, every: int, tasks: Sequence[Task], data: PartitionedData, plugins: Sequence[Plugin]) -> None:
         self.every = every
         self.tasks, self.data = tasks, data
         self.metrics: dict[str, float] = {}
-        self._predictor = owner(plugins, "predict")
+        self._plugins = plugins
 
     def before_round(self, ctx: Context) -> None:
-        """Test what was received."""
+        """Evaluate the received model."""
         self._test(ctx)
 
     def after_step(self, ctx: Context) -> None:
-        """Test where one is due."""
+        """Evaluate after every ``every`` steps."""
         if ctx.step % self.every == 0:
             self._test(ctx)
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """Test what is sent back."""
+        """Evaluate the model that is sent back."""
         self._test(ctx)
         return {}
 
     def _test(self, ctx: Context) -> None:
         training = ctx.model.module.training
-        ctx.model.eval()
         for task in self.tasks:
-            held = self.data.test(ctx.client, task, ctx.device)
-            if len(held):
-                self.metrics[f"accuracy@{task.id}@{ctx.step}"] = self._accuracy(ctx, task, held)
+            test = self.data.test(ctx.client, task, ctx.device)
+            if len(test):
+                first = TaskData(test.x[:MAX_SAMPLES], test.y[:MAX_SAMPLES])
+                mask = ctx.columns_mask(task.mask)
+                self.metrics[f"accuracy@{task.id}@{ctx.step}"] = accuracy(ctx, self._plugins, first, mask)
         ctx.model.module.train(training)
-
-    @torch.no_grad()
-    def _accuracy(self, ctx: Context, task: Task, held: TaskData) -> float:
-        x, y = held.x[:MAX_SAMPLES], held.y[:MAX_SAMPLES]
-        logits = ctx.model(x).logits if self._predictor is None else self._predictor.predict(ctx, x)
-        mask = ctx.columns_mask(task.mask)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
-        return float(correct(logits, y).double().mean())
 
 
 LocalEvaluationOf = Callable[[str, int, Sequence[Plugin]], LocalEvaluation]

@@ -1,4 +1,4 @@
-"""The local training loop: plain SGD around bound hooks.
+"""The local training loop: plain SGD and the plugins' hooks.
 
 One resident model, gradients by ``autograd.grad`` and foreach updates on the views of its flat vector: no data loader,
 no optimizer object, no copy of the model. A hook that no plugin overrides costs nothing.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedcl.client.fused import FusedStep, needs_gradient
 from fedcl.contracts.learner import Batch, Context, LocalTraining, Plugin, overrides
-from fedcl.evaluation.predictions import correct
+from fedcl.evaluation.predictions import masked
 from fedcl.models.chain import chain_of
 from fedcl.models.networks import Output
 
@@ -27,35 +27,32 @@ def ordered(plugins: Sequence[Plugin]) -> list[Plugin]:
 
 
 def owner(plugins: Sequence[Plugin], hook: str) -> Plugin | None:
-    """Return the one plugin that owns an exclusive hook.
+    """Return the one plugin that defines an exclusive hook.
 
     Raises
     ------
     ValueError
-        If two plugins claim it, naming both.
+        If two plugins define it, naming both.
     """
     claims = [plugin for plugin in plugins if overrides(plugin, hook)]
     if len(claims) > 1:
         names = " and ".join(type(plugin).__name__ for plugin in claims)
-        raise ValueError(f"learner: {names} both own {hook!r}: choose one of them")
+        raise ValueError(f"learner: {names} both define {hook!r}: choose one of them")
     return claims[0] if claims else None
 
 
 def masked_cross_entropy(out: Output, batch: Batch) -> Tensor:
     """Return the mean cross-entropy over the allowed columns."""
-    logits = out.logits
-    if batch.mask is not None:
-        logits = logits.masked_fill(~batch.mask, float("-inf"))
-    return F.cross_entropy(logits, batch.y)
+    return F.cross_entropy(masked(out.logits, batch.mask), batch.y)
 
 
-Step = Callable[[Batch], Tensor]  # moves the model by one step and returns the detached loss before it
+Step = Callable[[Batch], Tensor]  # takes one step and returns the detached loss before it
 
 
 def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fused: bool = False) -> dict[str, float]:
     """Train ``ctx.model`` on ``ctx.data``; return mean ``loss``, ``loss_first``, ``steps`` and ``samples_trained``.
 
-    ``fused`` takes steps that are written out (`fedcl.client.fused`) where model and plugins allow it.
+    ``fused`` takes written-out steps (`fedcl.client.fused`) where model and plugins allow it.
     """
     training = training if training.lr == ctx.lr else replace(training, lr=ctx.lr)
     before_step = [p for p in plugins if overrides(p, "before_step")]
@@ -70,7 +67,8 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
         order = (order if sampler is None else sampler.indices(ctx, order)).to(ctx.device)
         x, y, ctx.order = data.x[order], data.y[order], order
         parts = zip(torch.split(x, training.batch_size), torch.split(y, training.batch_size), strict=True)
-        for ctx.start, part in zip(range(0, len(order), training.batch_size), parts, strict=False):  # none is one part
+        # without samples there is one part, and no start
+        for ctx.start, part in zip(range(0, len(order), training.batch_size), parts, strict=False):
             batch = Batch(*part, ctx.mask)
             for plugin in before_step:
                 batch = plugin.before_step(ctx, batch)
@@ -83,7 +81,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
 
 
 def summary(losses: Sequence[float], samples: int) -> dict[str, float]:
-    """Return what a visit reports of its steps' losses, perhaps none, and of its ``samples``."""
+    """Return a local round's metrics: of its steps' losses, perhaps none, and its number of ``samples``."""
     return {
         "loss": math.fsum(losses) / len(losses) if losses else 0.0,
         "loss_first": losses[0] if losses else 0.0,
@@ -124,8 +122,7 @@ def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTrain
         else:
             with torch.autocast(ctx.device.type, getattr(torch, training.precision)):
                 loss = loss_of(batch)
-        found = torch.autograd.grad(loss, params, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
         for plugin in after_backward:
             plugin.after_backward(ctx, grads)
         velocity = sgd_step(params, grads, velocity, training)
@@ -150,18 +147,3 @@ def sgd_step(
         grads = velocity
     torch._foreach_add_(params, grads, alpha=-training.lr)
     return velocity
-
-
-@torch.no_grad()
-def accuracy(ctx: Context, plugins: Sequence[Plugin], x: Tensor, y: Tensor, batch_size: int = 1024) -> float:
-    """Return the share of samples whose highest allowed column is their target."""
-    predictor = owner(plugins, "predict")
-    ctx.model.eval()
-    right = 0
-    for start in range(0, len(y), batch_size):
-        part = x[start : start + batch_size]
-        logits = ctx.model(part).logits if predictor is None else predictor.predict(ctx, part)
-        if ctx.mask is not None:
-            logits = logits.masked_fill(~ctx.mask, float("-inf"))
-        right += int(correct(logits, y[start : start + batch_size]).sum())
-    return right / len(y)

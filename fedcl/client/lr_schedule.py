@@ -1,4 +1,4 @@
-"""Learning rates that are not the same in every task."""
+"""Learning-rate schedules over tasks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from fedcl.scenario.task import Schedule
 
 @dataclass(frozen=True)
 class TaskDecay:
-    """The learning rate of a client's k-th task, from 0, is ``lr * decay ** k``, as long as the task lasts.
+    """The learning rate in a client's k-th task, from 0, is ``lr * decay ** k``.
 
-    Tasks are counted as the client meets them, so that clients with orders of their own are all treated alike.
+    Tasks are counted in the order in which the client sees them, so that clients with different orders are treated
+    alike.
     """
 
     lr: float
@@ -19,6 +20,6 @@ class TaskDecay:
     schedule: Schedule
 
     def __call__(self, client: str, server_round: int) -> float:
-        """Return the learning rate of a client's visit in the 0-based ``server_round``."""
+        """Return a client's learning rate in the 0-based ``server_round``."""
         seen = len(self.schedule.seen(client, server_round))
         return self.lr * self.decay ** max(seen - 1, 0)

@@ -56,7 +56,7 @@ class Budget:
 
 
 def check_policy(policy: str) -> None:
-    """Refuse a policy that there is not, with a ValueError."""
+    """Reject an unknown policy with a ValueError."""
     if policy not in get_args(Policy):
         raise ValueError(f"policy={policy}: must be one of {', '.join(get_args(Policy))}")
 
@@ -72,7 +72,7 @@ def uniform_slots(seen: int, arriving: int, generator: torch.Generator) -> list[
 
 @dataclass(slots=True)
 class ClassTally:
-    """What class-balanced sampling remembers of the stream: how many of each class came, and which were ever largest.
+    """What class-balanced sampling keeps of the stream: samples seen of each class, and the classes once largest.
 
     Chrysakis and Moens, "Online Continual Learning from Imbalanced Data", ICML 2020, Algorithm 1.
     """
@@ -87,26 +87,26 @@ class ClassTally:
         return cls(seen, set(state.get("class_full", [])))
 
     def state(self) -> dict[str, Any]:
-        """Return what there is to remember; nothing before a sample has come."""
+        """Return the counts and the full classes; nothing before the first sample."""
         seen = {str(label): count for label, count in self.seen.items()}
         return {"class_seen": seen, "class_full": sorted(self.full)} if seen else {}
 
     def count(self, labels: Sequence[int]) -> None:
-        """Note samples that found room."""
+        """Count samples that were added to free slots."""
         for label in labels:
             self.seen[label] = self.seen.get(label, 0) + 1
 
     def forget(self, labels: Iterable[int]) -> None:
-        """Remember nothing of these classes."""
+        """Erase these classes from the counts."""
         for label in labels:
             self.seen.pop(label, None)
             self.full.discard(label)
 
     def slots(self, held: Sequence[int], arriving: Sequence[int], generator: torch.Generator) -> list[int]:
-        """Return the slot that each arriving sample takes in full memory (labels ``held``), -1 where it takes none.
+        """Return the slot that each arriving sample takes in full memory (labels ``held``); -1 for none.
 
-        A class that has never been the largest takes the place of a random sample of a largest class; the others are
-        reservoirs of their own. So every class tends to an equal share, and within it to a uniform sample.
+        A sample of a class that has never been largest replaces a random sample of a largest class; each other class is
+        a reservoir of its own. So every class tends to an equal share, and within it to a uniform sample.
         """
         places: dict[int, list[int]] = {}
         for slot, label in enumerate(held):
@@ -138,8 +138,8 @@ def herd(features_NF: Tensor, count: int) -> Tensor:
 
     Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, Algorithm 4: features are
     divided by their norm; the k-th choice is that x for which ``|mu - 1/k (phi(x) + sum of the chosen)|`` is smallest.
-    (The paper divides averages by their norm too; then the mean of all samples would not be at distance 0 from mu.) Any
-    prefix of the order is what a smaller ``count`` would have chosen.
+    (The paper also divides averages by their norm; the mean of all samples would then not be at distance 0 from mu.)
+    Any prefix of the order is what a smaller ``count`` would have chosen.
     """
     phi_NF = F.normalize(features_NF, dim=1)
     mean_F = phi_NF.mean(0)
@@ -156,7 +156,7 @@ def herd(features_NF: Tensor, count: int) -> Tensor:
 
 
 def shares(sizes: Sequence[int], capacity: int) -> list[int]:
-    """Divide ``capacity`` among groups of these sizes: equal shares, and what small groups leave goes to the others."""
+    """Divide ``capacity`` equally among groups of these sizes; what small groups do not use goes to the others."""
     given = [0] * len(sizes)
     left = min(capacity, sum(sizes))
     while left:
@@ -170,10 +170,10 @@ def shares(sizes: Sequence[int], capacity: int) -> list[int]:
 
 
 def exemplars(held: tuple[Tensor, Tensor], labels_N: Tensor, features_NF: Tensor, capacity: int) -> Tensor:
-    """Return which samples herding keeps: positions among those held (task and label, (M,) each), then the new ones.
+    """Return which samples herding keeps: positions in the held samples followed by the new ones.
 
-    The held samples of a class of a task are in the order in which they were chosen; the new ones, of classes of one
-    further task, come in theirs. Every class of every task gets an equal share.
+    ``held`` are task and label of the held samples, (M,) each, within a class of a task in the order of choice. The new
+    samples are of one further task. Every class of every task gets an equal share.
     """
     task_M, label_M = held
     groups = [

@@ -1,4 +1,4 @@
-"""Columns of equally many samples, by name, and how they are written to and shown again."""
+"""Columns of a buffer's samples, by name: compared, grown, and restored to the form that a model reads."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def among(held: Tensor, given: Tensor) -> Tensor:
     """
     if held.dtype != given.dtype or held.shape[1:] != given.shape[1:]:
         raise ValueError(
-            f"samples of {given.dtype} {tuple(given.shape[1:])} are given, "
-            f"those held are of {held.dtype} {tuple(held.shape[1:])}"
+            f"the samples given are {given.dtype} {tuple(given.shape[1:])}; "
+            f"those held are {held.dtype} {tuple(held.shape[1:])}"
         )
     wanted = {row.tobytes() for row in given.cpu().contiguous().numpy()}
     found = [row.tobytes() in wanted for row in held.cpu().contiguous().numpy()]
@@ -33,7 +33,7 @@ def among(held: Tensor, given: Tensor) -> Tensor:
 
 
 def grown(held: Rows, like: Rows, length: int) -> Rows:
-    """Return columns like those of ``like`` with room for ``length`` samples, of which ``held`` are the first."""
+    """Return columns like those of ``like`` with room for ``length`` samples, the first of which are ``held``."""
     made = {name: tensor.new_empty((length, *tensor.shape[1:])) for name, tensor in like.items()}
     for name, tensor in held.items():
         made[name][: len(tensor)] = tensor
@@ -41,9 +41,9 @@ def grown(held: Rows, like: Rows, length: int) -> Rows:
 
 
 def shown(raw: Tensor, task_M: Tensor, transforms: Mapping[str, dict[str, Any]], restore: Restore) -> Tensor:
-    """Return samples held raw as the model sees them, each through the transform (by task id) of its task.
+    """Return raw samples in the form that the model reads, each changed by the transform (by task id) of its task.
 
-    It is done on the CPU, as it was to the originals: divisions and rotations may round otherwise elsewhere.
+    This is computed on the CPU, as for the originals: on other devices divisions and rotations may round differently.
     """
     device, raw, task_M = raw.device, raw.cpu(), task_M.cpu()
     if not transforms:

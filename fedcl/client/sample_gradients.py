@@ -12,12 +12,13 @@ from torch.func import functional_call, grad, vmap
 
 from fedcl.models.flat import FlatModel
 
+_CHUNK_ELEMENTS = 1 << 24  # of gradients held at once, 64 MiB
+
 
 def add_to(total_P: Tensor, model: FlatModel, values: Sequence[Tensor]) -> None:
     """Add a value for each trainable parameter to its place in ``total_P``, in place; frozen ones keep theirs."""
-    specs = [s for p, s in zip(model.parameters, model.parameter_specs, strict=True) if p.requires_grad]
-    for spec, value in zip(specs, values, strict=True):
-        total_P[spec.start : spec.stop] += value.flatten()
+    for view, value in zip(model.views(total_P), values, strict=True):
+        view += value
 
 
 def summed_over_samples(
@@ -57,3 +58,11 @@ def summed_over_samples(
         found = gradients(trainable, *(part[start : start + step] for part in samples))
         add_to(total_P, model, [term(found[name]).sum(0) for name in trainable])
     return total_P
+
+
+def mean_over_samples(
+    model: FlatModel, loss: Callable[..., Tensor], term: Callable[[Tensor], Tensor], *samples: Tensor
+) -> Tensor:
+    """Return the float32 mean (P,) over samples of ``term(gradient)``, as :func:`summed_over_samples` adds them up."""
+    total_P = summed_over_samples(model, loss, term, *samples, chunk_elements=_CHUNK_ELEMENTS)
+    return (total_P / len(samples[0])).float()

@@ -1,16 +1,15 @@
-"""Many clients at once: their models stacked, a step of all of them in one go.
+"""Many clients trained together: their models are stacked, and one step moves all of them.
 
-A step on a small model costs its calls, not its arithmetic; sixteen clients in one step share them. Plain linear
+A step on a small model costs its calls, not its arithmetic; the clients of a stack share the calls. Plain linear
 networks take the written-out steps of `fedcl.client.fused`, as batched products; others are differentiated once for
-all clients (``torch.func``). Each client sees the batches that the loop would give it, in the same order.
+all clients (``torch.func``). Each client gets the batches that the loop would give it, in the same order.
 """
 
 # K = clients of the stack, B = batch, C = logit columns, D = a layer's inputs, F = its outputs
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as functional
@@ -18,27 +17,13 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedcl.client.loop import summary
+from fedcl.client.stacked_batches import StackedBatches, num_steps
 from fedcl.contracts.learner import Context, LocalTraining
+from fedcl.evaluation.predictions import masked
 from fedcl.models.chain import Chain, Names, chain_of
 from fedcl.models.flat import Spec, TensorSpec
 
-WINDOW_BYTES = 1 << 25  # of samples, gathered at once for all clients of a stack
-ALIGN = 16  # float32 numbers: 64 bytes, the width of the widest vector registers and of a cache line
-Samples = tuple[Tensor, Tensor]
-
-
-class Steps(Protocol):
-    """Models of K clients; a step moves those of a slice. ``width`` is how long flat samples must be, or None."""
-
-    width: int | None
-
-    def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
-        """Move the models of ``part`` by a step on x (K, B, ...), y (K, B); return their losses before, (K,)."""
-        ...
-
-    def vectors(self) -> Tensor:
-        """Return the models (K, P)."""
-        ...
+ALIGN = 16  # float32 numbers: 64 bytes, as wide as the widest vector registers and a cache line
 
 
 def fit_stacked(
@@ -49,29 +34,29 @@ def fit_stacked(
     Parameters
     ----------
     ctxs
-        The visits, of one model.
+        The clients' contexts, all with the same model.
     starts
         The weights (P,) that each client starts from.
     training
-        How they train, but for the learning rate, which each visit has for itself.
+        How they train; the learning rate is that of each context.
 
     Returns
     -------
     list
         For each context its trained model (P,) and what `fedcl.client.loop.fit` reports.
     """
-    lengths = [_num_steps(len(ctx.data), training) for ctx in ctxs]
-    # the longest first: who has no batch left is at the end, and the others are a slice
+    lengths = [num_steps(len(ctx.data), training) for ctx in ctxs]
+    # the longest first: clients without a batch left are at the end, and the others are a slice
     places = sorted(range(len(ctxs)), key=lambda k: (-lengths[k], k))
     chosen = [ctxs[k] for k in places]
     steps = _steps(chosen, _stacked([starts[k] for k in places]), training)
-    batches = _Batches(chosen, training, steps.width)
+    batches = StackedBatches(chosen, training, steps.width)
     losses = torch.zeros(len(chosen), max(lengths), device=chosen[0].device)
     for number in range(max(lengths)):
         for part, size, lr in batches.parts(number):
             losses[part, number] = steps.step(part, *batches.take(part, number, size), lr)
-    seen = zip(losses.tolist(), places, strict=True)
-    reports = [summary(row[: lengths[k]], training.epochs * len(ctxs[k].data)) for row, k in seen]
+    rows = zip(losses.tolist(), places, strict=True)
+    reports = [summary(row[: lengths[k]], training.epochs * len(ctxs[k].data)) for row, k in rows]
     trained = dict(zip(places, zip(steps.vectors(), reports, strict=True), strict=True))
     for ctx, length in zip(ctxs, lengths, strict=True):
         ctx.step = length
@@ -79,93 +64,20 @@ def fit_stacked(
 
 
 def _stacked(vectors: Sequence[Tensor]) -> Tensor:
-    """Return vectors as the rows of one tensor, to be read only: without a copy where all are the same."""
+    """Return vectors as the rows of one read-only tensor, without a copy if all are the same."""
     first = vectors[0]
     if all(vector is first for vector in vectors):
         return first.expand(len(vectors), -1)
     return torch.stack(list(vectors))
 
 
-def _steps(ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> Steps:
+def _steps(ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> _Linear | _Differentiated:
     model = ctxs[0].model
     model.train()
     chain = chain_of(model.module)
     if chain is None:
         return _Differentiated(ctxs, starts_KP, training)
     return _Linear(ctxs, starts_KP, chain, training)
-
-
-def _num_steps(size: int, training: LocalTraining) -> int:
-    return training.epochs * -(-size // training.batch_size)
-
-
-class _Batches:
-    """The batches of K clients, drawn as the loop draws them, gathered a window of steps at a time.
-
-    ``width`` rounds the length of flat samples up with zeros; None leaves samples as they are.
-    """
-
-    def __init__(self, ctxs: Sequence[Context], training: LocalTraining, width: int | None) -> None:
-        self._batch, self._sizes, self._lrs = training.batch_size, [len(c.data) for c in ctxs], [c.lr for c in ctxs]
-        self._lengths = [_num_steps(size, training) for size in self._sizes]
-        self._alike = len(set(self._sizes)) == 1 and len(set(self._lrs)) == 1
-        self._x = [ctx.data.x if width is None else ctx.data.x.flatten(1) for ctx in ctxs]
-        self._rows = [_rows(ctx, training) for ctx in ctxs]
-        self._y = _side_by_side([ctx.data.y[rows] for ctx, rows in zip(ctxs, self._rows, strict=True)])
-        self._shape = self._x[0].shape[1:] if width is None else torch.Size([width])
-        sample = 4 * self._shape.numel() * len(ctxs) * training.batch_size
-        self._window = max(1, WINDOW_BYTES // max(sample, 1)) * training.batch_size
-        self._start, self._held = -1, torch.empty(0)
-
-    def parts(self, number: int) -> Iterator[tuple[slice, int, float]]:
-        """Yield the clients that take step ``number``, those together whose batches and learning rates are alike."""
-        if self._alike:
-            yield slice(0, len(self._sizes)), self._size(0, number), self._lrs[0]
-            return
-        active = [k for k, length in enumerate(self._lengths) if length > number]
-        for (size, lr), run in groupby(active, key=lambda k: (self._size(k, number), self._lrs[k])):
-            members = list(run)
-            yield slice(members[0], members[-1] + 1), size, lr
-
-    def _size(self, k: int, number: int) -> int:
-        """Return how many samples client k's batch of step ``number`` has."""
-        per_epoch = -(-self._sizes[k] // self._batch)
-        return min(self._batch, self._sizes[k] - number % per_epoch * self._batch)
-
-    def take(self, part: slice, number: int, size: int) -> Samples:
-        """Return x (K, B, ...) and y (K, B) of a step of the clients ``part``, whose batches have ``size`` samples."""
-        place = number * self._batch
-        start = place - place % self._window
-        if start != self._start:
-            self._gather(start)
-        here = place - start
-        return self._held[part, here : here + size], self._y[part, place : place + size]
-
-    def _gather(self, start: int) -> None:
-        rows = [rows[start : start + self._window] for rows in self._rows]
-        shortest, longest = min(map(len, rows)), max(map(len, rows))
-        full = shortest == longest and self._x[0].shape[1:] == self._shape
-        make = self._x[0].new_empty if full else self._x[0].new_zeros
-        self._start, self._held = start, make(len(rows), longest, *self._shape)
-        for k, own in enumerate(rows):
-            if full:
-                torch.index_select(self._x[k], 0, own, out=self._held[k])
-            else:
-                self._held[k, : len(own), : self._x[k].shape[1]].copy_(self._x[k][own])
-
-
-def _rows(ctx: Context, training: LocalTraining) -> Tensor:
-    """Return the positions of a client's samples for all its steps, each epoch filled up to whole batches."""
-    generator, size = ctx.rng("batches"), len(ctx.data)
-    missing = -size % training.batch_size
-    orders = [torch.randperm(size, generator=generator) for _ in range(training.epochs)]
-    filled = [functional.pad(order, (0, missing)) if missing else order for order in orders]
-    return (torch.cat(filled) if len(filled) > 1 else filled[0]).to(ctx.device)
-
-
-def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """Return vectors of perhaps unequal length as the rows of one tensor, filled up with zeros."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def _view(vectors_KP: Tensor, tensor: TensorSpec) -> Tensor:
@@ -176,9 +88,9 @@ def _view(vectors_KP: Tensor, tensor: TensorSpec) -> Tensor:
 class _Linear:
     """Written-out steps on plain linear networks: those of `fedcl.client.fused.FusedStep`, for many at once.
 
-    All heads are one layer here. Every width is rounded up to `ALIGN`, with weights that are and stay zero, and logits
-    that are minus infinity: so each client's matrices lie alike in memory, and the products have the same bits wherever
-    in a stack it stands.
+    All heads are one layer here. Every width is rounded up to `ALIGN`, with weights that stay zero and logits of minus
+    infinity. So all clients' matrices are aligned alike in memory, and a client's products have the same bits at every
+    place of a stack.
     """
 
     def __init__(self, ctxs: Sequence[Context], starts_KP: Tensor, chain: Chain, training: LocalTraining) -> None:
@@ -195,6 +107,7 @@ class _Linear:
 
     @torch.inference_mode()
     def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
+        """Move the models of ``part`` by a step on x (K, B, D), y (K, B); return their losses before it, (K,)."""
         layers = [(weight[part], bias[part]) for weight, bias in self._layers]
         inputs = [x]
         kept: list[Tensor | None] = []
@@ -207,7 +120,7 @@ class _Linear:
             logits.masked_fill_(self._refused, float("-inf"))
         log_p, target = torch.log_softmax(logits, 2), y.unsqueeze(2)
         losses = -log_p.gather(2, target).mean((1, 2))
-        # softmax again and not exp: it works row by row, and a row's bits do not depend on where it stands
+        # softmax again, not exp: it works row by row, and a row's bits do not depend on its place
         signal = torch.softmax(logits, 2).scatter_add_(2, target, log_p.new_full(target.shape, -1.0))
         for k in reversed(range(len(layers))):
             back = torch.bmm(signal, layers[k][0]) if k else signal
@@ -218,6 +131,7 @@ class _Linear:
         return losses
 
     def vectors(self) -> Tensor:
+        """Return the models (K, P)."""
         first = self._layers[0][0]
         vectors_KP = torch.empty(len(first), self._spec.size, device=first.device)
         for names, (weight, bias) in zip(self._names, self._layers, strict=True):
@@ -230,7 +144,7 @@ class _Linear:
         return vectors_KP
 
     def _drop(self, h_KBF: Tensor, p: float, part: slice, k: int) -> Tensor | None:
-        """Drop entries in place as each client's k-th layer would, and return what they were multiplied by."""
+        """Drop entries in place as each client's k-th layer would, and return the factors."""
         if not p:
             return None
         width = self._spec[self._names[k][0][1]].size
@@ -241,7 +155,7 @@ class _Linear:
         return mask
 
     def _move(self, k: int, part: slice, signal_KBF: Tensor, inputs_KBD: Tensor, lr: float) -> None:
-        """Move layer k by its gradient; its weights are no longer needed as they were."""
+        """Move layer k by its gradient; its old weights are not used again."""
         training = self._training
         clients, batch, _ = signal_KBF.shape
         scale = 1.0 / batch
@@ -293,9 +207,7 @@ class _Differentiated:
 
     def _loss(self, trained: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         logits = functional_call(self._model.module, {**fixed, **trained}, (x,)).logits
-        if self._mask is not None:
-            logits = logits.masked_fill(~self._mask, float("-inf"))
-        return functional.cross_entropy(logits, y)
+        return functional.cross_entropy(masked(logits, self._mask), y)
 
     def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
         params = {name: stacked[part] for name, stacked in self._params.items()}

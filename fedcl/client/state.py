@@ -1,7 +1,8 @@
-"""Where a client's own state lives between visits, and when a new one counts.
+"""Where a client's own state is kept between messages, and when a new state becomes current.
 
-State is kept by (client, visit). A visit *stages* the state it ends with; it becomes current when the server says, with
-the next message, that the visit was committed. A visit that was retried, rejected or lost therefore leaves no trace.
+State is kept by (client, visit), where ``visit`` is the number of the message. A message *stages* the state it ends
+with. The state becomes current when the server says, with the next message, that it was committed. So a message that
+was retried, rejected or lost leaves no trace.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from fedcl.contracts.learner import State
 
-NEVER = -1  # the committed visit of a client whose updates have never been accepted
+NEVER = -1  # the committed visit of a client none of whose updates has been accepted
 
 
 class ClientStateStore(Protocol):

@@ -1,7 +1,7 @@
-"""What a client may send, field by field: names, types, shapes and bounds, declared once and judged before use.
+"""What a client may send, field by field: names, types, shapes and bounds, declared once and checked before use.
 
-Whatever comes from a client is data. :mod:`fedcl.messages` reads its form, :mod:`fedcl.server.validation` its values;
-both go by the declarations here and by those that methods make of their own tensors (:class:`TensorField`).
+Everything from a client is data. :mod:`fedcl.messages` checks its form, :mod:`fedcl.server.validation` its values. Both
+use the declarations here and those that methods make of their own tensors (:class:`TensorField`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _shown.maxstring = _shown.maxother = 80
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """Return ``text`` as one line of at most ``limit`` characters that any file and terminal takes.
+    """Return ``text`` as one line of at most ``limit`` characters that is safe for any file and terminal.
 
-    White space becomes single spaces; lone surrogates, control characters and marks that change the direction of text
-    become their escapes.
+    White space becomes single spaces; lone surrogates, control characters and marks that change the text direction are
+    escaped.
     """
     cut = text[: limit + 1]
     if not cut.isprintable():
@@ -40,7 +40,7 @@ def _escape(character: str) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a foreign value as a message may show it, however large and odd it is."""
+    """Return a client's value, however large and odd, in a form that is safe in a message."""
     return clean(_shown.repr(value), 120)
 
 
@@ -50,7 +50,7 @@ def whole(value: object, name: str, highest: int = MAX_EXAMPLES) -> int:
     Raises
     ------
     ValueError
-        Naming the field: a bool or a float is no int, whatever its value.
+        Naming the field, if it is anything else; a bool or a float is not an int, whatever its value.
     """
     if type(value) is not int or not 0 <= value <= highest:
         raise ValueError(f"{name} is {shown(value)}: must be a whole number (int) in [0, {highest}]")
@@ -67,27 +67,27 @@ DType = Literal["float32", "float64", "int64", "uint8"]
 
 @dataclass(frozen=True, slots=True)
 class TensorField:
-    """What one tensor from a client must be. The core judges it before any part sees it.
+    """The form of one tensor from a client. The core checks it before any part sees it.
 
     Parameters
     ----------
     shape
-        Exact lengths. ``model`` is that of a model vector, ``parameters`` that of its head without the buffers,
-        ``columns`` the number of logit columns, ``features`` what a head reads, ``bitmask`` the bytes of a bit for each
-        of a model vector's numbers; anything else a method works out by itself.
+        Exact lengths. ``model`` is the length of a model vector, ``parameters`` its length without the buffers,
+        ``columns`` the number of logit columns, ``features`` the number of features a head reads, ``bitmask`` the bytes
+        of one bit for each element of a model vector. Other lengths are numbers.
     dtype
         Exact.
     low, high
-        Bounds of every number in it, at most ``LARGEST`` from zero; none that is not finite is within any.
+        Bounds of every number in it, at most ``LARGEST`` from zero. Numbers that are not finite are never within them.
     counts
         Whether its sum is the client's ``num_examples``.
     group
-        Tensors of one group come together or not at all; those without a group always come.
+        Tensors of one group must be sent together or not at all; those without a group are always required.
 
     Raises
     ------
     ValueError
-        If the bounds are none.
+        If the bounds are not in order or too large.
     """
 
     shape: tuple[Dimension, ...]
@@ -102,12 +102,12 @@ class TensorField:
             raise ValueError(f"bounds {self.low:g} to {self.high:g}: must be in order, and within {LARGEST:g} of zero")
 
     def resolved(self, sizes: Mapping[str, int]) -> TensorField:
-        """Return the field with every length a number, as ``sizes`` gives them by name."""
+        """Return the field with the named lengths replaced by those of ``sizes``."""
         lengths = tuple(sizes[length] if isinstance(length, str) else length for length in self.shape)
         return replace(self, shape=lengths)
 
 
-Form = Mapping[str, TensorField]  # the tensors of an answer, by name
+Form = Mapping[str, TensorField]  # the tensors of a response, by name
 NOTHING: Form = {}
 MODEL = TensorField(("model",))  # a vector as long as the model's
 
@@ -117,16 +117,16 @@ MODEL = TensorField(("model",))  # a vector as long as the model's
 
 @dataclass(frozen=True, slots=True)
 class NumberField:
-    """A metric: its bounds, whether it is a whole number, and whether a client with samples owes it."""
+    """A metric: its bounds, whether it is a whole number, and whether a client with samples must send it."""
 
     low: float = -MAX_FLOAT32
     high: float = MAX_FLOAT32
     whole: bool = False
-    owed: bool = False
+    required: bool = False
 
     def refusal(self, value: object) -> str | None:
-        """Return what is wrong with ``value``, if anything."""
-        # exact types: a bool is an int, and numpy's are none that JSON takes
+        """Return what is wrong with ``value``, or None."""
+        # exact types: a bool is an int, and numpy's numbers are not JSON's
         if type(value) not in (float, int) or not self.low <= value <= self.high:  # type: ignore[operator]
             return f"must be a number in [{self.low:g}, {self.high:g}]"
         return "must be a whole number" if self.whole and value % 1 else None  # type: ignore[operator]
@@ -141,7 +141,7 @@ ITERATION = re.compile(r"accuracy@(0|[1-9]\d{0,8})@(0|[1-9]\d{0,8})")  # task, s
 class ReplyFields:
     """What a reply to one kind of message may hold besides ``num-examples``.
 
-    ``metrics`` is the closed list of their names, ``iterations`` says that ``accuracy@<task>@<step>`` may come besides.
+    ``metrics`` is the closed list of metrics; with ``iterations``, ``accuracy@<task>@<step>`` is allowed as well.
     """
 
     metrics: Mapping[str, NumberField] = field(default_factory=dict)
@@ -152,17 +152,17 @@ class ReplyFields:
 
 
 TRAINED = {
-    "loss": NumberField(owed=True),
-    "loss_first": NumberField(owed=True),
-    "steps": replace(_COUNT, owed=True),
-    "samples_trained": replace(_COUNT, owed=True),
+    "loss": NumberField(required=True),
+    "loss_first": NumberField(required=True),
+    "steps": replace(_COUNT, required=True),
+    "samples_trained": replace(_COUNT, required=True),
     "accuracy_received": _SHARE,
     "accuracy_trained": _SHARE,
     "state_bytes": _COUNT,
 }
 REPLIES: Mapping[str, ReplyFields] = {
     "train": ReplyFields(TRAINED, iterations=True, model=True, payload=True),
-    "evaluate": ReplyFields({"accuracy": replace(_SHARE, owed=True)}),
+    "evaluate": ReplyFields({"accuracy": replace(_SHARE, required=True)}),
     "query": ReplyFields(payload=True),
     "unlearn": ReplyFields(payload=True),
     "task_end": ReplyFields(),

@@ -1,8 +1,8 @@
 """What a local continual learner is made of: plugins, and the context they share.
 
 A learner is a set of plugins around one training loop (:mod:`fedcl.client.loop`). A plugin overrides only the hooks it
-needs; hooks that stay untouched are never called. Plugins run in the order of their declared :class:`Phase`, within a
-phase in the order of the configuration; they never see each other and share only through the context.
+needs; a hook that is not overridden is never called. Plugins run in the order of their declared :class:`Phase`, within
+a phase in the order of the configuration. They never see each other and share only through the context.
 """
 
 from __future__ import annotations
@@ -44,14 +44,9 @@ class Phase(IntEnum):
 class Payload:
     """A tensor a method exchanges besides the model, with every train message or every reply to one.
 
-    ``tensor`` declares what an upload must be, exactly: the core rejects a reply with any other, before a part sees it.
-    ``reduction`` says what the server may do with many uploads: ``sum`` allows it to add them up, ``stack`` needs
-    each on its own. What answers a question is declared with the question (:class:`~fedcl.contracts.view.Query`).
-
-    Raises
-    ------
-    ValueError
-        If an upload is not declared.
+    ``tensor`` declares the exact form of an upload; a reply with any other is rejected before a part sees it.
+    ``reduction`` says what the server needs of many clients' uploads: their ``sum``, or each on its own (``stack``).
+    Responses to a query are declared with the query (:class:`~fedcl.contracts.view.Query`).
     """
 
     name: str
@@ -61,13 +56,13 @@ class Payload:
 
     def __post_init__(self) -> None:
         if self.direction == "up" and self.tensor is None:
-            raise ValueError(f"payload {self.name!r}: an upload needs a TensorField, which declares what it must be")
+            raise ValueError(f"payload {self.name!r}: an upload needs a TensorField that declares its form")
 
 
 class Batch(NamedTuple):
     """One step's samples: inputs (B, ...), target columns (B,), and the columns allowed: None (all), (C,) or (B, C).
 
-    Its first ``fresh`` samples (None: all) are those of ``ctx.rows``, as they came; the others a plugin put there.
+    Its first ``fresh`` samples (None: all) are those of ``ctx.rows``, unchanged; plugins added the others.
     """
 
     x: Tensor
@@ -80,9 +75,9 @@ class Batch(NamedTuple):
 class LocalTraining:
     """How a client trains: ``client.*`` of the configuration.
 
-    SGD with heavy-ball momentum as in PyTorch (v <- momentum v + g; w <- w - lr v), velocity zero at the start of each
-    visit; ``weight_decay`` adds weight_decay * w to every gradient. With ``precision`` bfloat16 the products of a step
-    are in it, by autocast; weights, gradients and everything outside of steps stay float32. Only the loop does that.
+    SGD with heavy-ball momentum as in PyTorch (v <- momentum v + g; w <- w - lr v); the velocity is zero at the start
+    of each local round. ``weight_decay`` adds weight_decay * w to every gradient. With ``precision`` bfloat16 the
+    products of a step are computed in bfloat16 by autocast, in the loop engine alone; everything else stays float32.
     """
 
     epochs: int = 1
@@ -98,11 +93,11 @@ Restore = Callable[[Tensor, dict[str, Any] | None], Tensor]
 
 @dataclass(slots=True)
 class TaskData:
-    """A client's samples of its present task, on the device: inputs (N, ...) and target columns (N,).
+    """A client's samples of its current task, on the device: inputs (N, ...) and target columns (N,).
 
-    ``raw`` (N, ...) holds the same inputs as the data set stores them, where that is as uint8. ``restore(raw,
-    transform)``, on the CPU, does to such rows what was done to these: with the task's transform it gives their ``x``
-    bit for bit. ``positions`` (N,) says where in the client's data source they come from.
+    ``raw`` (N, ...) holds the same inputs as the data set stores them, if it stores uint8. ``restore(raw, transform)``
+    normalises and transforms such rows on the CPU: with the task's transform it gives ``x`` bit for bit.
+    ``positions`` (N,) are the samples' places in the client's data source.
     """
 
     x: Tensor
@@ -117,13 +112,14 @@ class TaskData:
 
 @dataclass(slots=True)
 class Context:
-    """Everything a plugin may use during one visit.
+    """Everything a plugin may use during one local round.
 
-    ``visit`` counts the client's trainings; ``received`` is the model vector (P,) that came with the message;
-    ``task_columns`` maps every task this client has met to its logit columns; ``payload`` is what the server sent
-    along; ``step`` counts optimizer steps of this visit.
-    ``order`` and ``start`` are where the loop is: the epoch's order of the samples, and the place of the present batch.
-    ``copy`` gives a second model to hold a teacher; without it one is made at need.
+    ``local_round`` counts the client's local rounds, from 0; ``received`` is the model vector (P,) of the message;
+    ``task_columns`` maps every task this client has seen to its logit columns; ``payload`` holds the tensors that the
+    server sent with the model; ``step`` counts the optimizer steps of this local round. ``order`` (N,) is the epoch's
+    order of the samples, ``start`` the place of the current batch in it. ``copy_model`` returns a second model for a
+    teacher; without it the context copies its own. ``mask`` (C,) is true for the columns that the current task may
+    predict; None allows all.
     """
 
     model: FlatModel
@@ -135,7 +131,7 @@ class Context:
     lr: float
     seed: int
     client: str
-    visit: int
+    local_round: int
     is_new_task: bool
     task_columns: dict[int, tuple[int, ...]]
     num_columns: int
@@ -145,27 +141,22 @@ class Context:
     epoch: int = 0
     order: Tensor | None = None
     start: int = 0
-    _mask: Tensor | None = None
+    mask: Tensor | None = field(init=False)
     _generators: dict[str, torch.Generator] = field(default_factory=dict)
     _teacher: tuple[Tensor, Output] | None = None
     _copy_model: FlatModel | None = None
 
     def __post_init__(self) -> None:
-        self._mask = self.columns_mask(self.task.mask)
+        self.mask = self.columns_mask(self.task.mask)
 
     @property
     def device(self) -> torch.device:
-        """Device that model and data are on."""
+        """Device of the model and the data."""
         return self.model.device
 
     @property
-    def mask(self) -> Tensor | None:
-        """Columns the present task may predict, as bool (C,); None when all are allowed."""
-        return self._mask
-
-    @property
     def rows(self) -> Tensor | None:
-        """Positions in ``data`` of the samples that the present step came with, (B,); None outside the loop."""
+        """Positions (B,) in ``data`` of the current step's incoming samples; None outside the loop."""
         return None if self.order is None else self.order[self.start : self.start + self.batch_size]
 
     def columns_mask(self, columns: Iterable[int] | None) -> Tensor | None:
@@ -173,15 +164,13 @@ class Context:
         return column_mask(columns, self.num_columns, self.device)
 
     def rng(self, purpose: str) -> torch.Generator:
-        """Return this visit's CPU generator for ``purpose``: keyed by (seed, client, visit, purpose)."""
-        generator = self._generators.get(purpose)
-        if generator is None:
-            generator = torch_generator(self.seed, self.client, self.visit, purpose)
-            self._generators[purpose] = generator
-        return generator
+        """Return this local round's CPU generator for ``purpose``, keyed by (seed, client, local round, purpose)."""
+        if purpose not in self._generators:
+            self._generators[purpose] = torch_generator(self.seed, self.client, self.local_round, purpose)
+        return self._generators[purpose]
 
     def set_teacher(self, vector_P: Tensor) -> None:
-        """Choose the frozen weights that :meth:`teacher` answers with: one copy, shared by all plugins."""
+        """Set the frozen weights (P,) of :meth:`teacher`; all plugins share one teacher."""
         if self._copy_model is None:
             self._copy_model = self.model.copy() if self.copy_model is None else self.copy_model()
         self._copy_model.load(vector_P)
@@ -189,9 +178,9 @@ class Context:
         self._teacher = None
 
     def teacher(self, x: Tensor) -> Output:
-        """Return the frozen model's output on ``x``, without gradients; computed once a step however many ask."""
+        """Return the frozen model's output on ``x``, without gradients; computed once per batch."""
         if self._copy_model is None:
-            raise RuntimeError("no teacher has been set for this visit")
+            raise RuntimeError("no teacher has been set for this local round")
         if self._teacher is None or self._teacher[0] is not x:
             with torch.no_grad():
                 self._teacher = (x, self._copy_model(x))
@@ -201,61 +190,51 @@ class Context:
 class Plugin:
     """One behaviour of a local learner. Constructors take keyword-only hyper-parameters and store them, no more.
 
-    State that must survive the visit goes through :meth:`state` and :meth:`load`: clients are rebuilt between messages.
+    Plugins are built again for every message: whatever must survive goes through :meth:`state` and :meth:`load`.
 
-    ``payloads``, ``queries`` and ``sums`` are read from the instance, so a constructor may make them depend on its
-    parameters. ``sums`` are those of the queries that the core itself asks and adds up (see :meth:`solve`), each with
-    a declaration of every tensor of an answer, which is held against it. ``stackable`` says that what the plugin does
-    within a step is tensor operations alone, the same whatever the values (no branch on a number in a tensor, no
-    ``item()``, no random draw, no loop over samples), so that an engine may do it for many clients at once; hooks
-    around the steps are always called client by client.
+    ``payloads``, ``queries`` and ``sums`` are read from the instance, so they may depend on constructor parameters.
+    ``sums`` are the queries that the core sends by itself and whose responses it adds up (see :meth:`solve`), each
+    with the declared form of its response.
     """
 
     phase: ClassVar[Phase] = Phase.REGULARISER
     payloads: ClassVar[tuple[Payload, ...]] = ()
     queries: ClassVar[tuple[str, ...]] = ()
     sums: ClassVar[Mapping[str, Form]] = {}
-    stackable: ClassVar[bool] = False
 
     def check(self, model: FlatModel) -> None:
-        """Refuse a model that this plugin cannot work with; called once, before a run begins.
-
-        Raises
-        ------
-        ValueError
-            Naming the configuration key and what is allowed.
-        """
+        """Raise ValueError, naming the configuration key, for a model that does not fit; called once, before a run."""
 
     def setup(self, ctx: Context) -> None:
-        """Prepare for a visit; state has been loaded, the received weights are in the model."""
+        """Prepare for a message; state has been loaded, the model holds the received weights."""
 
     def before_task(self, ctx: Context) -> None:
-        """First visit of a task."""
+        """Begin the first local round of a task."""
 
     def after_task(self, ctx: Context) -> None:
-        """Conclude a task: the model holds the global weights the task ended with, ``ctx.data`` the task's samples."""
+        """End a task: the model holds the global weights the task ended with, ``ctx.data`` the task's samples."""
 
     def before_round(self, ctx: Context) -> None:
-        """Before the first step of a visit."""
+        """Act before the first step of a local round."""
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
-        """After the last step of a visit; returns the declared upload payloads."""
+        """Act after the last step of a local round; return the declared upload payloads."""
         return {}
 
     def indices(self, ctx: Context, order: Tensor) -> Tensor:
         """Return the positions in ``ctx.data`` of the epoch's samples, in the order of training: (M,), perhaps none.
 
-        ``order`` (N,), on the CPU, is the random permutation of all of them that is used otherwise. At most one plugin
-        of a learner may own it.
+        ``order`` (N,), on the CPU, is the random permutation that is used without this hook. At most one plugin of a
+        learner may define it.
         """
         raise TypeError(f"{type(self).__name__} does not choose samples")
 
     def before_step(self, ctx: Context, batch: Batch) -> Batch:
-        """Return the batch to train on: replay, mixing, views."""
+        """Return the batch to train on, for instance with replayed samples or augmented views."""
         return batch
 
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
-        """Return the main loss (scalar) in place of cross-entropy. At most one plugin of a learner may own it."""
+        """Return the main loss (scalar) in place of cross-entropy. At most one plugin of a learner may define it."""
         raise TypeError(f"{type(self).__name__} does not define an objective")
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
@@ -266,33 +245,32 @@ class Plugin:
         """Edit the gradients in place; one per trainable parameter, in the model's order."""
 
     def after_step(self, ctx: Context) -> None:
-        """After the optimizer has moved the weights."""
+        """Act after the optimizer has moved the weights."""
 
     def predict(self, ctx: Context, x: Tensor) -> Tensor:
-        """Return logits (B, C) in place of the model's own. At most one plugin of a learner may own it."""
+        """Return logits (B, C) in place of the model's own. At most one plugin of a learner may define it."""
         raise TypeError(f"{type(self).__name__} does not define a prediction")
 
     def respond(self, ctx: Context, name: str, request: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Answer the server's question ``name`` (one of :attr:`queries`) with tensors."""
-        raise TypeError(f"{type(self).__name__} does not answer {name!r}")
+        """Return the tensors that respond to the server's query ``name``, one of :attr:`queries`."""
+        raise TypeError(f"{type(self).__name__} does not respond to {name!r}")
 
     def solve(self, model: FlatModel, sums: dict[str, Tensor]) -> None:
-        """Write into ``model`` what the sums over all clients and tasks so far determine; called at the server.
+        """Write into ``model`` what follows from the sums over all clients and tasks so far; called at the server.
 
-        For each name in :attr:`sums`, every client that learned a task is asked when the task ends, with the model the
-        task ended with; equally named tensors of the answers are added up in float64, over clients in canonical order
-        and then over tasks, and ``sums`` holds them by tensor name. So a learner whose answers are plain sums over
-        samples is solved exactly as if one client held all the data. A name that is also declared as a ``down``
-        payload rides along with every later train message, as float32, under ``<query>/<tensor>`` in
-        ``ctx.payload``.
+        When a task ends, every client that learned it is queried for each name in :attr:`sums`, with the model the task
+        ended with. Equally named tensors are added up in float64, over clients in canonical order and then over tasks;
+        ``sums`` holds the totals by tensor name. So a learner whose responses are plain sums over samples is solved
+        exactly as if one client held all the data. If the query's name is also a ``down`` payload, the totals travel
+        with every later train message, as float32, under ``<query>/<tensor>`` in ``ctx.payload``.
         """
 
-    def forget(self, ctx: Context, request: ForgetRequest, gone: TaskData) -> ErasureOutcome:
-        """Drop what this plugin keeps of the forget set, and say what became of it.
+    def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
+        """Erase what this plugin keeps of the forget set, and report the outcome.
 
-        Called at a client that holds some of it, with the samples ``gone`` of all tasks met so far; ``ctx.data`` holds
-        what is left of the present task. An outcome ``reset`` makes the core drop the plugin's whole state of the
-        client: right where a sum over samples cannot be taken apart, and therefore the default.
+        Called at a client that holds some of it: ``removed`` are its samples of all seen tasks, ``ctx.data`` what is
+        retained of the current task. The outcome ``reset`` makes the core drop the plugin's whole state of the client.
+        It is the default, because a sum over samples cannot be taken apart.
         """
         name = type(self).__name__
         if not overrides(self, "state"):
@@ -300,19 +278,19 @@ class Plugin:
         return ErasureOutcome(name, "reset", "its state mixed all samples of the client: it starts over")
 
     def state(self) -> State:
-        """Return everything that must survive: nested dicts of tensors, numbers, strings, lists of numbers."""
+        """Return everything that must survive: nested dicts of tensors, numbers, strings and lists of numbers."""
         return {}
 
     def load(self, state: State) -> None:
-        """Restore what :meth:`state` returned; an empty dict is a client that has never been visited.
+        """Restore what :meth:`state` returned; it is empty for a client that has never trained.
 
-        The tensors are on the model's device and a copy: the plugin's to keep and to write to.
+        The tensors are copies on the model's device: the plugin may keep them and write to them.
         """
 
 
-EXCLUSIVE = ("indices", "objective", "predict")  # hooks that at most one plugin of a learner may own
+EXCLUSIVE = ("indices", "objective", "predict")  # hooks that at most one plugin of a learner may define
 
 
 def overrides(plugin: Plugin, hook: str) -> bool:
-    """Whether ``plugin`` defines ``hook`` itself (untouched hooks are never bound)."""
+    """Whether ``plugin`` defines ``hook`` itself (other hooks are never called)."""
     return getattr(type(plugin), hook) is not getattr(Plugin, hook)

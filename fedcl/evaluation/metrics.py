@@ -1,16 +1,15 @@
-"""Continual-learning numbers computed from one accuracy matrix, and the numbers of personal models.
+"""Continual-learning metrics of one accuracy matrix, and metrics of personal models.
 
 Throughout, ``accuracy_TT[i, j]`` in [0, 1] is the test accuracy on task j after the stream has finished task i, NaN
-where it was not measured. Rows are moments and columns are tests, so they are left out independently of each other:
+where it was not measured. Rows are times and columns are tests, and are left out independently of each other:
 
-- A column that is NaN throughout is a task without test samples. Every mean over tasks leaves it out. Its row stays: at
-  that moment the other tasks were measured.
-- A row that is NaN throughout is a moment at which nothing was measured. Maxima and means over moments leave it out.
-  The last row is never replaced by an earlier one: where it is missing, all that describes the end is NaN.
+- A column of NaN only is a task without test samples. Means over tasks leave it out. Its row is kept: the other tasks
+  were measured then.
+- A row of NaN only is a time at which nothing was measured. Maxima and means over time leave it out. The last row is
+  never replaced by an earlier one: without it, all metrics of the end are NaN.
 
-Any other measurement that a formula needs and that is missing makes the result NaN; nothing is ever filled in. Numbers
-over earlier tasks (forgetting, BWT, FWT) have no terms when there is one task: they are NaN, not 0, because "nothing
-was forgotten" would be a claim.
+Any other missing measurement makes the results that need it NaN; nothing is ever filled in. With one task, metrics over
+earlier tasks (forgetting, BWT, FWT) have no terms. They are NaN, not 0: "nothing was forgotten" would be a claim.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def average_incremental_accuracy(accuracy_TT: ArrayLike, num_examples: ArrayLike
     """Return ``1/T sum_k A_k``: the average accuracy, averaged over the ends of all tasks, the first included.
 
     Rebuffi et al., "iCaRL", CVPR 2017. ``num_examples`` as in ``average_accuracy``: None for the task mean, test
-    samples of each task for the sample mean. Ends before the last at which no task seen so far has test samples, or
-    nothing was measured, are left out. Raises ``ValueError`` likewise.
+    samples of each task for the sample mean. Earlier ends without a measurement, or at which no seen task has test
+    samples, are left out. Raises ``ValueError`` likewise.
     """
     matrix = _matrix(accuracy_TT)
     tested, last = tested_tasks(matrix), len(matrix) - 1
@@ -70,7 +69,7 @@ def average_incremental_accuracy(accuracy_TT: ArrayLike, num_examples: ArrayLike
 
 
 def tested_tasks(accuracy_TT: ArrayLike) -> NDArray[np.bool_]:
-    """Return which tasks have a measurement at all, shape (T,). Raises ``ValueError`` for a bad matrix."""
+    """Return which tasks were ever measured, shape (T,). Raises ``ValueError`` for a bad matrix."""
     return np.asarray(~np.isnan(_matrix(accuracy_TT)).all(axis=0))
 
 
@@ -110,7 +109,7 @@ def _best(accuracy_T: Floats, task: int, measured: NDArray[np.bool_], kind: Kind
         return float(accuracy_T[task])
     stop = len(accuracy_T) - (kind == "chaudhry")
     since = accuracy_T[task:stop][measured[task:stop]]
-    # rows from before the task was learned count where they were measured; from then on they must have been
+    # rows from before the task was learned may be missing, later ones must not
     before = np.fmax.reduce(accuracy_T[:task], initial=-np.inf) if kind == "peak" else -np.inf
     return float(np.max(since, initial=before)) if len(since) else float("nan")
 
@@ -193,7 +192,7 @@ def personal(accuracy_by_client: Mapping[str, float]) -> dict[str, float]:
     """Return mean and worst tenth of the clients' accuracies under their keys of ``summary.json``.
 
     ``personal/accuracy_worst10`` is the mean over the ``max(1, floor(n / 10))`` clients with the lowest accuracy: the
-    few who are served worst, without the noise of one extreme client when there are many. Both are NaN without clients.
+    worst-off clients, without the noise of one extreme client when there are many. Both are NaN without clients.
 
     Parameters
     ----------

@@ -1,14 +1,14 @@
 """How one model's predictions agree with the labels, and how two models' predictions agree with each other.
 
 Logits are (N, C); columns that may not be predicted are -inf and take no part. Everything is computed in float64 from
-log-probabilities, so that nothing underflows; means are over samples, divergences in nats. No samples give NaN, and so
-does a model that has diverged to NaN: it has no accuracy, and must not pass for one that has forgotten.
+log-probabilities, so that nothing underflows; means are over samples, divergences in nats. Without samples a number is
+NaN. So it is for a model that has diverged to NaN: it has no accuracy, and must not pass for one that has forgotten.
 """
 
 # N = samples, C = columns
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedcl.models.flat import FlatModel
+from fedcl.models.masks import column_mask
 from fedcl.models.networks import Output
 
 NAN = float("nan")
@@ -32,7 +33,7 @@ def predict(
     Parameters
     ----------
     model, vector, x
-        The network, its weights, and the samples, which may lie on another device.
+        The network, its weights, and the samples, which may be on another device.
     columns
         The columns that may be predicted; the others become -inf. None for all of them.
     batch_size
@@ -40,19 +41,47 @@ def predict(
     """
     model.load(vector)
     model.eval()
-    # of no samples, one empty batch still gives the shapes
+    # without samples, one empty batch still gives the shapes
     parts = [model(batch.to(model.device)) for batch in torch.split(x, batch_size)]
     logits = torch.cat([part.logits for part in parts])
     return Output(allow(logits, columns), torch.cat([part.features for part in parts]))
 
 
+def masked(logits_NC: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the logits with -inf where the bool ``mask``, (C,) or (N, C), is false; unchanged for None."""
+    return logits_NC if mask is None else logits_NC.masked_fill(~mask, -torch.inf)
+
+
 def allow(logits_NC: Tensor, columns: Sequence[int] | None) -> Tensor:
     """Return the logits with -inf outside of ``columns``; unchanged for None."""
-    if columns is None:
-        return logits_NC
-    masked = torch.full_like(logits_NC, -torch.inf)
-    masked[:, list(columns)] = logits_NC[:, list(columns)]
-    return masked
+    return masked(logits_NC, column_mask(columns, logits_NC.shape[1], logits_NC.device))
+
+
+@torch.no_grad()
+def score(
+    logits_of: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Return which samples are predicted right, and which are predicted at all, bool (N,) each.
+
+    A sample whose largest logit is NaN or infinite has no prediction, and counts as wrong. (Of a model that has
+    diverged, argmax would pick a class all the same, and its accuracy look like chance.)
+
+    Parameters
+    ----------
+    logits_of
+        Maps a batch of samples to logits (B, C), -inf in columns that may not be predicted.
+    x, y
+        Samples (N, ...) and their columns (N,), on the model's device.
+    batch_size
+        Samples in one forward pass.
+    """
+    right, defined = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.bool)
+    for start in range(0, len(y), batch_size):
+        rows = slice(start, start + batch_size)
+        largest = logits_of(x[rows]).max(1)
+        defined[rows] = largest.values.isfinite()
+        right[rows] = (largest.indices == y[rows]) & defined[rows]
+    return right, defined
 
 
 def mean(values: Tensor) -> float:
@@ -71,7 +100,7 @@ def hits(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        The logits are no matrix, or there is not one target for each row.
+        The logits are not a matrix, or there is not one target for each row.
     """
     if logits_NC.ndim != 2 or targets_N.shape != logits_NC.shape[:1]:
         raise ValueError(
@@ -80,15 +109,6 @@ def hits(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
         )
     right = (logits_NC.argmax(1) == targets_N.to(logits_NC.device)).double()
     return right.masked_fill(logits_NC.isnan().any(1), NAN)
-
-
-def correct(logits_NC: Tensor, targets_N: Tensor) -> Tensor:
-    """Return which samples are predicted right, bool (N,): never one whose largest logit is NaN or infinite.
-
-    Of a model that has diverged, argmax would pick a class all the same, and its accuracy look like chance.
-    """
-    largest = logits_NC.max(1)
-    return (largest.indices == targets_N) & largest.values.isfinite()
 
 
 def accuracy(logits_NC: Tensor, targets_N: Tensor) -> float:
@@ -169,7 +189,7 @@ def zrf(logits_NC: Tensor, random_NC: Tensor, scale: Literal["normalised", "lega
 def backdoor_success(logits_NC: Tensor, targets_N: Tensor, target_class: int) -> float:
     """Return the share of samples with the trigger that are predicted as ``target_class``, in [0, 1].
 
-    Samples that are of this class without any trigger are left out: to predict them so is no success of the attack.
+    Samples of this class are left out: predicting them as such is not a success of the attack.
     As in Gu et al., "BadNets", 2017. Raises as :func:`hits`.
     """
     aimed = hits(logits_NC, torch.full_like(targets_N, target_class))

@@ -1,10 +1,10 @@
-"""Numbers of an accuracy curve: how low it falls on the way, not only where it ends.
+"""Metrics of an accuracy curve: how low it falls on the way, not only where it ends.
 
 De Lange, van de Ven, Tuytelaars, "Continual evaluation for lifelong learning: Identifying the stability gap", ICLR
 2023: min-ACC, WC-ACC, windowed forgetting and plasticity. Throughout, ``curve_NT[n, j]`` in [0, 1] is the accuracy on
 task j at the n-th evaluation, NaN where it was not measured; ``learned_T[j]`` is the index of the evaluation with which
-task j was learned, and a task that has not been is given -1. A column that is NaN throughout is a task without test
-samples: means over tasks leave it out.
+task j was learned, or -1 for a task that was not. A column of NaN only is a task without test samples: means over tasks
+leave it out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, cast
@@ -226,6 +226,26 @@ class FlatModel:
     def vector(self) -> Tensor:
         """Return a copy of the flat vector (P,)."""
         return self.flat.clone()
+
+    @property
+    def trainable_specs(self) -> list[TensorSpec]:
+        """The specs of the trainable parameters, in the order of ``trainable``."""
+        pairs = zip(self.parameters, self.parameter_specs, strict=True)
+        return [tensor for parameter, tensor in pairs if parameter.requires_grad]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return the slices of ``vector``, at least as long as the parameters, that belong to trainable parameters.
+
+        Each is a view in its parameter's shape, in the order of ``trainable``.
+        """
+        return [vector[tensor.start : tensor.stop].view(tensor.shape) for tensor in self.trainable_specs]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return one tensor for each trainable parameter as one vector, zero where a parameter is frozen."""
+        vector = torch.zeros(self.num_parameters, device=self.device)
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
+            view.copy_(tensor)
+        return vector
 
     def copy(self) -> FlatModel:
         """Return an independent model of the same kind, with this one's present weights."""

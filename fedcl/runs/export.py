@@ -231,7 +231,7 @@ class _Standing(ClientRuntime):
 
     def weights(self, request: Request, store: MemoryStateStore) -> Tensor:
         """Return the vector (P,) of the one network whose logits are the client's predictions; ConfigError if none."""
-        learner, ctx = self._enter(request, store)
+        learner, ctx = self.enter(request, store)
         ctx.model.eval()
         predictor = owner(list(learner.values()), "predict")
         if predictor is None:

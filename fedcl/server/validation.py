@@ -68,7 +68,7 @@ class Expected:
         for name, tensor in form.items():
             groups.setdefault(tensor.group, set()).add(name)
         always, *others = (frozenset(names) for names in groups.values())
-        required = frozenset(name for name, number in fields.metrics.items() if number.owed)
+        required = frozenset(name for name, number in fields.metrics.items() if number.required)
         tensors = {name: tensor.resolved(sizes) for name, tensor in form.items()}
         return cls(kind, spec, fields, MODEL.resolved(sizes), tensors, always, tuple(others), required, num_tasks)
 
@@ -126,7 +126,7 @@ def _metrics(reply: Reply, expected: Expected) -> Rejection | str | None:
         number = known.get(name) or _iteration(name, expected)
         if number is None:
             return f"metric {shown(name)} is not allowed in a reply to {expected.kind!r}"
-        required += number.owed
+        required += number.required
         if type(value) is float and number.low <= value <= number.high and not number.whole:
             continue  # as most are
         refused = number.refusal(value)

@@ -34,12 +34,15 @@ def dataset() -> Dataset:
 
 @pytest.fixture
 def make_context(dataset: Dataset, device: torch.device) -> Callable[..., Context]:
-    def build(task: Task = TASK, *, seed: int = 0, client: str = "0", visit: int = 0, new: bool = True) -> Context:
+    def build(
+        task: Task = TASK, *, seed: int = 0, client: str = "0", local_round: int = 0, new: bool = True
+    ) -> Context:
         flat = model(device)
         data = TaskData(torch.from_numpy(dataset.train.x).to(device), torch.from_numpy(dataset.train.y).to(device))
         return Context(
             model=flat, task=task, data=data, received=flat.vector(), epochs=2, batch_size=4, lr=0.1, seed=seed,
-            client=client, visit=visit, is_new_task=new, task_columns={task.id: task.columns}, num_columns=4,
+            client=client, local_round=local_round, is_new_task=new,
+            task_columns={task.id: task.columns}, num_columns=4,
         )  # fmt: skip
 
     return build

@@ -134,7 +134,7 @@ def test_no_budget_keeps_nothing_and_a_negative_one_is_refused() -> None:
     buffer = ReplayBuffer(0)
     show(buffer, 0, 5, torch.Generator())
     assert (len(buffer), buffer.state()) == (0, {})
-    with pytest.raises(ValueError, match="empty buffer"):
+    with pytest.raises(ValueError, match="the buffer is empty"):
         buffer.sample(1, torch.Generator())
     with pytest.raises(ValueError, match="budget=-1: must be >= 0"):
         ReplayBuffer(-1)
@@ -156,11 +156,11 @@ def images() -> PartitionedData:
     return PartitionedData(dataset, Partition((np.arange(60),), (np.arange(60),)), ("0",))
 
 
-def visit(data: TaskData, task: Task, *, visit: int = 0) -> Context:
+def context(data: TaskData, task: Task, *, local_round: int = 0) -> Context:
     model = FlatModel(MLP(input_shape=tuple(data.x.shape[1:]), heads=(3,), hidden=(4,)), device=data.x.device)
     return Context(
         model=model, task=task, data=data, received=model.vector(), epochs=1, batch_size=8, lr=0.1, seed=0, client="0",
-        visit=visit, is_new_task=True, task_columns={0: (0, 1, 2)}, num_columns=3,
+        local_round=local_round, is_new_task=True, task_columns={0: (0, 1, 2)}, num_columns=3,
     )  # fmt: skip
 
 
@@ -187,10 +187,10 @@ def test_what_is_replayed_is_what_came_bit_for_bit(images: PartitionedData, devi
     for task in TASKS:
         data = images.train("0", task, device)
         originals[task.id] = rows(data.x)
-        ctx = visit(data, task, visit=task.id)
+        ctx = context(data, task, local_round=task.id)
         offer_all(buffer, ctx)
         buffer.finalize(ctx)
-        carried = ReplayBuffer(40, policy)  # another visit: only what is stored goes with it
+        carried = ReplayBuffer(40, policy)  # another local round: only what is stored goes with it
         carried.load(clone(unpack(*pack(buffer.state())), device))
         assert equal(carried.state(), buffer.state())
         for each in (buffer, carried):
@@ -215,7 +215,7 @@ def test_uint8_takes_a_quarter_of_the_memory(images: PartitionedData, device: to
     assert torch.equal(held["raw"]["y"], held["seen"]["y"])
     carried = ReplayBuffer(40)
     carried.load(held["raw"])
-    with pytest.raises(ValueError, match="held raw: give `restore`"):
+    with pytest.raises(ValueError, match="held raw: `restore` must be given"):
         carried.sample(1, torch.Generator())
 
 
@@ -259,9 +259,9 @@ def test_herding_chooses_at_the_end_of_a_task_and_keeps_the_dearest(
     images: PartitionedData, device: torch.device
 ) -> None:
     buffer = ReplayBuffer(12, "herding")
-    with pytest.raises(ValueError, match="policy=herding: chooses among all samples of a task"):
+    with pytest.raises(ValueError, match="policy=herding: chooses only at a task"):
         buffer.add(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 0, torch.Generator())
-    first = visit(images.train("0", TASKS[0], device), TASKS[0])
+    first = context(images.train("0", TASKS[0], device), TASKS[0])
     offer_all(buffer, first)
     assert len(buffer) == 0
     buffer.finalize(first, logits=True)
@@ -274,7 +274,7 @@ def test_herding_chooses_at_the_end_of_a_task_and_keeps_the_dearest(
         assert torch.equal(buffer.held["x"][mine], first.data.raw[expected])
         torch.testing.assert_close(buffer.held["logits"][mine], first.model(first.data.x[expected]).logits)
     before = buffer.held
-    buffer.finalize(visit(images.train("0", TASKS[1], device), TASKS[1]), logits=True)
+    buffer.finalize(context(images.train("0", TASKS[1], device), TASKS[1]), logits=True)
     after = buffer.held
     for column in range(3):
         old = (after["y"] == column) & (after["task"] == 0)

@@ -47,11 +47,11 @@ def test_a_spec_is_read_and_its_paths_start_from_its_folder(tmp_path: Path) -> N
         ("client: a\nstate: 3\n", "state=3"),
         ("client: a\ndata: [model=mlp]\n", "data: model=mlp"),
         ("client: a\ndata: [data.root=/x]\n", "one entry must be data=CHOICE"),
-        ("client: a\nthread: 2\n", "thread: no such key"),
+        ("client: a\nthread: 2\n", "thread: unknown key"),
         ("client: a\nthreads: 0\n", "threads=0: must be int >= 1"),
         ("client: a\ndevice: tpu\n", "device=tpu"),
         ("- a\n", "must be a mapping"),
-        ("client: [\n", "no YAML"),
+        ("client: [\n", "is not valid YAML"),
     ],
 )
 def test_a_wrong_spec_is_refused_in_plain_words(tmp_path: Path, text: str, said: str) -> None:

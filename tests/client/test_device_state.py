@@ -72,7 +72,7 @@ def test_repeated_and_outdated_messages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="visit 0 was here before"):
         store.enter(0, 0)
     store.enter(1, 1)  # a resumed server sends again what was in flight
-    with pytest.raises(ValueError, match="attempt 0; the run is at 1"):
+    with pytest.raises(ValueError, match="attempt 0, the run at 1"):
         store.enter(0, 7)
 
 

@@ -53,7 +53,7 @@ def visits(
         made.append(
             Context(
                 model=model, task=task, data=TaskData(x, y), received=model.vector(), epochs=1, batch_size=1,
-                lr=training.lr * (1 + k % 2), seed=3, client=str(k), visit=2, is_new_task=True, task_columns={},
+                lr=training.lr * (1 + k % 2), seed=3, client=str(k), local_round=2, is_new_task=True, task_columns={},
                 num_columns=10,
             )
         )  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_term_of_a_plugin_counts_with_every_engine() -> None:
 def test_which_networks_are_stacked() -> None:
     lenet = FlatModel(build_model(lambda: LeNet(input_shape=(1, 16, 16), heads=(10,)), seed=1))
     assert stacks("auto", mlp((9,)), []) is None
-    assert stacks("auto", lenet, []) == "the model is no plain linear network"
+    assert stacks("auto", lenet, []) == "the model is not a plain linear network"
     assert stacks("stack", lenet, []) is None
     assert stacks("loop", mlp((9,)), []) == "engine=loop"
     frozen = build_model(lambda: MLP(input_shape=(4,), heads=(2,), hidden=(3,), freeze="hidden"), seed=0)

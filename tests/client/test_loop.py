@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedcl.base.randomness import torch_generator
-from fedcl.client.loop import accuracy, fit, masked_cross_entropy, ordered, owner
-from fedcl.contracts.learner import Batch, Context, LocalTraining, Phase, Plugin
+from fedcl.client.local_evaluation import accuracy
+from fedcl.client.loop import fit, masked_cross_entropy, ordered, owner
+from fedcl.contracts.learner import Batch, Context, LocalTraining, Phase, Plugin, TaskData
 from fedcl.models.networks import Output
 from fedcl.scenario.task import Task
 
@@ -25,7 +26,7 @@ def by_hand(ctx: Context, training: LocalTraining) -> tuple[Tensor, list[float]]
     optimizer = torch.optim.SGD(
         net.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay, foreach=False
     )
-    generator = torch_generator(ctx.seed, ctx.client, ctx.visit, "batches")
+    generator = torch_generator(ctx.seed, ctx.client, ctx.local_round, "batches")
     losses = []
     for _ in range(training.epochs):
         order = torch.randperm(len(data), generator=generator).to(ctx.device)
@@ -82,8 +83,8 @@ def test_masked_columns_are_out_of_the_loss_and_out_of_predictions(make_context:
     with torch.no_grad():
         ctx.model.flat.zero_()
         ctx.model.spec.view(ctx.model.flat, "head.bias").copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
-    assert accuracy(ctx, [], ctx.data.x, torch.ones_like(ctx.data.y)) == 1.0
-    assert accuracy(ctx, [], ctx.data.x, torch.full_like(ctx.data.y, 3)) == 0.0
+    assert accuracy(ctx, [], TaskData(ctx.data.x, torch.ones_like(ctx.data.y)), ctx.mask) == 1.0
+    assert accuracy(ctx, [], TaskData(ctx.data.x, torch.full_like(ctx.data.y, 3)), ctx.mask) == 0.0
 
 
 def test_columns_masked_in_training_do_not_move(make_context: Make) -> None:
@@ -168,7 +169,7 @@ def test_an_objective_stands_in_for_cross_entropy(make_context: Make) -> None:
 
 
 def test_two_objectives_are_refused_by_name(make_context: Make) -> None:
-    with pytest.raises(ValueError, match=r"learner: Objective and Rival both own 'objective': choose one"):
+    with pytest.raises(ValueError, match=r"learner: Objective and Rival both define 'objective': choose one"):
         owner([Objective("o"), Rival()], "objective")
     assert owner([Scribe("s")], "objective") is None
 
@@ -200,7 +201,7 @@ class Oracle(Plugin):
 def test_predictions_may_have_an_owner(make_context: Make) -> None:
     ctx = make_context()
     share = (ctx.data.y == 2).float().mean().item()
-    assert accuracy(ctx, [Oracle()], ctx.data.x, ctx.data.y, batch_size=5) == pytest.approx(share)
+    assert accuracy(ctx, [Oracle()], ctx.data, ctx.mask) == pytest.approx(share)
 
 
 def test_a_teacher_is_asked_once_a_step_and_stays_what_it_was(make_context: Make) -> None:
@@ -246,7 +247,7 @@ class Watch(Plugin):
 def test_a_sampler_says_what_an_epoch_sees(make_context: Make) -> None:
     ctx, watch = make_context(), Watch()
     metrics = fit(ctx, [Sampler(), watch], LocalTraining(epochs=2, batch_size=4))
-    order = torch.randperm(23, generator=torch_generator(ctx.seed, ctx.client, ctx.visit, "batches"))
+    order = torch.randperm(23, generator=torch_generator(ctx.seed, ctx.client, ctx.local_round, "batches"))
     assert torch.cat(watch.seen[:6]).tolist() == order[:11].tolist() * 2
     assert metrics["steps"] == 2 * 6
 
@@ -259,5 +260,5 @@ def test_a_sampler_that_changes_nothing_changes_no_bit(make_context: Make) -> No
 
 
 def test_two_samplers_are_refused(make_context: Make) -> None:
-    with pytest.raises(ValueError, match="Sampler and Same both own 'indices'"):
+    with pytest.raises(ValueError, match="Sampler and Same both define 'indices'"):
         fit(make_context(), [Sampler(), Same()], LocalTraining())

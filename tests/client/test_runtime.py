@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedcl.base.tree import clone, equal
-from fedcl.client.runtime import ClientRuntime, check_learner
+from fedcl.client.runtime import ClientRuntime
+from fedcl.client.session import check_learner
 from fedcl.client.state import NEVER, MemoryStateStore
 from fedcl.contracts.learner import Batch, Context, Plugin, State
 from fedcl.messages import Reply, Request
@@ -37,7 +38,7 @@ class Counter(Plugin):
         self.log.append(f"before_task {ctx.task.id}")
 
     def before_round(self, ctx: Context) -> None:
-        self.log.append(f"before_round {ctx.visit}")
+        self.log.append(f"before_round {ctx.local_round}")
 
     def after_round(self, ctx: Context) -> dict[str, Tensor]:
         self.visits += 1
@@ -199,12 +200,12 @@ def test_personal_accuracy_before_and_after_training(make_runtime: Make) -> None
     assert ask(make_runtime(), MemoryStateStore(), "evaluate", client="2").num_examples == 0
 
 
-def test_random_draws_are_keyed_by_seed_client_visit_and_purpose(make_context: Callable[..., Context]) -> None:
+def test_random_draws_are_keyed_by_seed_client_local_round_and_purpose(make_context: Callable[..., Context]) -> None:
     def draw(purpose: str = "batches", **key: Any) -> list[float]:
         return torch.rand(4, generator=make_context(**key).rng(purpose)).tolist()
 
     assert draw() == draw()
-    others = [draw(seed=1), draw(client="1"), draw(visit=1), draw("replay")]
+    others = [draw(seed=1), draw(client="1"), draw(local_round=1), draw("replay")]
     assert all(other != draw() for other in others)
     assert len({tuple(other) for other in others}) == 4
     ctx = make_context()
@@ -229,17 +230,17 @@ class OwnObjectiveToo(OwnObjective):
 
 def test_learners_that_cannot_live_together_are_refused_before_anything_runs() -> None:
     check_learner({"a": Counter, "b": OwnObjective})
-    with pytest.raises(ValueError, match="Counter and Other both answer 'count'"):
+    with pytest.raises(ValueError, match="Counter and Other both respond to 'count'"):
         check_learner({"a": Counter, "b": Other})
-    with pytest.raises(ValueError, match="OwnObjective and OwnObjectiveToo both own 'objective'"):
+    with pytest.raises(ValueError, match="OwnObjective and OwnObjectiveToo both define 'objective'"):
         check_learner({"a": OwnObjective, "b": OwnObjectiveToo})
 
 
 def test_messages_that_make_no_sense(make_runtime: Make) -> None:
     runtime, store = make_runtime({"counter": Counter}), MemoryStateStore()
-    with pytest.raises(ValueError, match="no plugin of this client answers 'colour'"):
+    with pytest.raises(ValueError, match="no plugin of this client responds to 'colour'"):
         ask(runtime, store, "query", name="colour")
-    with pytest.raises(ValueError, match="cannot answer a message of kind 'hello'"):
+    with pytest.raises(ValueError, match="cannot respond to a message of kind 'hello'"):
         ask(runtime, store, "hello")
     with pytest.raises(ValueError, match="needs a model and a task"):
         runtime.visit(Request("train", "0", 0, NEVER, 0, 0, TASKS[0]), store)

@@ -38,7 +38,7 @@ def context(device: torch.device, rows: slice = slice(None), *, task: int = 0, s
     columns = (2 * task, 2 * task + 1)
     return Context(
         model=model, task=Task(task, columns, columns), data=TaskData(x, y), received=model.vector(), epochs=1,
-        batch_size=4, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns={task: columns},
+        batch_size=4, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True, task_columns={task: columns},
         num_columns=4,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ def context(task: int = 0, y: torch.Tensor = TARGETS, mask: tuple[int, ...] | No
         lr=0.1,
         seed=0,
         client="0",
-        visit=0,
+        local_round=0,
         is_new_task=True,
         task_columns={task: (0, 1, 2)},
         num_columns=3,
@@ -65,10 +65,10 @@ def test_predictions_add_what_all_tasks_held() -> None:
     torch.testing.assert_close(second, torch.tensor([3.5, 2.5, 1.5]).log().expand(4, 3))
 
 
-def test_a_step_outside_a_visit_is_an_error() -> None:
+def test_a_step_outside_a_local_round_is_an_error() -> None:
     ctx = context()
     out = Output(torch.zeros(4, 3), torch.zeros(4, 1))
-    with pytest.raises(RuntimeError, match="a visit that never began"):
+    with pytest.raises(RuntimeError, match="a local round that never began"):
         BalancedCriticalMask().objective(ctx, Batch(ctx.data.x, ctx.data.y, None), out)
 
 

@@ -40,7 +40,7 @@ class Strike(Plugin):
         self.file, self.clients = Path(file), {str(client) for client in clients}
 
     def before_round(self, ctx: Context) -> None:
-        if ctx.visit >= 1 and ctx.client in self.clients and self.file.exists():
+        if ctx.local_round >= 1 and ctx.client in self.clients and self.file.exists():
             raise RuntimeError("on strike")
 '''
 

@@ -28,7 +28,7 @@ class Failing(Plugin):
         return {"count": self.count}
 
     def before_round(self, ctx: Context) -> None:
-        if ctx.visit == 1 and ctx.client != "0":
+        if ctx.local_round == 1 and ctx.client != "0":
             raise RuntimeError("no power")
         self.count += 1
 

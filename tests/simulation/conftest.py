@@ -66,7 +66,7 @@ class Faulty(Plugin):
             ctx.model.flat[3] = float("nan")
 
     def _fault(self, ctx: Context) -> str:
-        return self.faults.get(ctx.client, "") if ctx.visit == self.visit else ""
+        return self.faults.get(ctx.client, "") if ctx.local_round == self.visit else ""
 
     def state(self) -> State:
         return {"visits": self.visits, "mark": torch.full((3,), float(self.visits))}

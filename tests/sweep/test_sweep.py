@@ -85,7 +85,7 @@ def test_a_failed_job_does_not_lose_the_sweep_and_is_tried_again(tmp_path: Path)
 GATED = """\
         import pathlib, time
         gate = pathlib.Path(r'{gate}')
-        if ctx.visit == 3 and gate.parent.is_dir():
+        if ctx.local_round == 3 and gate.parent.is_dir():
             (gate.parent / 'reached').touch()
             while not gate.exists():
                 time.sleep(0.01)

@@ -33,7 +33,7 @@ def context(model: FlatModel, x: Tensor, y: Tensor, *, seen: int = 1) -> Context
     columns = dict.fromkeys(range(seen), (0, 1))
     return Context(
         model=model, task=Task(seen - 1, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
-        batch_size=2, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns=columns,
+        batch_size=2, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True, task_columns=columns,
         num_columns=model.spec.size // 3,
     )  # fmt: skip
 

@@ -10,9 +10,10 @@ import torch
 
 from clients.learners.agem import AGEM
 from clients.learners.der import DER
-from clients.learners.er import ER, masks_by_task
+from clients.learners.er import ER
 from clients.learners.er_ace import ERACE
 from clients.learners.gdumb import GDumb
+from clients.learners.replay import masks_by_task
 from clients.learners.uer import UER
 from fedcl.base.tree import equal
 from fedcl.contracts.learner import Batch, Context, Plugin, TaskData
@@ -30,7 +31,7 @@ def context(
     task: Task,
     met: dict[int, tuple[int, ...]],
     *,
-    visit: int = 0,
+    local_round: int = 0,
     is_new: bool = True,
     values: range = range(12),
 ) -> Context:
@@ -38,7 +39,8 @@ def context(
     return Context(
         model=FlatModel(MLP(input_shape=(1,), heads=(4,), hidden=()), device=device), task=task,
         data=TaskData(x, torch.full((len(x),), task.columns[0], device=device)), received=torch.zeros(8), epochs=2,
-        batch_size=3, lr=0.1, seed=0, client="0", visit=visit, is_new_task=is_new, task_columns=met, num_columns=4,
+        batch_size=3, lr=0.1, seed=0, client="0", local_round=local_round, is_new_task=is_new, task_columns=met,
+        num_columns=4,
     )  # fmt: skip
 
 
@@ -63,9 +65,9 @@ def test_each_sample_of_the_stream_is_offered_once(device: torch.device) -> None
     er = ER(budget=100)
     steps(er, context(device, TASK[0], {0: (0, 1)}))
     assert er.state()["seen"] == 12
-    steps(er, context(device, TASK[0], {0: (0, 1)}, visit=1, is_new=False))
+    steps(er, context(device, TASK[0], {0: (0, 1)}, local_round=1, is_new=False))
     assert er.state()["seen"] == 12
-    steps(er, context(device, TASK[1], MET, visit=2, values=range(20, 27)))
+    steps(er, context(device, TASK[1], MET, local_round=2, values=range(20, 27)))
     state = er.state()
     assert state["seen"] == 19
     assert sorted(state["x"].flatten().tolist()) == [*range(12), *range(20, 27)]
@@ -93,7 +95,7 @@ def test_replayed_samples_of_other_tasks_choose_among_their_own_columns(device: 
     er = ER(budget=100)
     first = steps(er, context(device, TASK[0], {0: (0, 1)}))
     assert all(batch.mask is not None and batch.mask.ndim == 1 for batch in first)  # one mask serves all
-    for batch in steps(er, context(device, TASK[1], MET, visit=1)):
+    for batch in steps(er, context(device, TASK[1], MET, local_round=1)):
         assert batch.mask is not None
         assert batch.mask.shape == (len(batch.y), 4)
         assert batch.mask.gather(1, batch.y[:, None]).all()
@@ -118,14 +120,14 @@ def test_with_a_growing_mask_replay_shares_it(device: torch.device) -> None:
     er = ER(budget=100)
     steps(er, context(device, TASK[0], {0: (0, 1)}))
     narrow = Task(1, (2,), (2,), mask=(0, 1, 2))
-    for batch in steps(er, context(device, narrow, {0: (0, 1), 1: (2,)}, visit=1)):
+    for batch in steps(er, context(device, narrow, {0: (0, 1), 1: (2,)}, local_round=1)):
         assert batch.mask is not None
         assert batch.mask.tolist() == [True, True, True, False]
 
 
 def test_the_draws_belong_to_the_visit(device: torch.device) -> None:
     def replayed(visit: int) -> list[float]:
-        batches = steps(ER(budget=6), context(device, TASK[0], {0: (0, 1)}, visit=visit))
+        batches = steps(ER(budget=6), context(device, TASK[0], {0: (0, 1)}, local_round=visit))
         return [value for batch in batches for value in batch.x[3:, 0].tolist()]
 
     assert replayed(0) == replayed(0)

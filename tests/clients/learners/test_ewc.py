@@ -31,7 +31,7 @@ def logistic(device: torch.device, *weights: float) -> FlatModel:
 def context(model: FlatModel, x: Tensor, y: Tensor, *, batch_size: int = 2) -> Context:
     return Context(
         model=model, task=Task(0, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
-        batch_size=batch_size, lr=0.1, seed=0, client="0", visit=0, is_new_task=True, task_columns={0: (0, 1)},
+        batch_size=batch_size, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True, task_columns={0: (0, 1)},
         num_columns=2,
     )  # fmt: skip
 
@@ -122,10 +122,10 @@ def test_two_tasks_online_and_separate(device: torch.device, samples: tuple[Tens
     ewc.after_task(context(model, *again))  # one sample with score 0: its gradient is (-2, 0)
     state = ewc.state()
     if mode == "online":
-        assert state["fisher"].tolist() == [[0.5 * 0.125 + 4.0, 0.25]]
+        assert state["importance"].tolist() == [[0.5 * 0.125 + 4.0, 0.25]]
         assert state["anchor"].tolist() == [[0.0, 3.0]]
     else:
-        assert state["fisher"].tolist() == [[0.125, 0.5], [4.0, 0.0]]
+        assert state["importance"].tolist() == [[0.125, 0.5], [4.0, 0.0]]
         assert state["anchor"].tolist() == [[0.0, 0.0], [0.0, 3.0]]
     loss = ewc.loss(context(model, *samples), None, None)  # type: ignore[arg-type]
     assert loss is not None

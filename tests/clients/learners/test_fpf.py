@@ -26,7 +26,7 @@ def context(device: torch.device, *, task: int = 0, batch_size: int = 4) -> Cont
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(task)).to(device)
     return Context(
         model=model, task=Task(task, (0, 1), (0, 1)), data=TaskData(x, torch.arange(6, device=device) % 2),
-        received=model.vector(), epochs=1, batch_size=batch_size, lr=0.1, seed=0, client="0", visit=task,
+        received=model.vector(), epochs=1, batch_size=batch_size, lr=0.1, seed=0, client="0", local_round=task,
         is_new_task=True, task_columns={task: (0, 1)}, num_columns=2,
     )  # fmt: skip
 

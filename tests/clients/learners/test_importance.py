@@ -9,7 +9,7 @@ from torch import Tensor
 from clients.learners.feature_distillation import FeatureDistillation, feature_distance
 from clients.learners.l2 import L2, held_elements
 from clients.learners.mas import MAS, sensitivity
-from clients.learners.si import SI, flattened
+from clients.learners.si import SI
 from fedcl.contracts.learner import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import MLP, Output
@@ -27,7 +27,7 @@ def context(model: FlatModel, x: Tensor, seen: dict[int, tuple[int, ...]], colum
     task = max(seen)
     return Context(
         model=model, task=Task(task, seen[task], seen[task]), received=model.vector(), epochs=1, batch_size=2, lr=0.1,
-        data=TaskData(x, torch.zeros(len(x), dtype=torch.int64, device=x.device)), seed=0, client="0", visit=0,
+        data=TaskData(x, torch.zeros(len(x), dtype=torch.int64, device=x.device)), seed=0, client="0", local_round=0,
         is_new_task=True, task_columns=seen, num_columns=columns,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_importances_of_tasks_are_added(device: torch.device) -> None:
     mas = MAS(weight=2.0, decay=0.5)
     mas.after_task(ctx)
     mas.after_task(ctx)
-    assert mas.state()["importance"].tolist() == pytest.approx([9.0, 9.0, 21.0, 21.0, 9.0, 21.0])
+    assert mas.state()["importance"][0].tolist() == pytest.approx([9.0, 9.0, 21.0, 21.0, 9.0, 21.0])
     with torch.no_grad():
         model.flat[0] += 2.0
     loss = mas.loss(ctx, *NOTHING)
@@ -149,7 +149,7 @@ def test_the_way_counts_squared(device: torch.device) -> None:
         model.flat[:2] += torch.tensor([-2.0, -0.5], device=device)
     si.after_step(ctx)
     si.after_task(ctx)
-    assert si.state()["importance"][:2].tolist() == pytest.approx([2 / 4.5, 1 / 0.75])
+    assert si.state()["importance"][0, :2].tolist() == pytest.approx([2 / 4.5, 1 / 0.75])
 
 
 # Two steps: g = (2, -1), dtheta = (-0.5, 0.5), then g = (1, 1), dtheta = (-0.5, 0.5); all else stands still.
@@ -168,7 +168,7 @@ def test_the_path_integral_worked_by_hand(device: torch.device) -> None:
     assert si.state()["path"].tolist() == pytest.approx([1.5, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-6)
     si.after_task(ctx)
     assert set(si.state()) == {"importance", "anchor"}
-    assert si.state()["importance"].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-6)
+    assert si.state()["importance"][0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-6)
     with torch.no_grad():
         model.flat[0] += 2.0
     loss = si.loss(ctx, *NOTHING)
@@ -187,7 +187,7 @@ def test_gradients_as_one_vector_skip_frozen_parameters(device: torch.device) ->
     module = MLP(input_shape=(2,), heads=(2,), hidden=())
     module.head.weight.requires_grad_(False)
     model = FlatModel(module, device=device)
-    assert flattened(model, [torch.tensor([5.0, 6.0], device=device)]).tolist() == [0, 0, 0, 0, 5, 6]
+    assert model.flatten([torch.tensor([5.0, 6.0], device=device)]).tolist() == [0, 0, 0, 0, 5, 6]
 
 
 # -- feature distillation ---------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_samples_in_another_form_cannot_be_told(blobs: Dataset) -> None:
     assert erase(buffer, ER(), request, known).outcome == "erased"
     assert erase(buffer, ER(), request, known).outcome == "not applicable"
     assert buffer.held["x"].tolist() == raw[1:].tolist()
-    with pytest.raises(ValueError, match=r"torch\.float32 \(2,\) are given"):
+    with pytest.raises(ValueError, match=r"torch\.float32 \(2,\); those held"):
         buffer.drop_samples(x)
 
 

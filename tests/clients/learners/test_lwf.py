@@ -56,7 +56,8 @@ def context(heads: tuple[int, ...], seen: dict[int, tuple[int, ...]], device: to
     return Context(
         model=model, task=Task(task, (0, 1), seen[task], head=task if len(heads) > 1 else 0),
         data=TaskData(x, torch.zeros(5, dtype=torch.int64, device=device)), received=model.vector(), epochs=1,
-        batch_size=5, lr=0.1, seed=0, client="0", visit=0, is_new_task=False, task_columns=seen, num_columns=sum(heads),
+        batch_size=5, lr=0.1, seed=0, client="0", local_round=0, is_new_task=False, task_columns=seen,
+        num_columns=sum(heads),
     )  # fmt: skip
 
 

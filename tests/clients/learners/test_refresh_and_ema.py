@@ -28,7 +28,7 @@ def context(device: torch.device) -> Context:
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device)
     return Context(
         model=model, task=Task(0, (0, 1), (0, 1)), data=TaskData(x, torch.tensor([0, 1], device=device)),
-        received=model.vector(), epochs=1, batch_size=2, lr=0.1, seed=0, client="0", visit=0, is_new_task=True,
+        received=model.vector(), epochs=1, batch_size=2, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True,
         task_columns={0: (0, 1)}, num_columns=2,
     )  # fmt: skip
 

@@ -27,7 +27,12 @@ SEEN = Task(1, (2, 3), (2, 3), mask=(0, 1, 2, 3))
 
 
 def context(
-    device: torch.device, task: Task, seen: dict[int, tuple[int, ...]], *, visit: int = 0, heads: tuple[int, ...] = (4,)
+    device: torch.device,
+    task: Task,
+    seen: dict[int, tuple[int, ...]],
+    *,
+    local_round: int = 0,
+    heads: tuple[int, ...] = (4,),
 ) -> Context:
     generator = torch.Generator().manual_seed(task.id)
     x = torch.randn(12, 3, generator=generator).to(device)
@@ -36,7 +41,7 @@ def context(
     model.load(torch.linspace(-1, 1, model.spec.size))
     return Context(
         model=model, task=task, data=TaskData(x, y), received=model.vector(), epochs=1, batch_size=4, lr=0.1, seed=0,
-        client="0", visit=visit, is_new_task=True, task_columns=seen, num_columns=4,
+        client="0", local_round=local_round, is_new_task=True, task_columns=seen, num_columns=4,
     )  # fmt: skip
 
 
@@ -100,7 +105,7 @@ def test_the_terms_of_der_by_a_hand_loop(
     assert der.loss(first, whole(first), first.model(first.data.x)) is None
     first.model.flat.neg_()  # the model that the federation makes of the task
     der.after_task(first)
-    ctx = context(device, task, MET, visit=1, heads=heads)
+    ctx = context(device, task, MET, local_round=1, heads=heads)
     der.before_round(ctx)
     ctx.model.flat.mul_(0.5)
     value = der.loss(ctx, whole(ctx), ctx.model(ctx.data.x))
@@ -234,7 +239,7 @@ def test_the_reference_is_of_finished_tasks(device: torch.device) -> None:
     assert all((g == 1).all() for g in grads)
     agem.after_task(first)
     assert sorted(agem.state()["y"].tolist()) == [0] * 6 + [1] * 6
-    ctx = context(device, SEEN, MET, visit=1)
+    ctx = context(device, SEEN, MET, local_round=1)
     agem.before_round(ctx)
     loss = torch.nn.functional.cross_entropy(ctx.model(first.data.x).logits, first.data.y)
     past = torch.autograd.grad(loss, ctx.model.trainable)
@@ -269,7 +274,7 @@ def test_every_batch_is_of_memory(device: torch.device) -> None:
     assert sorted(gdumb.state()["y"].tolist()) == [0, 0, 1, 1]
     batch = gdumb.before_step(ctx, whole(ctx))
     assert {tuple(row) for row in batch.x.tolist()} == memory
-    later = context(device, TASKS[1], MET, visit=1)
+    later = context(device, TASKS[1], MET, local_round=1)
     gdumb.before_task(later)
     gdumb.before_round(later)
     batch = gdumb.before_step(later, whole(later))
@@ -284,7 +289,7 @@ def test_every_batch_is_of_memory(device: torch.device) -> None:
 def test_a_gem_asks_past_samples_among_their_own_columns(device: torch.device) -> None:
     agem = AGEM(budget=12, replay_size=12)
     agem.after_task(context(device, TASKS[0], {0: (0, 1)}))
-    past, ctx = context(device, TASKS[0], {0: (0, 1)}), context(device, TASKS[1], MET, visit=1)
+    past, ctx = context(device, TASKS[0], {0: (0, 1)}), context(device, TASKS[1], MET, local_round=1)
     loss = masked_cross_entropy(ctx.model(past.data.x), Batch(past.data.x, past.data.y, past.mask))
     grads = [-gradient for gradient in torch.autograd.grad(loss, list(ctx.model.trainable))]
     agem.before_round(ctx)

@@ -29,7 +29,7 @@ def context(device: torch.device, samples: int = 10, *, batch_size: int = 8, epo
     x = torch.arange(3.0 * samples, device=device).view(samples, 3)
     return Context(
         model=model, task=Task(0, (0, 1), (0, 1)), data=TaskData(x, torch.arange(samples, device=device) % 2),
-        received=model.vector(), epochs=epochs, batch_size=batch_size, lr=0.01, seed=0, client="0", visit=0,
+        received=model.vector(), epochs=epochs, batch_size=batch_size, lr=0.01, seed=0, client="0", local_round=0,
         is_new_task=True, task_columns={0: (0, 1)}, num_columns=2,
     )  # fmt: skip
 

@@ -21,11 +21,11 @@ from fedcl.scenario.streams import TaskIncremental
 from fedcl.scenario.task import Task
 
 
-def context(model: FlatModel, x: Tensor, y: Tensor | None = None, *, task: int = 0, visit: int = 0) -> Context:
+def context(model: FlatModel, x: Tensor, y: Tensor | None = None, *, task: int = 0, local_round: int = 0) -> Context:
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
     return Context(
         model=model, task=Task(task, (0, 1), (0, 1)), data=TaskData(x, y), received=model.vector(), epochs=1,
-        batch_size=2, lr=0.1, seed=0, client="0", visit=visit, is_new_task=True, task_columns={0: (0, 1)},
+        batch_size=2, lr=0.1, seed=0, client="0", local_round=local_round, is_new_task=True, task_columns={0: (0, 1)},
         num_columns=2,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_frozen_units_stay_and_others_move(device: torch.device) -> None:
     model = FlatModel(MLP(input_shape=(3,), heads=(2,), hidden=(6,)), device=device)
     moved = []
     for visit in range(2):
-        ctx, hft = context(model, torch.ones(1, 3, device=device), visit=visit), HFT(share=0.5)
+        ctx, hft = context(model, torch.ones(1, 3, device=device), local_round=visit), HFT(share=0.5)
         hft.before_round(ctx)
         with torch.no_grad():
             model.flat.add_(1.0)

@@ -242,7 +242,7 @@ def learned(x: Tensor, y: Tensor, seed: int) -> FlatModel:
     task = Task(0, tuple(range(10)), tuple(range(10)))
     ctx = Context(
         model=model, task=task, data=TaskData(x, y), received=model.vector(), epochs=40, batch_size=64, lr=0.05,
-        seed=seed, client="0", visit=0, is_new_task=True, task_columns={0: task.columns}, num_columns=10,
+        seed=seed, client="0", local_round=0, is_new_task=True, task_columns={0: task.columns}, num_columns=10,
     )  # fmt: skip
     fit(ctx, [], training)
     return model

@@ -100,7 +100,7 @@ def context(model: FlatModel, x: Tensor) -> Context:
     labels = torch.zeros(len(x), dtype=torch.int64)
     return Context(
         model=model, task=task, data=TaskData(x, labels), received=model.vector(), epochs=1, batch_size=4, lr=0.1,
-        seed=0, client="a", visit=1, is_new_task=False, task_columns={0: (0, 1, 2)}, num_columns=3,
+        seed=0, client="a", local_round=1, is_new_task=False, task_columns={0: (0, 1, 2)}, num_columns=3,
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_distillation_by_hand(device: torch.device) -> None:
     }
     ctx = Context(
         model=model, task=Task(1, (0, 1), (0, 1)), data=TaskData(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)),
-        received=model.vector(), epochs=1, batch_size=2, lr=0.1, seed=0, client="0", visit=0, is_new_task=True,
+        received=model.vector(), epochs=1, batch_size=2, lr=0.1, seed=0, client="0", local_round=0, is_new_task=True,
         task_columns={1: (0, 1)}, num_columns=2, payload=payload,
     )  # fmt: skip
     batch = Batch(ctx.data.x, ctx.data.y, None)
