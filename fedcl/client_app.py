@@ -18,12 +18,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcl import __version__
-from fedcl.assembly import client_ids, client_runtime, load_dataset, simulated_data, split_dataset
+from fedcl.assembly import client_ids, client_runtime, load_dataset, split_dataset
 from fedcl.base.interruption import client_fault
 from fedcl.base.tree import pack, unpack
 from fedcl.client.device import Agreement, DeviceData, DeviceSpec, device_overrides, read_spec, refuse_foreign_targets
 from fedcl.client.device import relabel as with_global_labels
 from fedcl.client.device_state import DeviceStateStore
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
 from fedcl.config.compose import Config
@@ -83,7 +84,7 @@ def _runtime(overrides: str) -> ClientRuntime:
     cfg = compose(shlex.split(overrides))
     dataset = load_dataset(cfg)
     clients = client_ids(cfg)
-    return client_runtime(cfg, simulated_data(dataset, split_dataset(cfg, dataset), clients), dataset)
+    return client_runtime(cfg, PartitionedData(dataset, split_dataset(cfg, dataset), clients))
 
 
 @app.train()
@@ -190,8 +191,8 @@ def _device_runtime(cfg: Config, spec: DeviceSpec, agreed: Agreement) -> ClientR
     dataset = load_dataset(cfg)
     if spec.data is not None:
         dataset = with_global_labels(dataset, agreed, spec.client)
-        return client_runtime(cfg, DeviceData(dataset, spec.client), dataset)
+        return client_runtime(cfg, DeviceData(dataset, spec.client))
     clients = client_ids(cfg)
     if spec.client not in clients:
         raise ValueError(f"client {spec.client}: the run's clients are {clients[0]} to {clients[-1]}")
-    return client_runtime(cfg, simulated_data(dataset, split_dataset(cfg, dataset), clients), dataset)
+    return client_runtime(cfg, PartitionedData(dataset, split_dataset(cfg, dataset), clients))

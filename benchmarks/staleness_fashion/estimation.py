@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedcl.assembly import Settings, client_runtime, simulated_data
+from fedcl.assembly import Settings, client_runtime
 from fedcl.base.randomness import torch_generator
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
 from fedcl.config.compose import compose
@@ -149,8 +150,8 @@ def run_row(network: str, seed: int, rounds: int) -> Past:
     """Play synchronous rounds of the clients' plain mean."""
     cfg = compose([*SETTINGS, f"data.root={os.environ['FEDCL_DATA']}/fashion_mnist", f"seed={seed}"])
     setup = Setup.of(cfg)
-    data = simulated_data(setup.dataset, setup.partition, setup.clients)
-    runtime = client_runtime(cfg, data, setup.dataset)
+    data = PartitionedData(setup.dataset, setup.partition, setup.clients)
+    runtime = client_runtime(cfg, data)
     if network != "lenet":
         runtime.model = FlatModel(build_model(lambda: Published(NETWORKS[network]), seed=seed))
     labels = {

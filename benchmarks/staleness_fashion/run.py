@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from fedcl.assembly import client_runtime, simulated_data
+from fedcl.assembly import client_runtime
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import MemoryStateStore
 from fedcl.config.compose import compose
@@ -147,8 +148,8 @@ def run_row(method: str, age: int, seed: int, devices: Path, extra: Sequence[str
     if method == "wait":
         timing = [f"devices.path={file}", "async.deadline=null", f"clients_per_round={FRESH}"]
     cfg = compose([*common, *timing, *METHODS[method]])
-    data = simulated_data(setup.dataset, setup.partition, setup.clients)
-    runtime = client_runtime(cfg, data, setup.dataset)
+    data = PartitionedData(setup.dataset, setup.partition, setup.clients)
+    runtime = client_runtime(cfg, data)
     curve: list[tuple[float, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -33,7 +33,6 @@ class AGEM(Replay):
             project(grads, gradients(ctx.model, self.replayed(ctx, self._buffer.draw(ctx, self.replay_size))))
 
     def after_task(self, ctx: Context) -> None:
-        """Offer the finished task's samples to the buffer."""
         self._buffer.offer_task(ctx)
         self._buffer.finalize(ctx)
 

@@ -26,7 +26,6 @@ class FeatureDistillation(Teacher):
         super().__init__(weight=weight)
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distance; None before a task has ended."""
         if self._teacher_P is None:
             return None
         return self.weight * feature_distance(out.features, ctx.teacher(batch.x).features)

@@ -39,7 +39,6 @@ class LwF(Teacher):
         self._groups: list[list[int]] = []
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distillation loss over the old columns; None before a task has ended."""
         if not self.weight or self._teacher_P is None:
             return None
         teacher = ctx.teacher(batch.x).logits

@@ -83,7 +83,6 @@ class Quadratic(Plugin):
             self._importance_AP, self._anchor_AP = sums[0][None], sums[1][None]
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the penalty; None before a task has ended."""
         if not self.weight or self._importance_AP is None or self._anchor_AP is None:
             return None
         return penalty(ctx.model, self._importance_AP, self._anchor_AP, self.scale)

@@ -42,7 +42,6 @@ class Replay(Plugin):
         return Batch(past.x, past.y, ctx.mask if self._mask_TC is None else self._mask_TC[past.task], fresh=0)
 
     def forget(self, ctx: Context, request: ForgetRequest, removed: TaskData) -> ErasureOutcome:
-        """Erase the forget set from the buffer; the other samples stay."""
         return erase(self._buffer, self, request, removed)
 
     def state(self) -> State:

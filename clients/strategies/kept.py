@@ -46,7 +46,6 @@ class Kept(Plugin):
         self._own = state.get(self.name)
 
     def setup(self, ctx: Context) -> None:
-        """Write the client's own tensors into the model."""
         if self._own is not None:
             ctx.model.flat[self.mask(ctx.model)] = self._own.to(ctx.device)
 

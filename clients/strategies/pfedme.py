@@ -59,7 +59,6 @@ class PFedMe(PersonalModel):
 
     @torch.no_grad()
     def after_backward(self, ctx: Context, grads: list[Tensor]) -> None:
-        """Replace the gradients by lambda (w - theta)."""
         thetas = ctx.model.views(self.personal())
         for grad, parameter, theta in zip(grads, ctx.model.trainable, thetas, strict=True):
             grad.copy_(self.weight * (parameter - theta))

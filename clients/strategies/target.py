@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedcl.contracts.learner import Batch, Context, Payload, Phase, Plugin
+from fedcl.models.masks import divergence
 from fedcl.models.networks import Output
 
 INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
@@ -37,17 +37,10 @@ class SyntheticDistillation(Plugin):
         self.weight, self.temperature, self.batch_size = weight, temperature, batch_size
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:
-        """Return the distillation loss; None before a task has ended."""
         if self.weight == 0 or INPUTS not in ctx.payload:
             return None
         count = len(ctx.payload[INPUTS])
         chosen = torch.randperm(count, generator=ctx.rng("target"))[: self.batch_size or ctx.batch_size]
         x, teacher, columns = (ctx.payload[name][chosen].to(ctx.device) for name in (INPUTS, LOGITS, COLUMNS))
         allowed, scale = columns.bool(), self.weight * self.temperature**2
-        log_p, log_q = (_log_softmax(logits / self.temperature, allowed) for logits in (teacher, ctx.model(x).logits))
-        return scale * (log_p.exp() * allowed * (log_p - log_q)).sum(1).mean()
-
-
-def _log_softmax(logits_BC: Tensor, allowed_BC: Tensor) -> Tensor:
-    """Return the log-softmax over the allowed columns, 0 elsewhere."""
-    return F.log_softmax(logits_BC.masked_fill(~allowed_BC, -torch.inf), dim=1).masked_fill(~allowed_BC, 0.0)
+        return scale * divergence(teacher / self.temperature, ctx.model(x).logits / self.temperature, allowed)

@@ -79,7 +79,6 @@ class ACU(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Put new sums and the heads that they give in place."""
         if GRAM not in view.statistics.names:
             raise ValueError("unlearner=acu: takes apart the sums of learner=ranpac; choose both or neither")
         before = view.statistics.sums(GRAM)
@@ -130,7 +129,6 @@ class ACU(Unlearner):
         }
 
     def promise(self) -> str:
-        """Say what holds after the last request."""
         return _PROMISES[self._outcome]
 
     def metrics(self) -> dict[str, float]:

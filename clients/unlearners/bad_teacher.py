@@ -10,6 +10,7 @@ from torch import Tensor
 from clients.unlearners.averaging import Together
 from clients.unlearners.steps import BATCH, allowed, change_of, gradients, optimizer, settings
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
 
 
@@ -49,7 +50,6 @@ class BadTeacher(Together):
         self.retain_share, self.temperature = retain_share, temperature
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Imitate the teachers."""
         retain = _share(ctx, self.retain_share)
         parts = [part for part in (ctx.forget, retain) if len(part)]
         if not parts or not (self.everyone or len(ctx.forget)):
@@ -92,8 +92,7 @@ class BadTeacher(Together):
 
 def log_probabilities(model: FlatModel, x: Tensor, allowed_NC: Tensor, temperature: float) -> Tensor:
     """Return log-probabilities (N, C) over the allowed columns, -inf elsewhere."""
-    logits = model(x).logits / temperature
-    return F.log_softmax(logits.masked_fill(~allowed_NC, float("-inf")), dim=1)
+    return F.log_softmax(masked(model(x).logits / temperature, allowed_NC), dim=1)
 
 
 def divergence(taught_NC: Tensor, log_p_NC: Tensor) -> Tensor:

@@ -91,7 +91,6 @@ class CDP(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Prune each model by the activations in it."""
         edited: dict[Target, Tensor] = {}
         pruned = channels = 0
         for target, model in models.items():

@@ -22,5 +22,4 @@ class ContinueWithout(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Return no model: none changes."""
         return {}

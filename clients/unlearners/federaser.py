@@ -72,7 +72,6 @@ class FedEraser(Unlearner):
         self._calibrated = 0
 
     def bind(self, work: LocalWork) -> None:
-        """Learn how long clients train, and what."""
         self._epochs = math.ceil(self.ratio * work.training.epochs)
         self._local_tasks.stream = work.stream
 
@@ -113,7 +112,6 @@ class FedEraser(Unlearner):
                 step.change = calibrated(view.spec, step.change.double(), trained.change).float()
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Train shortly from the model that is being erased."""
         if step != CALIBRATE:
             return super().local(ctx, step)
         return train_local_task(ctx)
@@ -141,7 +139,6 @@ class FedEraser(Unlearner):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
         rounds = {
             str(place): {client: step.state() for client, step in steps.items()}
             for place, steps in self._rounds.items()
@@ -149,7 +146,6 @@ class FedEraser(Unlearner):
         return {"seen": self._seen, "rounds": rounds, "tasks": self._local_tasks.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self._seen = int(state["seen"])
         self._rounds = {
             int(place): {client: Step.of(step) for client, step in steps.items()}

@@ -31,7 +31,6 @@ class FineTune(Averaged):
         self.epochs, self.lr = epochs, lr
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Train on the retained samples."""
         if not len(ctx.retain):
             return Local(0, {})
         training = settings(ctx, epochs=self.epochs, lr=self.lr)
@@ -39,5 +38,4 @@ class FineTune(Averaged):
         return change_of(ctx, len(ctx.retain), steps=steps)
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the users of the model that stay."""
         return users_of(target, models, view)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clients.unlearners.steps import gradients
 from fedcl.client.sample_gradients import add_to, summed_over_samples
 from fedcl.contracts.fields import MAX_EXAMPLES, Form, TensorField
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
@@ -135,8 +137,7 @@ def importance(
     terms = 0
     for batch in samples.batches(batch_size):
         value = _mean_loss(model(batch.x).logits, batch.y, batch.mask, loss)
-        grads = torch.autograd.grad(value, model.trainable, materialize_grads=True)
-        add_to(total, model, [_term(g, loss) for g in grads])
+        add_to(total, model, [_term(g, loss) for g in gradients(model, value)])
         terms += 1
     return Importance(total, terms)
 
@@ -172,7 +173,7 @@ def _mean_loss(logits: Tensor, y: Tensor, mask: Tensor | None, loss: Loss) -> Te
     if loss == "output_norm":
         kept = logits if mask is None else logits.masked_fill(~mask, 0.0)
         return kept.square().sum(1).mean()
-    return F.cross_entropy(logits if mask is None else logits.masked_fill(~mask, float("-inf")), y)
+    return F.cross_entropy(masked(logits, mask), y)
 
 
 def _term(gradient: Tensor, loss: Loss) -> Tensor:

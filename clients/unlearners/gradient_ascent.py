@@ -65,7 +65,6 @@ class GradientAscent(Averaged):
         return responses_of("steps", "stopped")
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Climb, unless there is nothing to forget."""
         if not len(ctx.forget):
             return Local(0, {})
         training = settings(ctx, epochs=self.epochs, lr=self.lr, weight_decay=0.0)
@@ -85,5 +84,4 @@ class GradientAscent(Averaged):
         return change_of(ctx, len(ctx.forget), steps=steps, stopped=stopped)
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the owners of the forget set."""
         return view.owners

@@ -59,7 +59,6 @@ class IAU(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Take the steps for every target."""
         self._norm = self._moved = 0.0
         edited: dict[Target, Tensor] = {}
         head = num_parameters(view.spec)

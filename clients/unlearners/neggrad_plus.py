@@ -66,7 +66,6 @@ class NegGradPlus(Averaged):
         return {"retain": MODEL, "forget": MODEL, "counts": counts, "steps": number, "left_out": number}
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Walk, and return the way of each term."""
         total = len(ctx.retain) + len(ctx.forget)
         if not total:
             return Local(0, {})
@@ -89,7 +88,6 @@ class NegGradPlus(Averaged):
         return Local(total, {**ways, "counts": counts, **numbers})
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
-        """Ask the model's users that stay, and the owners of the forget set."""
         return tuple(dict.fromkeys([*users_of(target, models, view), *view.owners]))
 
     def added(self, model: Tensor, responses: Sequence[Response]) -> Tensor:

@@ -117,7 +117,6 @@ class PGD(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Edit every target for which a departing client responds."""
         self._metrics = dict.fromkeys(("steps", "stopped", "radius", "reference_distance"), 0.0)
         edited: dict[Target, Tensor] = {}
         for target in edited_targets(requests, models):

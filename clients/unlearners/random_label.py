@@ -21,7 +21,6 @@ class RandomLabel(Together):
     """
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Train on relabelled and retained samples together."""
         parts = [part for part in (relabelled(ctx), ctx.retain) if len(part)]
         if not parts or not (self.everyone or len(ctx.forget)):
             return Local(0, {})

@@ -39,6 +39,7 @@ from clients.unlearners.steps import BATCH, change_of, responses_of, settings, s
 from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.requests import ForgetRequest, Scope
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, Unlearner, UnlearnView
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
 
 if TYPE_CHECKING:
@@ -221,15 +222,11 @@ class Taught:
 
     def __init__(self, samples: Samples, scores_NC: Tensor, sharpness: float) -> None:
         self._samples = samples
-        self._responses_NC = torch.softmax(self._shut(sharpness * scores_NC, samples.mask), 1)
+        self._responses_NC = torch.softmax(masked(sharpness * scores_NC, samples.mask), 1)
 
     def loss(self, model: FlatModel, rows: Tensor) -> Tensor:
         """Return the mean cross-entropy of ``model`` to the teacher's predictions."""
         part = self._samples.at(rows)
-        logits = self._shut(model(part.x).logits, part.mask)
+        logits = masked(model(part.x).logits, part.mask)
         log_p = torch.log_softmax(logits, 1).masked_fill(torch.isinf(logits), 0.0)
         return -(self._responses_NC[rows] * log_p).sum(1).mean()
-
-    @staticmethod
-    def _shut(values: Tensor, mask: Tensor | None) -> Tensor:
-        return values if mask is None else values.masked_fill(~mask, float("-inf"))

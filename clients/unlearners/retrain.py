@@ -26,5 +26,4 @@ class Retrain(Unlearner):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Return the models of the run without the forget set."""
         return view.retrain()

@@ -168,7 +168,6 @@ class SIFU(Unlearner):
         return new
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Train as in a round."""
         if step != TRAIN:
             return super().local(ctx, step)
         return train_local_task(ctx)
@@ -194,11 +193,9 @@ class SIFU(Unlearner):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the path and its models."""
         return {"path": self._path.state(), "tasks": self._local_tasks.state(), "broken": dict(self._broken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         self._path = Path.of(state["path"])
         self._local_tasks.load(state["tasks"])
         self._broken = dict(state["broken"])

@@ -66,7 +66,6 @@ class SSD(Unlearner):
         self._metrics: dict[str, float] = {}
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Return the client's share of the importances."""
         return response(ctx, self.importances) if step == STEP else super().local(ctx, step)
 
     def unlearn(

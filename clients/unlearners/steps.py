@@ -14,6 +14,7 @@ from fedcl.client.loop import masked_cross_entropy, sgd_step
 from fedcl.contracts.fields import MODEL, Form, TensorField
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
 
 BATCH = 512  # samples at once where gradients or predictions are summed, which does not depend on it
@@ -102,10 +103,7 @@ def num_correct(model: FlatModel, samples: Samples) -> int:
     model.eval()
     right = 0
     for batch in samples.batches(BATCH):
-        logits = model(batch.x).logits
-        if batch.mask is not None:
-            logits = logits.masked_fill(~batch.mask, float("-inf"))
-        right += int((logits.argmax(1) == batch.y).sum())
+        right += int((masked(model(batch.x).logits, batch.mask).argmax(1) == batch.y).sum())
     return right
 
 

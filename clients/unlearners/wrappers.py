@@ -53,11 +53,9 @@ class Wrapper(Unlearner):
         self.guarantee = "none" if base.guarantee == "none" else "approximate"  # type: ignore[misc]
 
     def check(self, model: FlatModel) -> None:
-        """Refuse what the base refuses."""
         self.base.check(model)
 
     def bind(self, work: LocalWork) -> None:
-        """Bind the base."""
         self.base.bind(work)
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
@@ -74,7 +72,6 @@ class Wrapper(Unlearner):
         return view.ask(f"{self.prefix}/{step}", models, response)
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
-        """Show the base a round."""
         self.base.observe(updates, before, view)
 
     def metrics(self) -> dict[str, float]:
@@ -90,11 +87,9 @@ class Wrapper(Unlearner):
         return self.base.forget(request)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state."""
         return self.base.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the base's state."""
         self.base.load_state_dict(state)
 
 
@@ -133,7 +128,6 @@ class Localised(Wrapper):
             self._named(model.spec)
 
     def own_step(self, ctx: UnlearnContext, step: str) -> Local:
-        """Return the client's share of the importances."""
         return response(ctx, Settings()) if step == STEP else super().own_step(ctx, step)
 
     def unlearn(
@@ -170,7 +164,6 @@ class Localised(Wrapper):
         return {"share": self._share}
 
     def promise(self) -> str:
-        """Say that the edit was kept to some tensors."""
         which = f"tensors that match {self.tensors!r}" if self.tensors is not None else f"{self.k} tensor(s)"
         return f"{super().promise()}; {type(self.base).__name__}'s edit is kept to {which}, nothing else was changed"
 
@@ -210,7 +203,6 @@ class Guarded(Wrapper):
     def unlearn(
         self, requests: Sequence[ForgetRequest], models: Mapping[Target, Tensor], view: UnlearnView
     ) -> dict[Target, Tensor]:
-        """Return the base's models, as far as the guard lets them."""
         self._scales, self._drops = {}, {}
         users = {
             target: [c for c in view.clients if torch.equal(view.model_of(c), models[target])] for target in models
@@ -252,7 +244,6 @@ class Guarded(Wrapper):
         }
 
     def promise(self) -> str:
-        """Say how much of the edit was taken."""
         scales = self._scales.values()
         if not scales:
             return super().promise()

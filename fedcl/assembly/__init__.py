@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedcl.assembly.client import client_runtime, learner_factories, simulated_data
+from fedcl.assembly.client import client_runtime, learner_factories
 from fedcl.assembly.data import check_dataset, client_ids, load_dataset, participants, split_dataset
 from fedcl.assembly.model import check_model, device_of, make_model
 from fedcl.assembly.server import (
@@ -42,6 +42,5 @@ __all__ = [
     "make_trackers",
     "make_unlearner",
     "participants",
-    "simulated_data",
     "split_dataset",
 ]

@@ -19,7 +19,6 @@ from fedcl.client.session import PluginFactories, check_learner
 from fedcl.config.compose import Config
 from fedcl.config.instantiate import builder
 from fedcl.contracts.learner import Plugin
-from fedcl.data.dataset import Dataset, Partition
 from fedcl.server.curriculum import Curriculum
 
 
@@ -38,14 +37,9 @@ def learner_factories(cfg: Config) -> PluginFactories:
     return factories
 
 
-def simulated_data(dataset: Dataset, partition: Partition, clients: tuple[str, ...]) -> PartitionedData:
-    """Return the local data of simulated clients."""
-    return PartitionedData(dataset, partition, clients)
-
-
-def client_runtime(cfg: Config, data: PartitionedData, dataset: Dataset) -> ClientRuntime:
-    """Build what runs clients' local rounds, in this process."""
-    settings, stream = Settings.of(cfg), make_stream(cfg, dataset)
+def client_runtime(cfg: Config, data: PartitionedData) -> ClientRuntime:
+    """Build what runs clients' local rounds on ``data``, in this process."""
+    settings, stream = Settings.of(cfg), make_stream(cfg, data.dataset)
     curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), settings.evaluation.iterations
     lr, decay = settings.training.lr, settings.task_decay
 
@@ -56,7 +50,7 @@ def client_runtime(cfg: Config, data: PartitionedData, dataset: Dataset) -> Clie
 
     return ClientRuntime(
         unlearner=functools.partial(make_unlearner, cfg),
-        model=make_model(cfg, dataset, stream, device_of(cfg)),
+        model=make_model(cfg, data.dataset, stream, device_of(cfg)),
         plugins=learner_factories(cfg),
         data=data,
         training=settings.training,

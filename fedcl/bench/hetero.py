@@ -51,7 +51,8 @@ class RunSide:
         self.busy.clear()
 
     def _clocks(self) -> list[float]:
-        return [thread_seconds(pid) for pid in self.pids]
+        # of each process's first thread, where a worker's clients train, to the nanosecond
+        return [int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9 for pid in self.pids]
 
     @property
     def balance(self) -> float:
@@ -62,11 +63,6 @@ class RunSide:
     def rate(self) -> float:
         """Steps a second on the wall."""
         return self.steps / statistics.median(self.walls)
-
-
-def thread_seconds(pid: int) -> float:
-    """Return the processor seconds of a process's first thread, to the nanosecond: where a worker's clients train."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def sizes(sigma: float, clients: int = CLIENTS) -> tuple[int, ...]:

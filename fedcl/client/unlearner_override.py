@@ -38,25 +38,20 @@ class UnlearnerOverride(Unlearner):
         self.observes = own.observes  # type: ignore[misc]
 
     def check(self, model: FlatModel) -> None:
-        """Refuse what either refuses."""
         self._own.check(model)
         self._chosen.check(model)
 
     def bind(self, work: LocalWork) -> None:
-        """Bind both."""
         self._own.bind(work)
         self._chosen.bind(work)
 
     def promise(self) -> str:
-        """Return what ``chosen`` promises."""
         return self._chosen.promise()
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
-        """Do a step of ``chosen``."""
         return self._chosen.local(ctx, step)
 
     def observe(self, updates: Sequence[Update], before: Tensor, view: ServerView) -> None:
-        """Show the run's own a round."""
         self._own.observe(updates, before, view)
 
     def unlearn(
@@ -68,7 +63,6 @@ class UnlearnerOverride(Unlearner):
         return edited
 
     def metrics(self) -> dict[str, float]:
-        """Return those of ``chosen``."""
         return self._chosen.metrics()
 
     def forget(self, request: ForgetRequest) -> ErasureOutcome:
@@ -78,9 +72,7 @@ class UnlearnerOverride(Unlearner):
         return chosen if own.outcome == "not applicable" else own
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run's own knows."""
         return self._own.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self._own.load_state_dict(state)

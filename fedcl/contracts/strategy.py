@@ -151,6 +151,24 @@ class Stateful:
         return []
 
 
+class Asking(Stateful):
+    """Questions to clients and what follows from the responses: what a projection and a strategy have in common."""
+
+    def queries(self, event: Event, view: ServerView) -> list[Query]:
+        """Return what to ask clients at ``event``."""
+        return []
+
+    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
+        """Learn from the responses to a query of :meth:`queries`."""
+
+    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
+        """Return models (P,) that replace their targets' at ``event``, past optimizer and projection.
+
+        All responses have been consumed by then.
+        """
+        return {}
+
+
 class Part(Stateful):
     """What all four kinds share."""
 
@@ -225,7 +243,7 @@ class ServerOptimizer(Part):
         return change
 
 
-class Projection(Part):
+class Projection(Asking, Part):
     """A constraint on every change of a model, and what it must learn from clients to know the constraint."""
 
     keeps_updates: ClassVar[bool] = False
@@ -238,14 +256,3 @@ class Projection(Part):
     def apply(self, target: Target, change: Tensor, view: ServerView) -> Tensor:
         """Return the change that is allowed, float64 (P,)."""
         return change
-
-    def queries(self, event: Event, view: ServerView) -> list[Query]:
-        """Return what to ask clients at ``event``."""
-        return []
-
-    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Learn from the responses to a query of :meth:`queries`."""
-
-    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Return models (P,) that replace their targets' now, past optimizer and projection."""
-        return {}

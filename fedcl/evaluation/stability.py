@@ -77,22 +77,6 @@ def anytime_accuracy(curve_NT: ArrayLike) -> float:
     return _mean([float(np.nanmean(row)) for row in measured])
 
 
-def learning_curve_area(accuracy_BT: ArrayLike, beta: int) -> float:
-    """Return LCA_beta = 1/(beta + 1) sum_{b<=beta} Z_b, Z_b the mean over tasks of the accuracy after b batches of it.
-
-    Chaudhry et al., "Efficient Lifelong Learning with A-GEM", ICLR 2019, section 4.
-
-    Raises
-    ------
-    ValueError
-        Fewer than ``beta`` + 1 rows.
-    """
-    accuracy = np.asarray(accuracy_BT, dtype=np.float64)
-    if not 0 <= beta < len(accuracy):
-        raise ValueError(f"beta={beta}: must be in [0, {len(accuracy) - 1}], the batches measured")
-    return float(np.mean(accuracy[: beta + 1]))
-
-
 def aggregation_drop(before: ArrayLike, after: ArrayLike) -> float:
     """Return the mean of accuracy before sending minus accuracy of what is received next: what aggregation costs.
 

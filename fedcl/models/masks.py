@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedcl.models.flat import Spec, TensorSpec
@@ -22,6 +23,15 @@ def column_mask(columns: Iterable[int] | None, num_columns: int, device: torch.d
     mask = torch.zeros(num_columns, dtype=torch.bool, device=device)
     mask[chosen] = True
     return mask
+
+
+def divergence(teacher_BC: Tensor, student_BC: Tensor, columns_BC: Tensor) -> Tensor:
+    """Return KL(teacher || student) of logits over each sample's own ``columns`` (bool), the mean over the batch."""
+    log_p, log_q = (
+        F.log_softmax(logits.masked_fill(~columns_BC, -torch.inf), dim=1).masked_fill(~columns_BC, 0.0)
+        for logits in (teacher_BC, student_BC)
+    )
+    return (log_p.exp() * columns_BC * (log_p - log_q)).sum(1).mean()
 
 
 def critical_mask(old_P: Tensor, new_P: Tensor, tensors: Iterable[TensorSpec], tau: float) -> Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fedcl.assembly import client_ids, client_runtime, learner_factories, make_model, simulated_data
+from fedcl.assembly import client_ids, client_runtime, learner_factories, make_model
 from fedcl.client.engines import stacks
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
 from fedcl.config.checks import is_local
@@ -83,7 +84,7 @@ def measured(cfg: Config, setup: Setup) -> dict[str, float]:
 
 
 def _runtime(cfg: Config, setup: Setup) -> ClientRuntime:
-    return client_runtime(cfg, simulated_data(setup.dataset, setup.partition, client_ids(cfg)), setup.dataset)
+    return client_runtime(cfg, PartitionedData(setup.dataset, setup.partition, client_ids(cfg)))
 
 
 def _requests(setup: Setup, runtime: ClientRuntime) -> list[Request]:

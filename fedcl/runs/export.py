@@ -15,8 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedcl import __version__
-from fedcl.assembly import client_runtime, make_model, simulated_data
+from fedcl.assembly import client_ids, client_runtime, make_model
 from fedcl.base.files import write_bytes_atomic
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.loop import owner
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER, MemoryStateStore
@@ -159,7 +160,8 @@ def load_model(path: Path | str, *, trusted: Collection[str] = ()) -> ExportedMo
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path}: is no model exported by fedcl, or of another version than {FORMAT}")
-    network = build_model(_factory(about["model"], about["input_shape"], about["heads"], trusted), seed=0)
+    sizes = {"input_shape": tuple(about["input_shape"]), "heads": tuple(about["heads"])}
+    network = build_model(functools.partial(build, about["model"], at="model", trusted=trusted, **sizes), seed=0)
     network.load_state_dict(tensors)
     flat = _flat(network)
     if model_digest({about["target"]: flat}) != about["model_sha256"]:
@@ -172,10 +174,6 @@ def _flat(network: nn.Module) -> Tensor:
 
     spec, state = Spec.of(network), network.state_dict()
     return torch.cat([state[tensor.name].reshape(-1) for tensor in spec])
-
-
-def _factory(node: Mapping[str, Any], shape: Any, heads: Any, trusted: Collection[str]) -> functools.partial[nn.Module]:
-    return functools.partial(build, node, at="model", trusted=trusted, input_shape=tuple(shape), heads=tuple(heads))
 
 
 def _about(cfg: Config, setup: Setup, server: Mapping[str, Any], vector: Tensor, client: str | None) -> dict[str, Any]:
@@ -275,8 +273,8 @@ def _personal(
     seen = setup.schedule.seen(client, last)
     if not seen:
         raise ConfigError(f"--client {client}: has seen no task yet")
-    data = simulated_data(setup.dataset, setup.partition, tuple(str(i) for i in range(cfg["num_clients"])))
-    plain = client_runtime({**here, "device": "cpu"}, data, setup.dataset)
+    data = PartitionedData(setup.dataset, setup.partition, client_ids(cfg))
+    plain = client_runtime({**here, "device": "cpu"}, data)
     made = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain) if field.init}
     request = Request(
         "evaluate", client, visit, visit if client in states else NEVER, last, server["version"],

@@ -101,13 +101,9 @@ def make_server(
     if unlearning is not None:
         bind(unlearning.unlearner, work)
     exchange = _exchange(settings, setup, backend, model, strategy, recorder)
-    arrivals = Arrivals(
-        exchange,
-        _clock(settings, backend),
-        settings.seed,
-        make_devices(cfg),
-        make_steps(cfg, setup.dataset, setup.partition),
-    )
+    steps = make_steps(cfg, setup.dataset, setup.partition)
+    arrivals = Arrivals(exchange, _clock(settings, backend), settings.seed, make_devices(cfg), steps)
+    evaluator = Evaluator(setup.dataset, setup.stream, model, batch_size=settings.evaluation.batch_size)
     server = Server(
         strategy=strategy,
         exchange=exchange,
@@ -118,7 +114,7 @@ def make_server(
         initial=model.vector(),
         clients=setup.clients,
         record=recorder,
-        evaluator=_evaluator(settings, setup, model) if evaluate else None,
+        evaluator=evaluator if evaluate else None,
         options=_loop_options(cfg, settings),
         statistics=make_statistics(cfg, model),
         known=_known(cfg, settings, setup, model),
@@ -151,10 +147,6 @@ def _exchange(
         max_update_norm=settings.max_update_norm,
         num_tasks=setup.stream.num_tasks if settings.evaluation.iterations else 0,
     )
-
-
-def _evaluator(settings: Settings, setup: Setup, model: FlatModel) -> Evaluator:
-    return Evaluator(setup.dataset, setup.stream, model, batch_size=settings.evaluation.batch_size)
 
 
 def _known(cfg: Config, settings: Settings, setup: Setup, model: FlatModel) -> Known:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcl.assembly import device_of, make_model, simulated_data
+from fedcl.assembly import client_ids, device_of, make_model
 from fedcl.base.randomness import numpy_generator, torch_generator
 from fedcl.client.forgetting import part
-from fedcl.client.local_data import task_samples
+from fedcl.client.local_data import PartitionedData, task_samples
 from fedcl.config.compose import Config
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import TaskData
@@ -71,8 +71,9 @@ class SimulatedMetrics:
         now, was, random = (self._logits(sets, vector) for vector in (after, before, self.random))
         ideal = None if reference is None else self._logits(sets, reference[GLOBAL])
         models = {"": after, "original/": before}
+        alike = self.ensemble.references(Forgotten([*earlier.requests, *requests]), edit.server_round)
         attack: dict[str, Any] = {
-            "shadows": self._shadows(sets, Forgotten([*earlier.requests, *requests]), edit.server_round),
+            "shadows": [self._logits(sets, vector) for vector in alike],
             "holdout": "forget_test" if sets["forget_test"] else "retain_test",
         }
         numbers = metrics(targets, now, original=was, reference=ideal, random=random, **attack)
@@ -110,8 +111,8 @@ class SimulatedMetrics:
         """Return (task as it is tested now, samples) of the four sets, without what was forgotten ``earlier``."""
         setup, device = self.setup, self.model.device
         tasks = [self._task(task_id, seen) for task_id in seen]
-        ids = [str(i) for i in range(self.cfg["num_clients"])]
-        data = simulated_data(setup.dataset, setup.partition, tuple(ids))
+        ids = client_ids(self.cfg)
+        data = PartitionedData(setup.dataset, setup.partition, ids)
         sets: Sets = {name: [] for name in PARTS}
         for client in (client for client in ids if client not in earlier.clients):
             note = ForgetInstruction(tuple(requests), tuple(earlier.task(client, task) for task in tasks))
@@ -175,9 +176,6 @@ class SimulatedMetrics:
             for name, pairs in sets.items()
             if pairs
         }
-
-    def _shadows(self, sets: Sets, forgotten: Forgotten, server_round: int) -> list[dict[Part, Tensor]]:
-        return [self._logits(sets, vector) for vector in self.ensemble.references(forgotten, server_round)]
 
     def _behind(
         self, requests: Sequence[ForgetRequest], sets: Sets, vector: Tensor, original: float | None

@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from fedcl.contracts.requests import Forgotten
-from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Event, Target
 from fedcl.contracts.view import Query, Response
-from fedcl.evaluation.evaluator import Evaluator
-from fedcl.models.flat import Spec
-from fedcl.scenario.task import Schedule, Stage, Stream, Task
-from fedcl.server.arrivals import Arrivals
-from fedcl.server.curriculum import Curriculum
-from fedcl.server.exchange import Exchange
-from fedcl.server.measurement import Known, Measurement, Record
+from fedcl.scenario.task import Stage, Task
 from fedcl.server.rounds import Round, Rounds
-from fedcl.server.state import BetweenRounds, Compute, LoopOptions, ServerData
-from fedcl.server.strategy import Outgoing, Strategy
+from fedcl.server.state import ServerData
+from fedcl.server.strategy import Outgoing
 
 
 class Server(ServerData):
     """Runs the rounds of a schedule, and ``unlearning`` between them."""
 
-    def __init__(
-        self,
-        *,
-        strategy: Strategy,
-        exchange: Exchange,
-        arrivals: Arrivals,
-        schedule: Schedule,
-        stream: Stream,
-        spec: Spec,
-        initial: Tensor,
-        clients: Sequence[str],
-        record: Record,
-        options: LoopOptions,
-        evaluator: Evaluator | None = None,
-        statistics: Statistics | None = None,
-        known: Known | None = None,
-        compute: Compute | None = None,
-        unlearning: BetweenRounds | None = None,
-    ) -> None:
-        super().__init__(
-            strategy=strategy,
-            exchange=exchange,
-            arrivals=arrivals,
-            curriculum=Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten),
-            spec=spec,
-            initial=initial,
-            clients=clients,
-            record=record,
-            options=options,
-            statistics=statistics,
-            compute=compute,
-            unlearning=unlearning,
-        )
-        self.schedule, self.stream = schedule, stream
-        self.measurement = Measurement(record, stream, evaluator, known)
-        self.rounds = Rounds(
-            self.outgoing, exchange, arrivals, record, options.rounds, self.curriculum, self._sums_suffice
-        )
+    @functools.cached_property
+    def rounds(self) -> Rounds:
+        """What sends a round's messages and takes in its replies."""
+        options, enough = self.options.rounds, self._sums_suffice
+        return Rounds(self.outgoing, self.exchange, self.arrivals, self.record, options, self.curriculum, enough)
 
     # -- the timeline -----------------------------------------------------------------------------------------------
 

@@ -14,11 +14,13 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.requests import ErasureOutcome, Forgotten
 from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Target, Update
+from fedcl.evaluation.evaluator import Evaluator
 from fedcl.models.flat import Spec
+from fedcl.scenario.task import Schedule, Stream
 from fedcl.server.arrivals import Arrivals
 from fedcl.server.curriculum import Curriculum
 from fedcl.server.exchange import Exchange
-from fedcl.server.measurement import Record
+from fedcl.server.measurement import Known, Measurement, Record
 from fedcl.server.rounds import RoundOptions
 from fedcl.server.strategy import Strategy
 
@@ -115,17 +117,22 @@ class ServerData:
         strategy: Strategy,
         exchange: Exchange,
         arrivals: Arrivals,
-        curriculum: Curriculum,
+        schedule: Schedule,
+        stream: Stream,
         spec: Spec,
         initial: Tensor,
         clients: Sequence[str],
         record: Record,
         options: LoopOptions,
+        evaluator: Evaluator | None = None,
         statistics: Statistics | None = None,
+        known: Known | None = None,
         compute: Compute | None = None,
         unlearning: BetweenRounds | None = None,
     ) -> None:
-        self.strategy, self.exchange, self.arrivals, self.curriculum = strategy, exchange, arrivals, curriculum
+        self.strategy, self.exchange, self.arrivals, self.schedule = strategy, exchange, arrivals, schedule
+        self.curriculum = Curriculum(stream, schedule, Forgotten() if unlearning is None else unlearning.forgotten)
+        self.measurement = Measurement(record, stream, evaluator, known)
         self.record, self.options, self.unlearning = record, options, unlearning
         self.statistics = statistics or Statistics()
         self.compute_in = compute or at_once

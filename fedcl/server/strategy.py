@@ -13,6 +13,7 @@ from fedcl.contracts.learner import Payload, Plugin
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import (
     GLOBAL,
+    Asking,
     Collaboration,
     Event,
     LocalWork,
@@ -20,7 +21,6 @@ from fedcl.contracts.strategy import (
     Projection,
     ServerOptimizer,
     Staleness,
-    Stateful,
     Target,
     Update,
 )
@@ -41,7 +41,7 @@ class Outgoing:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-class Strategy(Stateful):
+class Strategy(Asking):
     """What the round loop needs of a strategy: :class:`Pipeline`, or Flower's behind an adapter.
 
     ``payloads`` are the tensors that are exchanged with every train message. ``personal`` says that clients have
@@ -79,17 +79,6 @@ class Strategy(Stateful):
     def target_of(self, client: str, view: ServerView) -> Target:
         """Return whose model ``client`` uses."""
         return GLOBAL
-
-    def queries(self, event: Event, view: ServerView) -> list[Query]:
-        """Return what to ask clients at ``event``."""
-        return []
-
-    def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Learn from the responses to a query."""
-
-    def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Return models that replace their targets' at ``event``, after all responses have been consumed."""
-        return {}
 
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Forget the forget set and say, part by part, what became of it."""
@@ -161,7 +150,6 @@ class Pipeline(Strategy):
         }
 
     def setup(self, spec: Spec) -> None:
-        """Tell every part the layout of model vectors."""
         for part in self.parts.values():
             part.setup(spec)
         private = torch.zeros(spec.size, dtype=torch.bool)
@@ -171,12 +159,10 @@ class Pipeline(Strategy):
         self._private = private if bool(private.any()) else None
 
     def bind(self, work: LocalWork) -> None:
-        """Tell every part how clients train."""
         for part in self.parts.values():
             part.bind(work)
 
     def initial(self, view: ServerView) -> dict[Target, Tensor]:
-        """Return the collaboration's targets."""
         return self.collaboration.initial(view)
 
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
@@ -190,7 +176,6 @@ class Pipeline(Strategy):
         return messages
 
     def target_of(self, client: str, view: ServerView) -> Target:
-        """Return whose model ``client`` trains from."""
         return self.collaboration.message_for(client, view)[0]
 
     def aggregation(self, expected: Expected, max_norm: float | None) -> Aggregation | None:
@@ -237,15 +222,12 @@ class Pipeline(Strategy):
         return [admitted.get(update.client) if update is not None else None for update in positions]
 
     def queries(self, event: Event, view: ServerView) -> list[Query]:
-        """Return the projection's queries."""
         return self.projection.queries(event, view)
 
     def consume(self, query: Query, responses: Sequence[Response], view: ServerView) -> None:
-        """Pass the responses to the projection."""
         self.projection.consume(query, responses, view)
 
     def finalize(self, event: Event, view: ServerView) -> dict[Target, Tensor]:
-        """Return the projection's replacements."""
         return self.projection.finalize(event, view)
 
     def metrics(self) -> dict[str, float]:
@@ -257,23 +239,18 @@ class Pipeline(Strategy):
         return {f"{role}/{name}": v for role, part in self.parts.items() for name, v in part.timings().items()}
 
     def notes(self) -> list[dict[str, Any]]:
-        """Return the parts' notes."""
         return [note for part in self.parts.values() for note in part.notes()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts' state by role."""
         return {role: part.state_dict() for role, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the parts' state."""
         for role, part in self.parts.items():
             part.load_state_dict(state[role])
 
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
-        """Let every part forget."""
         return [part.forget(request) for part in self.parts.values()]
 
     def relearn(self, view: PastView) -> None:
-        """Let every part learn again what it must."""
         for part in self.parts.values():
             part.relearn(view)

@@ -13,9 +13,10 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedcl import __version__
-from fedcl.assembly import Settings, client_ids, client_runtime, make_aggregation, participants, simulated_data
+from fedcl.assembly import Settings, client_ids, client_runtime, make_aggregation, participants
 from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.state import ClientStateStore, MemoryStateStore
 from fedcl.config.checks import is_local
 from fedcl.config.value_rules import ConfigError
@@ -104,7 +105,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     nodes = {client: FIRST_NODE + i for i, client in enumerate(clients)}
     backend = Settings.of(cfg).backend
     if backend.name == "inline":
-        runtime = client_runtime(cfg, simulated_data(dataset, partition, clients), dataset)
+        runtime = client_runtime(cfg, PartitionedData(dataset, partition, clients))
         return InlineGrid(
             nodes, ClientHost(runtime, states, make_aggregation(cfg, runtime.model, dataset)), run_id=RUN_ID
         )

@@ -42,13 +42,10 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         quiet_environment()
         sys.path.extend(path for path in paths if path not in sys.path)
-        from fedcl.assembly import (  # after the user's own modules can be found
-            client_runtime,
-            make_aggregation,
-            simulated_data,
-        )
+        from fedcl.assembly import client_runtime, make_aggregation  # after the user's own modules can be found
+        from fedcl.client.local_data import PartitionedData
 
-        runtime = client_runtime(config, simulated_data(dataset, partition, clients), dataset)
+        runtime = client_runtime(config, PartitionedData(dataset, partition, clients))
         self._data = runtime.data
         self._store = _NotingStore()
         self._host = ClientHost(runtime, self._store, make_aggregation(config, runtime.model, dataset))

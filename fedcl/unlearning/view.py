@@ -60,12 +60,10 @@ class UnlearningView:
 
     @property
     def spec(self) -> Spec:
-        """Layout of a model vector."""
         return self.server.spec
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """The clients that stay."""
         return self.server.clients
 
     @property
@@ -81,25 +79,20 @@ class UnlearningView:
 
     @property
     def initial(self) -> Tensor:
-        """The weights the run began with."""
         return self.server.initial
 
     @property
     def statistics(self) -> Statistics:
-        """The sums of clients' statistics at the server."""
         return self.server.statistics
 
     @property
     def device(self) -> torch.device:
-        """Device for heavy server mathematics."""
         return self.server.device
 
     def rng(self, purpose: str) -> torch.Generator:
-        """Return a generator keyed by (seed, version, purpose)."""
         return self.server.rng(purpose)
 
     def model_of(self, client: str) -> Tensor:
-        """Return the weights that would be sent to ``client`` now."""
         return self.server.model_of(client)
 
     def ask(
@@ -111,7 +104,6 @@ class UnlearningView:
         tasks: Mapping[str, Sequence[Task]] | None = None,
         **args: Value,
     ) -> list[Response]:
-        """Let clients do a step of the unlearner."""
         self.asked |= models.keys()
         self.steps += 1
         query = Query(step, dict(models), response, dict(tensors or {}))

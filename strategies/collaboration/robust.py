@@ -102,7 +102,6 @@ class Median(Robust):
     """Coordinate-wise median. It takes no weights: staleness can only hold an update back or drop it."""
 
     def reduce(self, deltas_KG: Tensor, weights_K: Tensor) -> Tensor:
-        """Return the median (G,)."""
         return median(deltas_KG)
 
 
@@ -113,7 +112,6 @@ class TrimmedMean(Robust):
         self.share = share
 
     def reduce(self, deltas_KG: Tensor, weights_K: Tensor) -> Tensor:
-        """Return the trimmed mean (G,)."""
         return trimmed_mean(deltas_KG, self.share)
 
 

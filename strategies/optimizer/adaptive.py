@@ -94,7 +94,6 @@ class Adagrad(Adaptive):
     """FedAdagrad: v is the sum of all squared changes. The paper runs it with ``beta_1`` 0."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
-        """Return v + Delta^2."""
         return v + square
 
 
@@ -116,7 +115,6 @@ class Adam(_Decaying):
     """FedAdam: v is a running mean of squared changes."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
-        """Return beta_2 v + (1 - beta_2) Delta^2."""
         return self.beta_2 * v + (1 - self.beta_2) * square
 
 
@@ -124,5 +122,4 @@ class Yogi(_Decaying):
     """FedYogi: as Adam, but v moves by an amount that depends on the new change alone."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
-        """Return v - (1 - beta_2) Delta^2 sign(v - Delta^2)."""
         return v - (1 - self.beta_2) * square * torch.sign(v - square)

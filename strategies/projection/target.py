@@ -22,7 +22,9 @@ from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import GLOBAL, Event, LocalWork, Projection
 from fedcl.contracts.strategy import Target as TargetName
 from fedcl.contracts.view import ServerView
+from fedcl.evaluation.predictions import masked
 from fedcl.models.flat import FlatModel
+from fedcl.models.masks import divergence
 
 INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
 
@@ -59,13 +61,6 @@ class Generator(nn.Module):
         joined = torch.cat([z_BZ, F.one_hot(y_B, self.columns).to(z_BZ)], dim=1)
         flat: Tensor = self.head(F.leaky_relu(self.body(joined), 0.2))
         return flat.view(-1, *self.shape)
-
-
-def disagreement(teacher_BC: Tensor, student_BC: Tensor, columns_BC: Tensor) -> Tensor:
-    """Return KL(teacher || student) over each sample's own ``columns`` (bool), the mean over the batch."""
-    log_p = F.log_softmax(teacher_BC.masked_fill(~columns_BC, -torch.inf), dim=1).masked_fill(~columns_BC, 0.0)
-    log_q = F.log_softmax(student_BC.masked_fill(~columns_BC, -torch.inf), dim=1).masked_fill(~columns_BC, 0.0)
-    return (log_p.exp() * columns_BC * (log_p - log_q)).sum(1).mean()
 
 
 def synthesise(
@@ -105,10 +100,10 @@ def synthesise(
         mask, target = about[y].to(model.device), y.to(model.device)
         x = made(y)
         said = teacher(x).logits
-        loss = F.cross_entropy(said.masked_fill(~mask, -torch.inf), target) + how.moments * _moments(x)
-        loss = loss - how.adversarial * disagreement(said, student(x).logits, mask)
+        loss = F.cross_entropy(masked(said, mask), target) + how.moments * _moments(x)
+        loss = loss - how.adversarial * divergence(said, student(x).logits, mask)
         _descend(optimizer, loss)
-        _descend(learner, disagreement(said.detach(), student(x.detach()).logits, mask))
+        _descend(learner, divergence(said.detach(), student(x.detach()).logits, mask))
     with torch.no_grad():
         y = columns[torch.arange(how.samples) % len(columns)]
         x = made(y)
@@ -204,5 +199,5 @@ class TARGET(Projection):
         """Return how sure the model is of the samples it was asked for: mean probability of the most likely column."""
         if not self._made:
             return {}
-        logits = self._made[LOGITS].masked_fill(self._made[COLUMNS] == 0, -torch.inf)
+        logits = masked(self._made[LOGITS], self._made[COLUMNS] != 0)
         return {"confidence": float(logits.softmax(1).amax(1).mean())}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.contracts.strategy import LocalWork, Staleness, Update
@@ -145,7 +146,7 @@ class GradientInversion(Staleness):
             return "switch"
         if not bool((update.delta[visits.trained.cpu()] != 0).any()):
             return "nothing"
-        nearest = min((1 - float(_cosine(update.delta, other)) for other in fresh), default=2.0)
+        nearest = min((1 - float(cosine_similarity(update.delta, other, dim=0)) for other in fresh), default=2.0)
         return "uniqueness" if nearest < self.uniqueness else None
 
     def _solved(self, updates: Sequence[Update], view: ServerView) -> dict[str, Answer]:
@@ -276,7 +277,3 @@ class GradientInversion(Staleness):
                 name, "retained", f"{why}; those of other clients stay, made with models that had seen it"
             )
         return ErasureOutcome(name, "reset", why)
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(a, b, dim=0)

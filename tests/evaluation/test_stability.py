@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fedcl.evaluation.stability import (
     aggregation_drop,
     anytime_accuracy,
-    learning_curve_area,
     min_accuracy,
     windowed_forgetting,
     windowed_plasticity,
@@ -87,7 +86,6 @@ def test_means_over_what_was_measured() -> None:
     assert anytime_accuracy(CURVE[:3]) == pytest.approx((0.5 + 0.9 + 0.35) / 3)
     assert aggregation_drop([0.9, 0.8, NAN], [0.5, 0.9, 0.1]) == pytest.approx((0.4 - 0.1) / 2)
     assert math.isnan(aggregation_drop([NAN], [0.5]))
-    assert learning_curve_area([[0.1, 0.3], [0.5, 0.7], [0.9, 0.9]], beta=1) == pytest.approx((0.2 + 0.6) / 2)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -95,5 +93,3 @@ def test_what_does_not_fit_is_refused() -> None:
         min_accuracy(CURVE, [0, 1])
     with pytest.raises(ValueError, match="window=1"):
         windowed_forgetting(CURVE, 1)
-    with pytest.raises(ValueError, match="beta=3"):
-        learning_curve_area(np.zeros((3, 1)), beta=3)

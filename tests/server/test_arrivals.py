@@ -101,7 +101,7 @@ def test_updates_beyond_the_maximum_age_and_of_finished_tasks_are_dropped_and_co
 def test_one_message_a_client_is_in_flight(build: Any) -> None:
     system = build(device=slow({"1": 3.5}), deadline=2.0).run()
     assert system.exchange.visits["1"] == 2
-    task = system.server.stream.train_task(0)
+    task = system.server.curriculum.stream.train_task(0)
     recipients = [(out, system.exchange.request("train", out, task, 0, 0)) for out in system.server._outgoing(["0"])]
     system.server.arrivals.dispatch(recipients, 0)
     with pytest.raises(ValueError, match="already has a message in flight"):

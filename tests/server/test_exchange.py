@@ -377,7 +377,7 @@ def test_an_answer_far_larger_than_the_others_names_its_client(build: Any) -> No
         system = build(plugins={"answers": enlarged(factor)})
         models = dict.fromkeys(("0", "1", "2", "3"), system.server.global_model)
         query = Query("mean", models, {"mean": TensorField((2,))})
-        task = system.server.stream.train_task(0)
+        task = system.server.curriculum.stream.train_task(0)
         responses = system.exchange.ask(query, lambda client, task=task: task, 0, 0)
         assert len(responses) == 4
         assert [(e["client"], e["payload"]) for e in system.events("payload_outlier")] == named
@@ -397,7 +397,7 @@ def test_a_query_is_answered_in_its_order_by_those_with_data(build: Any) -> None
     query = Query(
         "mean", dict.fromkeys(("3", "2", "0", "1"), model), {"mean": TensorField(())}, {"factor": torch.tensor(0.0)}
     )
-    responses = system.exchange.ask(query, lambda client: system.server.stream.train_task(1), 0, 0)
+    responses = system.exchange.ask(query, lambda client: system.server.curriculum.stream.train_task(1), 0, 0)
     assert [(a.client, a.num_examples, a.tensors["mean"].item()) for a in responses] == [("0", 4, 0), ("1", 6, 0)]
     assert [e["client"] for e in system.events("client_failed")] == ["2"]
     assert system.exchange.visits == {}  # a question is no visit
@@ -433,7 +433,7 @@ def test_recipients_with_different_models_or_payloads_share_no_message(build: An
         Outgoing("2", "2", own, {"c": variate}),
         Outgoing("3", "*", shared, {"c": variate.clone()}),
     ]
-    task = system.server.stream.train_task(0)
+    task = system.server.curriculum.stream.train_task(0)
     replies = system.exchange.tell("evaluate", outgoing, lambda _: task, 0, 0)
     assert [m.content["fedcl"]["clients"] for m in sent] == [["0", "1"], ["2"], ["3"]]
     assert [m.metadata.dst_node_id for m in sent] == [100, 102, 103]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedcl import assembly
 from fedcl.base.tree import pack, unpack
+from fedcl.client.local_data import PartitionedData
 from fedcl.client.state import MemoryStateStore
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
@@ -103,8 +104,8 @@ class World:
         return models
 
     def host(self) -> ClientHost:
-        data = assembly.simulated_data(self.dataset, self.partition, tuple(NODES))
-        return ClientHost(assembly.client_runtime(self.cfg, data, self.dataset), MemoryStateStore())
+        data = PartitionedData(self.dataset, self.partition, tuple(NODES))
+        return ClientHost(assembly.client_runtime(self.cfg, data), MemoryStateStore())
 
 
 class FlowersSide(Grid):

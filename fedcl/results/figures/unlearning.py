@@ -137,7 +137,8 @@ def _gaps(run: Run) -> dict[str, pd.DataFrame]:
 
 def _draw_gaps(axes: Axes, frames: list[pd.DataFrame], measures: list[str]) -> str:
     axes.axvline(0.0, color=style.INK, linewidth=1.1, zorder=1)
-    axes.axhspan(-0.5, _forget_rows(measures) - 0.5, color=style.GREY, alpha=0.10, linewidth=0)
+    forget_rows = sum(measure.startswith("forget") for measure in measures)
+    axes.axhspan(-0.5, forget_rows - 0.5, color=style.GREY, alpha=0.10, linewidth=0)
     words = []
     for kind in ("before", "after"):
         values_SN = np.stack([frame.reindex(columns=measures).loc[kind].to_numpy(dtype=np.float64) for frame in frames])
@@ -151,10 +152,6 @@ def _draw_gaps(axes: Axes, frames: list[pd.DataFrame], measures: list[str]) -> s
             words = [f"{MEASURES[m]} {100 * v:+.1f}" for m, v in zip(measures, mean, strict=True) if np.isfinite(v)]
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):+g}" if value else "0"))
     return ", ".join(words)
-
-
-def _forget_rows(measures: list[str]) -> int:
-    return sum(measure.startswith("forget") for measure in measures)
 
 
 def _same_width(panels: list[Axes]) -> None:

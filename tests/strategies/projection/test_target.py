@@ -12,9 +12,10 @@ import torch
 from clients.strategies.target import SyntheticDistillation
 from fedcl.contracts.learner import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
+from fedcl.models.masks import divergence
 from fedcl.models.networks import MLP, build_model
 from fedcl.scenario.task import Task
-from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, _moments, disagreement, synthesise
+from strategies.projection.target import COLUMNS, INPUTS, LOGITS, Synthesis, _moments, synthesise
 from tests.toy import configure, run_toy, write_files
 
 HOW = Synthesis(samples=12, iterations=150, batch_size=16, latent=4, hidden=16, lr=0.01, adversarial=0.0, moments=0.1)
@@ -28,8 +29,8 @@ def test_disagreement_by_hand() -> None:
     teacher, student = torch.tensor([[0.0, math.log(3.0), 9.0]]), torch.tensor([[0.0, 0.0, 0.0]])
     columns = torch.tensor([[True, True, False]])
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert float(disagreement(teacher, student, columns)) == pytest.approx(expected)
-    assert float(disagreement(teacher, teacher, columns)) == 0.0
+    assert float(divergence(teacher, student, columns)) == pytest.approx(expected)
+    assert float(divergence(teacher, teacher, columns)) == 0.0
 
 
 # mean 2 and standard deviation 1; mean 0 and standard deviation 3; normalised
@@ -62,7 +63,7 @@ def test_samples_are_sought_on_which_teacher_and_student_disagree() -> None:
         how = replace(HOW, adversarial=adversarial, moments=1.0, iterations=60, samples=64)
         made = synthesise(model, (5,), model.vector(), student.vector(), [[0, 1, 2, 3]], how, seed=1)
         said = student(made[INPUTS]).logits.detach()
-        apart.append(float(disagreement(made[LOGITS], said, made[COLUMNS].bool())))
+        apart.append(float(divergence(made[LOGITS], said, made[COLUMNS].bool())))
     assert apart[1] > 1.3 * apart[0]
 
 
