@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 
@@ -41,9 +40,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the bar on the screen as it stands."""
         if self._bar is not None:
             self._bar.stop()
