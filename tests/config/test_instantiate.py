@@ -8,6 +8,7 @@ import pytest
 
 from clients.unlearners.ssd import SSD
 from clients.unlearners.wrappers import Guarded
+from fedcl.config.compose import compose
 from fedcl.config.instantiate import build
 from fedcl.config.value_rules import ConfigError
 
@@ -47,13 +48,20 @@ def test_the_mapping_is_left_as_it_was() -> None:
         ({"alpha": 0.5}, "unlearner.base: has no _target_"),
         ("ssd", "unlearner.base=ssd: must be a mapping with a _target_"),
         ({**INNER, "alfa": 1}, "unlearner.base.alfa: no such parameter"),
-        ({**INNER, "alpha": -1.0}, "alpha=-1.0: must be"),
     ],
 )
 def test_what_is_inside_is_held_to_the_same_rules(base: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(node(base), at="unlearner")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["unlearner.base.alpha=-1", "unlearner.base={_target_: clients.unlearners.ssd.SSD, alpha: -1}"]
+)
+def test_values_inside_are_held_to_the_rules_of_their_choice(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"unlearner.base.alpha=-1: must be number > 0"):
+        compose(["unlearner=guarded_ssd", override])
 
 
 def test_no_other_mapping_is_ever_built() -> None:
