@@ -170,13 +170,11 @@ class Exchange:
         note_of: NoteOf = lambda client: "",
     ) -> list[Response]:
         """Put ``query`` to its clients; return the responses of those that hold data, in the query's order."""
-        outgoing = [Outgoing(client, "", model, query.request) for client, model in query.models.items()]
-        requests = [
-            self.request(kind, out, task_of(out.client), server_round, version, query.name, note_of(out.client))
-            for out in outgoing
+        recipients = [
+            (out, self.request(kind, out, task_of(out.client), server_round, version, query.name, note_of(out.client)))
+            for out in (Outgoing(client, "", model, query.request) for client, model in query.models.items())
         ]
-        expected = Expected.of(kind, self.spec, query.response)
-        replies = self._send(list(zip(outgoing, requests, strict=True)), expected)
+        replies = self._send(recipients, Expected.of(kind, self.spec, query.response))
         responses = [
             Response(request.client, reply.num_examples, reply.payload)
             for request, reply in replies
@@ -195,11 +193,11 @@ class Exchange:
         note_of: NoteOf = lambda client: "",
     ) -> dict[str, Reply]:
         """Send a ``task_end``, a ``forget`` or an ``evaluate`` to clients; return the sound replies."""
-        requests = [
-            self.request(kind, out, task_of(out.client), server_round, version, note=note_of(out.client))
+        recipients = [
+            (out, self.request(kind, out, task_of(out.client), server_round, version, note=note_of(out.client)))
             for out in outgoing
         ]
-        replies = self._send(list(zip(outgoing, requests, strict=True)), self.expected(kind))
+        replies = self._send(recipients, self.expected(kind))
         if kind in CHANGES_STATE:
             for request, _ in replies:
                 self.commit(request)
