@@ -89,18 +89,18 @@ def pulled(net: nn.Sequential, work: Work, importance: Tensor, anchor: Tensor, s
 
 def ewc(net: nn.Sequential, work: Work) -> int:
     """Train with EWC's penalty, lambda = 10 and the factor 1/2."""
-    return pulled(net, work, work.left["fisher"][0], work.left["anchor"][0], 5.0)
+    return pulled(net, work, work.left["importance"][0], work.left["anchor"][0], 5.0)
 
 
 def mas(net: nn.Sequential, work: Work) -> int:
     """Train with MAS's penalty, lambda = 0.1."""
-    return pulled(net, work, work.left["importance"], work.left["anchor"], 0.1)
+    return pulled(net, work, work.left["importance"][0], work.left["anchor"][0], 0.1)
 
 
 def si(net: nn.Sequential, work: Work, c: float = 0.1) -> int:
     """Train with SI's penalty, c = 0.1, and integrate the new task's path along the gradient of its own loss."""
     weights = weights_of(net)
-    strengths, anchors = split(work, work.left["importance"], weights), split(work, work.left["anchor"], weights)
+    strengths, anchors = split(work, work.left["importance"][0], weights), split(work, work.left["anchor"][0], weights)
     path, way = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     steps = 0
     for _, x, y in epochs(work):
