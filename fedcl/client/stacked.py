@@ -199,22 +199,19 @@ class _Differentiated:
         self._model, self._training, self._mask = ctxs[0].model, training, ctxs[0].mask
         whole = torch.contiguous_format
         self._params = {t.name: _view(starts_KP, t).clone(memory_format=whole) for t in self._model.spec}
-        named = dict(self._model.module.named_parameters())
-        self._trained = [name for name in self._params if named[name].requires_grad]
         self.width: int | None = None
         self._velocity: dict[str, Tensor] = {}
         self._gradient = vmap(grad_and_value(self._loss))
 
-    def _loss(self, trained: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = functional_call(self._model.module, {**fixed, **trained}, (x,)).logits
+    def _loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = functional_call(self._model.module, params, (x,)).logits
         return functional.cross_entropy(masked(logits, self._mask), y)
 
     def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
         params = {name: stacked[part] for name, stacked in self._params.items()}
-        trained = {name: params.pop(name) for name in self._trained}
-        grads, losses = self._gradient(trained, params, x, y)
+        grads, losses = self._gradient(params, x, y)
         with torch.no_grad():
-            for name, weight in trained.items():
+            for name, weight in params.items():
                 self._move(name, part, weight, grads[name], lr)
         return cast(Tensor, losses.detach())
 
