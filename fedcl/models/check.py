@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedcl.models.flat import FlatModel
+from fedcl.models.module import ModuleNetwork
 from fedcl.models.networks import Output, RandomLayer
 
 
@@ -33,7 +34,8 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         The forward pass draws from a global random state, changes what the flat vector does not hold, or does not
         return logits of so many columns and their features.
     """
-    name = type(model.module).__name__
+    foreign = isinstance(model.module, ModuleNetwork)
+    name = type(model.module.body if foreign else model.module).__name__
     module = copy.deepcopy(model.module).to("cpu").train()
     for layer in module.modules():
         if isinstance(layer, RandomLayer):
@@ -54,9 +56,11 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
     if moved:
+        own = "use fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+        remedy = "set the probabilities of its functional dropout to 0" if foreign else own
         raise ValueError(
-            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; use "
-            "fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; "
+            f"{remedy}"
         )
     for place, tensor in _outside_the_vector(module).items():
         if place not in before or not torch.equal(tensor, before[place]):
