@@ -11,6 +11,7 @@ import torch
 
 from fedcl.models.fixed import fixed_tensors
 from fedcl.models.flat import FlatModel
+from fedcl.models.module import ModuleNetwork
 from fedcl.models.networks import Output, RandomLayer
 
 
@@ -32,7 +33,8 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         The forward pass draws from a global random state, changes what the flat vector does not hold, or does not
         return logits of so many columns and their features.
     """
-    name = type(model.module).__name__
+    foreign = isinstance(model.module, ModuleNetwork)
+    name = type(model.module.body if foreign else model.module).__name__
     checked = FlatModel(copy.deepcopy(model.module))
     checked.train()
     module = checked.module
@@ -54,9 +56,11 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
     if moved:
+        own = "use fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+        remedy = "set the probabilities of its functional dropout to 0" if foreign else own
         raise ValueError(
-            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; use "
-            "fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; "
+            f"{remedy}"
         )
     for place, tensor in fixed_tensors(module).items():
         if place not in before or not torch.equal(tensor, before[place]):

@@ -21,9 +21,9 @@ from fedcl.models.fixed import digest_of, fixed_tensors, learned_tensors, still_
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_HEAD = re.compile(r"(?:^|\.)heads?\.")
+_HEAD = re.compile(r"^heads?\.")  # not a layer of a foreign module's that is called so
 _HEAD_WEIGHT = re.compile(r"(head|heads\.\d+)\.weight")
-_HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
+_HEAD_OF_TASK = re.compile(r"^heads\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _FEW = 4  # how many names an error lists
 _CLASSIFIER = re.compile(r"^(?:heads?|fc|classifier)\.")
 
 
-def load_weights(module: nn.Module, path: str) -> None:
+def load_weights(module: nn.Module, path: str, *, classifier: str | None = None) -> None:
     """Give the tensors of ``module`` the values of a file's equally named ones: by copy, or where fixed, as they are.
 
     The head keeps its own values where the file has none, and a file's classifier (``head.*``, ``heads.*``, ``fc.*``,
@@ -32,6 +32,8 @@ def load_weights(module: nn.Module, path: str) -> None:
     path
         A ``.safetensors``, ``.npz``, ``.pt`` or ``.pth`` file; one that is not here is looked for in the folder that
         the environment variable ``FEDCL_DATA`` names.
+    classifier
+        Dotted name of a further layer of the file that is passed over.
 
     Raises
     ------
@@ -43,6 +45,8 @@ def load_weights(module: nn.Module, path: str) -> None:
     wrong = [f"{name} is missing" for name in own if name not in found and _needed(name)]
     for name, tensor in found.items():
         target = own.get(name)
+        if classifier is not None and name.startswith(f"{classifier}."):
+            continue
         if _CLASSIFIER.match(name) and (target is None or target.shape != tensor.shape):
             continue
         if target is None:
