@@ -24,6 +24,7 @@ from types import FrameType
 from fedcl import __version__
 from fedcl.commands import add as add_commands
 from fedcl.config.instantiate import add_plugin_paths
+from fedcl.config.rule_kinds import is_unicode
 from fedcl.config.value_rules import ConfigError, RunFailed
 from fedcl.deploy.commands import add as add_deploy
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     words = sys.argv[1:] if argv is None else argv
     for text in (*words, os.getcwd()):
-        if not _is_text(text):
+        if not is_unicode(text):
             print(f"fedcl: error: {text!a}: must be UTF-8 text; rename it", file=sys.stderr)
             return BAD_INPUT
     try:
@@ -111,15 +112,6 @@ def _format_warning(
 ) -> str:
     """Return a warning as one line; where in the code it came from is for those who ask for errors (`-W error`)."""
     return f"fedcl: warning: {' '.join(str(message).split())}\n"
-
-
-def _is_text(text: str) -> bool:
-    """Whether text can be written: bytes on the command line that are no UTF-8 come as halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _given_folders(args: argparse.Namespace) -> list[Path]:

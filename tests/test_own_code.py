@@ -168,7 +168,7 @@ def run(my: Path, kind: str, text: str, capsys: pytest.CaptureFixture[str]) -> t
         ("learner", "own: {_target_: M.OldFinish}", ["learner.own", "finish"]),
         ("strategy/collaboration", "server: {_target_: M.OldFinish}",
          ["strategy.collaboration.server", "OldFinish.finish(self, aggregate)", "view"]),
-        ("data/partition", "_target_: M.old_partition", ["data.partition", "old_partition", "train_meta"]),
+        ("data/partition", "_target_: M.old_partition", ["data.partition", "old_partition", "y_test"]),
         ("data/partition", "_target_: M.Net", ["data.partition", "Net", "needs this parameter"]),
         ("data", "defaults: [{partition: iid}, _self_]\nsource: {_target_: M.old_source}", ["data.source", "folder"]),
         ("data", "defaults: [{partition: iid}, _self_]\nsource: {_target_: M.old_source, folder: x}",

@@ -54,11 +54,6 @@ class ProtoCL(ClosedForm):
     train
         When the network is trained: see `ClosedForm`. The paper trains in all tasks, with a memory:
         ``learner=[protocl,er]``.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is not positive, or ``train`` unknown.
     """
 
     payloads: ClassVar[tuple[Payload, ...]] = (Payload(QUERY, "down"),)
@@ -67,9 +62,6 @@ class ProtoCL(ClosedForm):
     key: ClassVar[str] = "protocl"
 
     def __init__(self, *, noise: float = 1.0, prior: float = 1.0, train: Train = "first_task") -> None:
-        for name, value in (("noise", noise), ("prior", prior)):
-            if not value > 0:
-                raise ValueError(f"learner.protocl.{name}={value}: must be > 0")
         super().__init__(train=train)
         self.noise, self.prior = noise, prior
         self._sums_CF = self._counts_C = torch.zeros(0)

@@ -39,11 +39,6 @@ class RanPAC(ClosedForm):
         lambda, relative to the mean of G's diagonal, so that it means the same for any number of samples and scale.
     train
         When the network itself is trained: see `ClosedForm`.
-
-    Raises
-    ------
-    ValueError
-        If ``ridge`` is not positive or ``train`` unknown.
     """
 
     queries: ClassVar[tuple[str, ...]] = (GRAM,)
@@ -51,8 +46,6 @@ class RanPAC(ClosedForm):
     key: ClassVar[str] = "ranpac"
 
     def __init__(self, *, ridge: float = 1e-3, train: Train = "first_task") -> None:
-        if not ridge > 0:
-            raise ValueError(f"learner.ranpac.ridge={ridge}: must be > 0")
         super().__init__(train=train)
         self.ridge = ridge
 

@@ -24,18 +24,11 @@ class APFL(PersonalModel):
     """Move v on each batch, by plain SGD, and alpha once per local round, on its first batch.
 
     On the first batch v and w differ by what the other clients have learned. With ``adaptive`` false alpha is constant.
-
-    Raises
-    ------
-    ValueError
-        If ``alpha`` is outside [0, 1].
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
 
     def __init__(self, *, alpha: float = 0.5, adaptive: bool = True) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"strategy.collaboration.client.alpha={alpha}: must be in [0, 1]")
         super().__init__()
         self.alpha = alpha
         self.adaptive = adaptive

@@ -17,20 +17,11 @@ class Ditto(PersonalModel):
     """Take one step of the personal model on each batch, by plain SGD.
 
     The shared model trains exactly as without Ditto, unless dropout draws for both.
-
-    Raises
-    ------
-    ValueError
-        If ``weight`` is negative or ``lr`` not positive.
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
 
     def __init__(self, *, weight: float = 0.1, lr: float | None = None) -> None:
-        if not weight >= 0:
-            raise ValueError(f"strategy.collaboration.client.weight={weight}: must be >= 0")
-        if lr is not None and not lr > 0:
-            raise ValueError(f"strategy.collaboration.client.lr={lr}: must be > 0 or null")
         super().__init__()
         self.weight = weight
         self.lr = lr

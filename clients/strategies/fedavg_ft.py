@@ -27,20 +27,11 @@ class FineTuned(Plugin):
         0 predicts with the received model.
     lr
         Learning rate; ``None`` is the client's own.
-
-    Raises
-    ------
-    ValueError
-        If ``epochs`` is negative or ``lr`` not positive.
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING
 
     def __init__(self, *, epochs: int = 5, lr: float | None = None) -> None:
-        if epochs < 0:
-            raise ValueError(f"strategy.collaboration.client.epochs={epochs}: must be int >= 0")
-        if lr is not None and not lr > 0:
-            raise ValueError(f"strategy.collaboration.client.lr={lr}: must be > 0 or null")
         self.epochs = epochs
         self.lr = lr
         self._tuned: Tensor | None = None

@@ -28,20 +28,11 @@ class CriticalMask(Plugin):
     """Upload the mask of critical parameters as uint8 (B,), from the model received and the model trained.
 
     With ``masks="server"`` nothing is sent. Both parameters are those of the server half.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     phase: ClassVar[Phase] = Phase.BOOKKEEPING  # after those that still change the weights
 
     def __init__(self, *, tau: float = 0.5, masks: Literal["server", "client"] = "server") -> None:
-        if not 0 < tau <= 1:
-            raise ValueError(f"strategy.collaboration.client.tau={tau}: must be in (0, 1]")
-        if masks not in ("server", "client"):
-            raise ValueError(f"strategy.collaboration.client.masks={masks}: must be server or client")
         self.tau = tau
         self.masks = masks
         if masks == "client":
@@ -64,11 +55,6 @@ class BalancedCriticalMask(CriticalMask):
     adjustment, Menon et al., ICLR 2021). A client that has trained predicts with (1 - ``mix``) times the weights it
     trained last plus ``mix`` times those it receives. An extension of FedCAC, not part of it; neither counts nor the
     weights kept travel.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of its range.
     """
 
     def __init__(
@@ -79,10 +65,6 @@ class BalancedCriticalMask(CriticalMask):
         tau: float = 0.5,
         masks: Literal["server", "client"] = "server",
     ) -> None:
-        if not smoothing > 0:
-            raise ValueError(f"strategy.collaboration.client.smoothing={smoothing}: must be > 0")
-        if not 0 <= mix <= 1:
-            raise ValueError(f"strategy.collaboration.client.mix={mix}: must be in [0, 1]")
         super().__init__(tau=tau, masks=masks)
         self.smoothing = smoothing
         self.mix = mix

@@ -30,16 +30,9 @@ class FedRep(FedPer):
     """Train the head alone for ``head_epochs`` epochs, then the body alone for the epochs of the configuration.
 
     The head's epochs are plain SGD on cross-entropy; the learner's other plugins take part in the body's.
-
-    Raises
-    ------
-    ValueError
-        If ``head_epochs`` is less than 1.
     """
 
     def __init__(self, *, head_epochs: int = 5) -> None:
-        if head_epochs < 1:
-            raise ValueError(f"strategy.collaboration.client.head_epochs={head_epochs}: must be int >= 1")
         super().__init__()
         self.head_epochs = head_epochs
         self._frozen: list[tuple[Tensor, Tensor]] = []

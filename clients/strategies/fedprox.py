@@ -20,18 +20,11 @@ class FedProx(Plugin):
     The gradient of a sum is the sum of the gradients, so this is the loss term itself, without a graph over all weights
     at each step. The recorded training loss is the data's alone. With ``mu`` 0 nothing is computed: the bits are those
     of plain training.
-
-    Raises
-    ------
-    ValueError
-        If ``mu`` is negative.
     """
 
     phase: ClassVar[Phase] = Phase.GRADIENT
 
     def __init__(self, *, mu: float) -> None:
-        if not mu >= 0:
-            raise ValueError(f"strategy.collaboration.client.mu={mu}: must be >= 0")
         self.mu = mu
         self._anchors: list[Tensor] = []
 

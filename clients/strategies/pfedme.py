@@ -23,21 +23,11 @@ class PFedMe(PersonalModel):
     In a local round theta starts at the received model and moves on from batch to batch, as in the authors' code. What
     other plugins add to the loss does not reach theta. The steps are stable while lr lambda and inner_lr lambda are
     well below 2.
-
-    Raises
-    ------
-    ValueError
-        If ``weight`` or ``inner_lr`` is not positive or ``inner_steps`` less than 1.
     """
 
     phase: ClassVar[Phase] = Phase.GRADIENT
 
     def __init__(self, *, weight: float = 1.0, inner_lr: float = 0.1, inner_steps: int = 5) -> None:
-        for name, value in (("weight", weight), ("inner_lr", inner_lr)):
-            if not value > 0:
-                raise ValueError(f"strategy.collaboration.client.{name}={value}: must be > 0")
-        if inner_steps < 1:
-            raise ValueError(f"strategy.collaboration.client.inner_steps={inner_steps}: must be int >= 1")
         super().__init__()
         self.weight = weight
         self.inner_lr = inner_lr

@@ -20,20 +20,12 @@ INPUTS, LOGITS, COLUMNS = "target_inputs", "target_logits", "target_columns"
 
 
 class SyntheticDistillation(Plugin):
-    """Add the distillation on ``batch_size`` synthetic samples a step (null: ``client.batch_size``), times ``weight``.
-
-    Raises
-    ------
-    ValueError
-        If ``weight`` is negative.
-    """
+    """Add ``weight`` times the distillation on ``batch_size`` synthetic samples a step; null: ``client.batch_size``."""
 
     phase: ClassVar[Phase] = Phase.REGULARISER
     payloads: ClassVar[tuple[Payload, ...]] = tuple(Payload(name, "down") for name in (INPUTS, LOGITS, COLUMNS))
 
     def __init__(self, *, weight: float = 1.0, temperature: float = 2.0, batch_size: int | None = None) -> None:
-        if not weight >= 0:
-            raise ValueError(f"strategy.projection.client.weight={weight}: must be >= 0")
         self.weight, self.temperature, self.batch_size = weight, temperature, batch_size
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +71,7 @@ def users_of(target: Target, models: Mapping[Target, Tensor], view: UnlearnView)
     return users or view.clients
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Averaged(Unlearner):
     """Rounds in which clients move a model on their own samples, and the server adds the mean of their changes.
 
@@ -81,8 +83,9 @@ class Averaged(Unlearner):
         How often the clients are asked; 0 changes nothing.
     """
 
-    def __init__(self, *, rounds: int) -> None:
-        self.rounds = rounds
+    rounds: int
+
+    def __post_init__(self) -> None:
         self._metrics: dict[str, float] = {}
 
     @property
@@ -129,6 +132,7 @@ class Averaged(Unlearner):
                     self._metrics[name] = self._metrics.get(name, 0.0) + float(tensor)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Together(Averaged):
     """Rounds in which the owners of F train on F and R together and, with ``everyone``, the others on R.
 
@@ -144,19 +148,12 @@ class Together(Averaged):
         Whether clients that hold nothing of F take part.
     """
 
-    def __init__(
-        self,
-        *,
-        rounds: int = 1,
-        epochs: int = 3,
-        lr: float | None = 0.001,
-        batch_size: int | None = None,
-        optimizer: str = "adam",
-        everyone: bool = True,
-    ) -> None:
-        super().__init__(rounds=rounds)
-        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
-        self.optimizer, self.everyone = optimizer, everyone
+    rounds: int = 1
+    epochs: int = 3
+    lr: float | None = 0.001
+    batch_size: int | None = None
+    optimizer: str = "adam"
+    everyone: bool = True
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:
         """Ask the owners of the forget set and, with ``everyone``, the model's users."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clients.unlearners.averaging import Averaged, users_of
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fedcl.contracts.strategy import Target
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FineTune(Averaged):
     """Rounds of FedAvg on the retained samples of all tasks by the clients that stay: w <- w - lr grad CE(R).
 
@@ -26,9 +28,9 @@ class FineTune(Averaged):
         Learning rate; None for ``client.optimizer.lr``. Momentum and weight decay are the client's own.
     """
 
-    def __init__(self, *, rounds: int = 5, epochs: int = 1, lr: float | None = None) -> None:
-        super().__init__(rounds=rounds)
-        self.epochs, self.lr = epochs, lr
+    rounds: int = 5
+    epochs: int = 1
+    lr: float | None = None
 
     def local(self, ctx: UnlearnContext, step: str) -> Local:
         if not len(ctx.retain):

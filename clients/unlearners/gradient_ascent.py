@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fedcl.contracts.strategy import Target
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GradientAscent(Averaged):
     """Let every owner climb its cross-entropy on what is to be forgotten: w <- w + lr grad CE(F).
 
@@ -47,17 +49,11 @@ class GradientAscent(Averaged):
         the C allowed columns.
     """
 
-    def __init__(
-        self,
-        *,
-        rounds: int = 1,
-        epochs: int = 5,
-        lr: float | None = 0.01,
-        max_norm: float | None = 5.0,
-        stop_loss: float | None = None,
-    ) -> None:
-        super().__init__(rounds=rounds)
-        self.epochs, self.lr, self.max_norm, self.stop_loss = epochs, lr, max_norm, stop_loss
+    rounds: int = 1
+    epochs: int = 5
+    lr: float | None = 0.01
+    max_norm: float | None = 5.0
+    stop_loss: float | None = None
 
     @property
     def response(self) -> Form:

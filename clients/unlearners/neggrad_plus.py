@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedcl.contracts.view import Response
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class NegGradPlus(Averaged):
     """Plain SGD on alpha CE(R) - (1 - alpha) CE(F), in a federation in which few hold some of F.
 
@@ -44,19 +46,12 @@ class NegGradPlus(Averaged):
         loss of a uniform guess among the C allowed columns.
     """
 
-    def __init__(
-        self,
-        *,
-        rounds: int = 5,
-        epochs: int = 1,
-        lr: float | None = 0.05,
-        alpha: float = 0.8,
-        max_norm: float | None = 5.0,
-        stop_loss: float | None = None,
-    ) -> None:
-        super().__init__(rounds=rounds)
-        self.epochs, self.lr, self.alpha = epochs, lr, alpha
-        self.max_norm, self.stop_loss = max_norm, stop_loss
+    rounds: int = 5
+    epochs: int = 1
+    lr: float | None = 0.05
+    alpha: float = 0.8
+    max_norm: float | None = 5.0
+    stop_loss: float | None = None
 
     @property
     def response(self) -> Form:

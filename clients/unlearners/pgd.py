@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fedcl.contracts.strategy import Target
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PGD(Unlearner):
     """Projected gradient ascent from w_ref = (N w - w_i) / (N - 1), in an L2 ball around it.
 
@@ -62,22 +64,17 @@ class PGD(Unlearner):
 
     scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
 
-    def __init__(
-        self,
-        *,
-        epochs: int = 5,
-        lr: float = 0.01,
-        momentum: float = 0.9,
-        batch_size: int | None = None,
-        max_norm: float | None = 5.0,
-        radius: float | None = None,
-        inits: int = 10,
-        tau: float | None = None,
-        stop_accuracy: float | None = 0.2,
-    ) -> None:
-        self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
-        self.max_norm, self.radius, self.inits = max_norm, radius, inits
-        self.tau, self.stop_accuracy = tau, stop_accuracy
+    epochs: int = 5
+    lr: float = 0.01
+    momentum: float = 0.9
+    batch_size: int | None = None
+    max_norm: float | None = 5.0
+    radius: float | None = None
+    inits: int = 10
+    tau: float | None = None
+    stop_accuracy: float | None = 0.2
+
+    def __post_init__(self) -> None:
         self._metrics: dict[str, float] = {}
 
     # -- at the client that leaves ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _TEACHER, _MATRIX = "teacher", "matrix"
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Reteach(Unlearner):
     """Relabel the departing client's samples by a clean teacher, and spare the directions that the others use.
 
@@ -79,23 +81,18 @@ class Reteach(Unlearner):
 
     scopes: ClassVar[frozenset[Scope]] = frozenset({"client"})
 
-    def __init__(
-        self,
-        *,
-        features: int = 400,
-        ridge: float = 0.01,
-        sharpness: float = 8.0,
-        epsilon: float = 0.1,
-        epochs: int = 5,
-        lr: float | None = 0.04,
-        momentum: float = 0.9,
-        batch_size: int | None = 64,
-        max_steps: int | None = 20,
-        max_samples: int | None = 250,
-    ) -> None:
-        self.features, self.ridge, self.sharpness, self.epsilon = features, ridge, sharpness, epsilon
-        self.epochs, self.lr, self.momentum, self.batch_size = epochs, lr, momentum, batch_size
-        self.max_steps, self.max_samples = max_steps, max_samples
+    features: int = 400
+    ridge: float = 0.01
+    sharpness: float = 8.0
+    epsilon: float = 0.1
+    epochs: int = 5
+    lr: float | None = 0.04
+    momentum: float = 0.9
+    batch_size: int | None = 64
+    max_steps: int | None = 20
+    max_samples: int | None = 250
+
+    def __post_init__(self) -> None:
         self._inputs: Form = {}
         self._metrics: dict[str, float] = {}
 

@@ -16,6 +16,7 @@ from fedcl.config.instantiate import build, call
 from fedcl.config.value_rules import ConfigError
 from fedcl.data.assembly import check_halves
 from fedcl.data.dataset import Dataset, Indices, Partition
+from fedcl.data.parts import PartitionInput
 
 _MOST_CLIENTS = 1_000_000  # where clients are more than samples
 _MOST_TASKS = 10_000
@@ -65,18 +66,9 @@ def split_dataset(cfg: Config, dataset: Dataset) -> Partition:
         If there are too few samples, or ``exclude`` names what does not exist, or everything.
     """
     settings, node, place = Settings.of(cfg), node_at(cfg, "data.partition"), "data.partition"
-    found = checked(
-        call,
-        build(node, at=place, trusted=cfg["trusted_packages"]),
-        dataset.train.y,
-        dataset.test.y,
-        num_clients=settings.num_clients,
-        num_classes=dataset.num_classes,
-        rng=numpy_generator(settings.seed, "partition"),
-        train_meta=dataset.train.meta,
-        test_meta=dataset.test.meta,
-        at=place,
-    )
+    train, test, rng = dataset.train, dataset.test, numpy_generator(settings.seed, "partition")
+    given = PartitionInput(train.y, test.y, settings.num_clients, dataset.num_classes, rng, train.meta, test.meta)
+    found = checked(call, build(node, at=place, trusted=cfg["trusted_packages"]), given, at=place)
     partition = of_kind(Partition, found, place, node)
     excluded = _excluded(settings, dataset)
     if not excluded.any():

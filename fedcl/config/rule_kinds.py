@@ -67,9 +67,9 @@ class Scalar(Rule):
         if self.kind == "regex":
             return compiles(value)
         if self.kind == "path":
-            return bool(value) and not _NO_NAME.search(value) and _is_unicode(value)
+            return bool(value) and not _NO_NAME.search(value) and is_unicode(value)
         if self.kind == "str":
-            return _is_unicode(value) and (not self.pattern or re.fullmatch(self.pattern, value) is not None)
+            return is_unicode(value) and (not self.pattern or re.fullmatch(self.pattern, value) is not None)
         return False
 
 
@@ -189,10 +189,10 @@ def compiles(pattern: str) -> bool:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return _is_unicode(pattern)
+    return is_unicode(pattern)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether ``text`` can be written to a file: bytes of the command line that are no UTF-8 cannot."""
     try:
         text.encode()

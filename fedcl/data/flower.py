@@ -9,21 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.dataset import Indices, Meta, Partition
-from fedcl.data.parts import Labels, require_samples, with_matching_test
+from fedcl.data.dataset import Indices, Partition
+from fedcl.data.parts import PartitionInput, require_samples, with_matching_test
 
 _POSITION = "position"
 
 
 def flwr(
-    y_train: Labels,
-    y_test: Labels,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
     partitioner: str = "IidPartitioner",
     params: Mapping[str, Any] | None = None,
 ) -> Partition:
@@ -42,22 +36,22 @@ def flwr(
     """
     place = f"data.partition.partitioner={partitioner}"
     cls = _find(partitioner)
-    require_samples(y_train, num_clients, 1)
-    order = rng.permutation(len(y_train))
-    columns = {"label": y_train, _POSITION: np.arange(len(y_train)), **(train_meta or {})}
+    require_samples(given.y_train, given.num_clients, 1)
+    order = given.rng.permutation(len(given.y_train))
+    columns = {"label": given.y_train, _POSITION: np.arange(len(given.y_train)), **(given.train_meta or {})}
     table = {name: column[order] for name, column in columns.items()}
-    given = dict(params or {})
-    filled = {"num_partitions": num_clients, "partition_by": "label", "seed": int(rng.integers(2**31))}
+    arguments = dict(params or {})
+    filled = {"num_partitions": given.num_clients, "partition_by": "label", "seed": int(given.rng.integers(2**31))}
     accepted = inspect.signature(cls).parameters
-    given = {name: value for name, value in filled.items() if name in accepted} | given
+    arguments = {name: value for name, value in filled.items() if name in accepted} | arguments
     try:
-        parts = _parts(cls(**given), table)
+        parts = _parts(cls(**arguments), table)
     except (TypeError, ValueError, KeyError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{place}: with data.partition.params={dict(params or {})}: {reason}") from error
-    if len(parts) != num_clients:
-        raise ValueError(f"{place}: makes {len(parts)} parts for num_clients={num_clients}")
-    return with_matching_test(parts, y_train, y_test, num_classes, rng)
+    if len(parts) != given.num_clients:
+        raise ValueError(f"{place}: makes {len(parts)} parts for num_clients={given.num_clients}")
+    return with_matching_test(parts, given)
 
 
 def _find(partitioner: str) -> Any:

@@ -1,22 +1,20 @@
 """How samples are spread over clients.
 
-Every partitioner is a pure function of the labels of both halves, and of their ``meta`` columns where it needs them;
-its hyper-parameters are the remaining keywords. Parts are sorted. Two Dirichlet conventions exist and give different
-federations: :func:`dirichlet` divides each class over the clients, :func:`dirichlet_client` draws a mixture for each
-client. Partitioners by meta column and Flower's are in modules of their own.
+Every partitioner is a pure function of a `PartitionInput`; its hyper-parameters are keywords. Parts are sorted. Two
+Dirichlet conventions exist and give different federations: :func:`dirichlet` divides each class over the clients,
+:func:`dirichlet_client` draws a mixture for each client. Partitioners by meta column and Flower's are in modules of
+their own.
 """
 
 # N = train samples, K = clients, C = classes
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from fedcl.base.memory import free_memory, gib
-from fedcl.data.dataset import Indices, Meta, Partition
+from fedcl.data.dataset import Indices, Partition
 from fedcl.data.parts import (
-    Labels,
+    PartitionInput,
     apportion,
     coverage,
     draw,
@@ -28,7 +26,7 @@ from fedcl.data.parts import (
 )
 
 __all__ = [
-    "Partitioner",
+    "PartitionInput",
     "apportion",
     "coverage",
     "dirichlet",
@@ -42,34 +40,7 @@ __all__ = [
 ]
 
 
-class Partitioner(Protocol):
-    """A partitioner whose hyper-parameters are already bound."""
-
-    def __call__(
-        self,
-        y_train: Labels,
-        y_test: Labels,
-        *,
-        num_clients: int,
-        num_classes: int,
-        rng: np.random.Generator,
-        train_meta: Meta | None = None,
-        test_meta: Meta | None = None,
-    ) -> Partition:
-        """Spread both halves over ``num_clients`` clients; ``*_meta`` are columns beside the labels."""
-        ...
-
-
-def iid(
-    y_train: Labels,
-    y_test: Labels,
-    *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
-) -> Partition:
+def iid(given: PartitionInput) -> Partition:
     """Deal the shuffled samples out in parts whose sizes differ by at most one.
 
     Raises
@@ -77,20 +48,14 @@ def iid(
     ValueError
         There are more clients than samples.
     """
-    require_samples(y_train, num_clients, 1)
-    parts = np.array_split(rng.permutation(len(y_train)), num_clients)
-    return with_matching_test(parts, y_train, y_test, num_classes, rng)
+    require_samples(given.y_train, given.num_clients, 1)
+    parts = np.array_split(given.rng.permutation(len(given.y_train)), given.num_clients)
+    return with_matching_test(parts, given)
 
 
 def dirichlet(
-    y_train: Labels,
-    y_test: Labels,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
     alpha: float = 0.5,
     min_samples: int = 1,
 ) -> Partition:
@@ -104,28 +69,22 @@ def dirichlet(
     ValueError
         There are fewer than ``num_clients * min_samples`` samples.
     """
-    require_samples(y_train, num_clients, min_samples)
-    parts: list[list[int]] = [[] for _ in range(num_clients)]
-    for label in range(num_classes):
-        members = rng.permutation(np.flatnonzero(y_train == label))
-        shares = rng.dirichlet(np.full(num_clients, alpha))
+    require_samples(given.y_train, given.num_clients, min_samples)
+    parts: list[list[int]] = [[] for _ in range(given.num_clients)]
+    for label in range(given.num_classes):
+        members = given.rng.permutation(np.flatnonzero(given.y_train == label))
+        shares = given.rng.dirichlet(np.full(given.num_clients, alpha))
         cuts = np.floor(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.extend(piece.tolist())
-    moved = repair(parts, min_samples, rng)
+    moved = repair(parts, min_samples, given.rng)
     drawn = [np.asarray(part, np.int64) for part in parts]
-    return with_matching_test(drawn, y_train, y_test, num_classes, rng, moved=moved)
+    return with_matching_test(drawn, given, moved=moved)
 
 
 def dirichlet_client(
-    y_train: Labels,
-    y_test: Labels,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
     alpha: float = 0.1,
     train_size: int = 500,
     test_size: int = 100,
@@ -142,29 +101,30 @@ def dirichlet_client(
     ValueError
         ``alpha`` or a size is not positive, or a size exceeds the samples there are.
     """
+    y_train, y_test = given.y_train, given.y_test
     for key, size, available in (("train_size", train_size, len(y_train)), ("test_size", test_size, len(y_test))):
         if not 1 <= size <= available:
             raise ValueError(f"data.partition.{key}={size}: must be in [1, {available}], the samples there are")
-    if num_clients < 1:
-        raise ValueError(f"num_clients={num_clients}: must be >= 1")
-    need, free = 8 * num_clients * (train_size + test_size), free_memory()
+    if given.num_clients < 1:
+        raise ValueError(f"num_clients={given.num_clients}: must be >= 1")
+    need, free = 8 * given.num_clients * (train_size + test_size), free_memory()
     if need > free:
         raise ValueError(
-            f"num_clients={num_clients}: with data.partition.train_size={train_size} and test_size={test_size}, the "
-            f"positions of all parts would take {gib(need)}; this machine has {gib(free)} free"
+            f"num_clients={given.num_clients}: with data.partition.train_size={train_size} and test_size={test_size}, "
+            f"the positions of all parts would take {gib(need)}; this machine has {gib(free)} free"
         )
-    decks = [rng.permutation(np.flatnonzero(y_train == label)) for label in range(num_classes)]
-    dealt = [0] * num_classes
-    train_caps, test_caps = (np.bincount(y, minlength=num_classes) for y in (y_train, y_test))
+    decks = [given.rng.permutation(np.flatnonzero(y_train == label)) for label in range(given.num_classes)]
+    dealt = [0] * given.num_classes
+    train_caps, test_caps = (np.bincount(y, minlength=given.num_classes) for y in (y_train, y_test))
     train, test = [], []
-    for _ in range(num_clients):
+    for _ in range(given.num_clients):
         # The floor lets classes of negligible share fill up where the others run out.
-        mixture = np.maximum(rng.dirichlet(np.full(num_classes, alpha)), 1e-12)
+        mixture = np.maximum(given.rng.dirichlet(np.full(given.num_classes, alpha)), 1e-12)
         hand = []
         for label, count in enumerate(apportion(mixture, train_size, train_caps)):
-            hand.append(_deal(decks, dealt, label, int(count), rng))
+            hand.append(_deal(decks, dealt, label, int(count), given.rng))
         train.append(np.sort(np.concatenate(hand)))
-        test.append(draw(y_test, apportion(mixture, test_size, test_caps), rng))
+        test.append(draw(y_test, apportion(mixture, test_size, test_caps), given.rng))
     return Partition(tuple(train), tuple(test))
 
 
@@ -183,14 +143,8 @@ def _deal(decks: list[Indices], dealt: list[int], label: int, count: int, rng: n
 
 
 def shards(
-    y_train: Labels,
-    y_test: Labels,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
     shards_per_client: int = 2,
     per_classes: int | None = None,
 ) -> Partition:
@@ -205,29 +159,23 @@ def shards(
     ValueError
         There are more shards than samples, in a group or overall.
     """
-    shuffled = rng.permutation(len(y_train))
-    by_label = shuffled[np.argsort(y_train[shuffled], kind="stable")]
-    groups = y_train[by_label] // (per_classes or num_classes)
-    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    shuffled = given.rng.permutation(len(given.y_train))
+    by_label = shuffled[np.argsort(given.y_train[shuffled], kind="stable")]
+    groups = given.y_train[by_label] // (per_classes or given.num_classes)
+    parts: list[list[Indices]] = [[] for _ in range(given.num_clients)]
     for group in np.unique(groups):
         members = by_label[groups == group]
-        require_samples(members, num_clients, shards_per_client)
-        pieces = np.array_split(members, num_clients * shards_per_client)
-        hands = rng.permutation(len(pieces)).reshape(num_clients, shards_per_client)
+        require_samples(members, given.num_clients, shards_per_client)
+        pieces = np.array_split(members, given.num_clients * shards_per_client)
+        hands = given.rng.permutation(len(pieces)).reshape(given.num_clients, shards_per_client)
         for part, hand in zip(parts, hands, strict=True):
             part.extend(pieces[shard] for shard in hand)
-    return with_matching_test([np.concatenate(part) for part in parts], y_train, y_test, num_classes, rng)
+    return with_matching_test([np.concatenate(part) for part in parts], given)
 
 
 def k_classes(
-    y_train: Labels,
-    y_test: Labels,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
     k: int = 2,
 ) -> Partition:
     """Give each client ``k`` classes, and divide each class evenly over its holders ("pathological" heterogeneity).
@@ -241,41 +189,31 @@ def k_classes(
     ValueError
         ``k`` exceeds the classes there are, or there are more clients than samples.
     """
-    require_samples(y_train, num_clients, 1)
-    sizes = np.bincount(y_train, minlength=num_classes)
+    require_samples(given.y_train, given.num_clients, 1)
+    sizes = np.bincount(given.y_train, minlength=given.num_classes)
     present = int((sizes > 0).sum())
     if not 1 <= k <= present:
         raise ValueError(f"data.partition.k={k}: must be in [1, {present}], the classes there are")
-    places = max(num_clients * k, present)
-    order = rng.permutation(num_classes)  # which classes get a holder more than the others
-    left = np.zeros(num_classes, np.int64)
-    left[order] = apportion((sizes[order] > 0).astype(np.int64), places, np.minimum(sizes[order], num_clients))
-    holders: list[list[int]] = [[] for _ in range(num_classes)]
-    for turn, client in enumerate(rng.permutation(num_clients)):
-        hand = -(-int(left.sum()) // (num_clients - turn))
+    places = max(given.num_clients * k, present)
+    order = given.rng.permutation(given.num_classes)  # which classes get a holder more than the others
+    left = np.zeros(given.num_classes, np.int64)
+    left[order] = apportion((sizes[order] > 0).astype(np.int64), places, np.minimum(sizes[order], given.num_clients))
+    holders: list[list[int]] = [[] for _ in range(given.num_classes)]
+    for turn, client in enumerate(given.rng.permutation(given.num_clients)):
+        hand = -(-int(left.sum()) // (given.num_clients - turn))
         # The classes with most places left: taking others could leave places that no client may take.
-        for label in np.lexsort((rng.random(num_classes), -left))[:hand]:
+        for label in np.lexsort((given.rng.random(given.num_classes), -left))[:hand]:
             holders[label].append(int(client))
             left[label] -= 1
-    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    parts: list[list[Indices]] = [[] for _ in range(given.num_clients)]
     for label, owners in enumerate(holders):
-        members = rng.permutation(np.flatnonzero(y_train == label))
+        members = given.rng.permutation(np.flatnonzero(given.y_train == label))
         for client, piece in zip(owners, np.array_split(members, max(len(owners), 1)), strict=False):
             parts[client].append(piece)
-    return with_matching_test([np.concatenate(part) for part in parts], y_train, y_test, num_classes, rng)
+    return with_matching_test([np.concatenate(part) for part in parts], given)
 
 
-def local(
-    y_train: Labels,
-    y_test: Labels,
-    *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta | None = None,
-    test_meta: Meta | None = None,
-) -> Partition:
+def local(given: PartitionInput) -> Partition:
     """Deal nothing: each client is a device that brings its own samples, of which the server knows none."""
-    del y_train, y_test, num_classes, rng, train_meta, test_meta
-    nothing = tuple(np.empty(0, np.int64) for _ in range(num_clients))
+    nothing = tuple(np.empty(0, np.int64) for _ in range(given.num_clients))
     return Partition(nothing, nothing)

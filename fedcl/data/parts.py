@@ -3,31 +3,44 @@
 # N = train samples, K = clients, C = classes
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.dataset import Indices, Partition
+from fedcl.data.dataset import Indices, Meta, Partition
 
 Labels = NDArray[np.int64]
 
 
-def matching_test(
-    y_train: Labels, y_test: Labels, train: tuple[Indices, ...], *, num_classes: int, rng: np.random.Generator
-) -> tuple[Indices, ...]:
+@dataclass(frozen=True, eq=False)
+class PartitionInput:
+    """What a partitioner works from: the labels of both halves, the ``meta`` columns beside them, and its draws."""
+
+    y_train: Labels
+    y_test: Labels
+    num_clients: int
+    num_classes: int
+    rng: np.random.Generator
+    train_meta: Meta | None = None
+    test_meta: Meta | None = None
+
+
+def matching_test(train: tuple[Indices, ...], given: PartitionInput) -> tuple[Indices, ...]:
     """Draw for each client test samples with the label distribution of its train part.
 
     A client's share of the test half is its share of the train half, at least one sample where it has train samples;
     classes get their counts by largest remainder, and never more than the test half holds. Drawn without replacement
     within a client, independently between clients.
     """
-    caps = np.bincount(y_test, minlength=num_classes)
+    y_train, y_test = given.y_train, given.y_test
+    caps = np.bincount(y_test, minlength=given.num_classes)
     parts = []
     for part in train:
-        shares = np.bincount(y_train[part], minlength=num_classes)
+        shares = np.bincount(y_train[part], minlength=given.num_classes)
         size = max(1, round(len(part) * len(y_test) / len(y_train))) if len(part) else 0
-        parts.append(draw(y_test, apportion(shares, size, caps), rng))
+        parts.append(draw(y_test, apportion(shares, size, caps), given.rng))
     return tuple(parts)
 
 
@@ -72,18 +85,10 @@ def report(partition: Partition, y: Labels) -> dict[str, Any]:
     }
 
 
-def with_matching_test(
-    parts: list[Indices],
-    y_train: Labels,
-    y_test: Labels,
-    num_classes: int,
-    rng: np.random.Generator,
-    *,
-    moved: int = 0,
-) -> Partition:
+def with_matching_test(parts: list[Indices], given: PartitionInput, *, moved: int = 0) -> Partition:
     """Return the partition with train ``parts``, sorted, and the test parts that match them."""
     train = tuple(np.sort(part).astype(np.int64) for part in parts)
-    return Partition(train, matching_test(y_train, y_test, train, num_classes=num_classes, rng=rng), moved)
+    return Partition(train, matching_test(train, given), moved)
 
 
 def repair(parts: list[list[int]], min_samples: int, rng: np.random.Generator) -> int:

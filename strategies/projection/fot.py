@@ -9,6 +9,7 @@ Continual Federated Learning", ICLR 2024: FedProject (:meth:`FOT.apply`) and glo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,13 +18,13 @@ from fedcl.base.linalg import project_out
 from fedcl.contracts.strategy import Event, LocalWork, Target
 from fedcl.contracts.view import Query, Response, ServerView
 from fedcl.models.flat import Spec, TensorSpec
-from strategies.projection.basis_memory import UnlearnBasis
-from strategies.projection.growth import GrowingBases, Method, Variant
+from strategies.projection.growth import GrowingBases
 from strategies.projection.subspace import KEY, frozen, inputs, protected, readable, unprotected
 
 Policy = Literal["average", "freeze"]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FOT(GrowingBases):
     """Project every change onto the complement of each layer's basis; extend the bases at the end of a task.
 
@@ -64,32 +65,15 @@ class FOT(GrowingBases):
         From :meth:`setup`: a layer does not exist or cannot be protected, or two settings exclude each other.
     """
 
-    def __init__(
-        self,
-        *,
-        epsilon: float = 0.9,
-        epsilon_increment: float = 0.0,
-        variant: Variant = "corrected",
-        method: Method = "auto",
-        sketch_width: int | None = None,
-        layers: Sequence[str] | None = None,
-        project_heads: bool = True,
-        biases: Policy = "average",
-        norms: Policy = "average",
-        asks: Literal["all", "ended", "updated"] = "all",
-        extend_at: Literal["task"] | int = "task",
-        unlearn_basis: UnlearnBasis = "keep",
-    ) -> None:
-        super().__init__(
-            epsilon=epsilon,
-            epsilon_increment=epsilon_increment,
-            variant=variant,
-            method=method,
-            sketch_width=sketch_width,
-            unlearn_basis=unlearn_basis,
-        )
-        self.layers, self.project_heads, self.biases, self.norms = layers, project_heads, biases, norms
-        self.asks, self.extend_at = asks, extend_at
+    layers: Sequence[str] | None = None
+    project_heads: bool = True
+    biases: Policy = "average"
+    norms: Policy = "average"
+    asks: Literal["all", "ended", "updated"] = "all"
+    extend_at: Literal["task"] | int = "task"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._frozen: list[TensorSpec] = []
         self._unreadable: set[str] = set()
         self._asked_in = 0

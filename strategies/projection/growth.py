@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ Variant = Literal["official", "corrected"]
 Method = Literal["auto", "gram", "sketch", "range_finder"]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GrowingBases(Projection):
     """An orthonormal basis for each layer, extended by what clients' responses hold outside of it.
 
@@ -31,19 +33,15 @@ class GrowingBases(Projection):
     bases are for.
     """
 
-    def __init__(
-        self,
-        *,
-        epsilon: float,
-        epsilon_increment: float,
-        variant: Variant,
-        method: Method,
-        sketch_width: int | None,
-        unlearn_basis: UnlearnBasis,
-    ) -> None:
-        self.epsilon, self.epsilon_increment = epsilon, epsilon_increment
-        self.variant, self.method, self.sketch_width = variant, method, sketch_width
-        self.unlearn_basis, self._first_epsilon = unlearn_basis, epsilon
+    epsilon: float = 0.9
+    epsilon_increment: float = 0.0
+    variant: Variant = "corrected"
+    method: Method = "auto"
+    sketch_width: int | None = None
+    unlearn_basis: UnlearnBasis = "keep"
+
+    def __post_init__(self) -> None:
+        self._first_epsilon = self.epsilon
         self._weights: dict[str, TensorSpec] = {}
         self._bases: dict[str, Tensor] = {}
         self._extensions = 0

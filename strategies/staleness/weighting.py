@@ -8,7 +8,7 @@ exponential and sigmoid as used for comparison by Wang and Gao, AAAI 2025 (arXiv
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedcl.contracts.strategy import Staleness, Update
@@ -42,6 +42,7 @@ def hinge(age: int, slope: float, cutoff: float) -> float:
     return 1.0 if age <= cutoff else 1.0 / (slope * (age - cutoff) + 1.0)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Weighting(Staleness):
     """Scale late updates by a factor of their age, or drop them.
 
@@ -59,18 +60,11 @@ class Weighting(Staleness):
         model as far as fresh ones would.
     """
 
-    def __init__(
-        self,
-        *,
-        rule: Literal["unweighted", "exponential", "sigmoid", "fedbuff", "drop"] = "unweighted",
-        half_life: float = 20.0,
-        slope: float = 0.25,
-        cutoff: float = 10.0,
-        relative: bool = False,
-    ) -> None:
-        self.rule = rule
-        self.half_life, self.slope, self.cutoff = half_life, slope, cutoff
-        self.relative = relative
+    rule: Literal["unweighted", "exponential", "sigmoid", "fedbuff", "drop"] = "unweighted"
+    half_life: float = 20.0
+    slope: float = 0.25
+    cutoff: float = 10.0
+    relative: bool = False
 
     def factor(self, age: int) -> float:
         """Return what an update of this age is multiplied by; 1 for age 0."""
@@ -96,6 +90,7 @@ class Weighting(Staleness):
         return rebased(update, update.delta * factor, view)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FedAsync(Staleness):
     """Mix a late client's *model* into the present one: w <- (1 - a) w + a w_i with a = alpha s(age).
 
@@ -113,17 +108,11 @@ class FedAsync(Staleness):
         Mixing weight of late models, in (0, 1].
     """
 
-    def __init__(
-        self,
-        *,
-        weighting: Literal["constant", "polynomial", "hinge"] = "polynomial",
-        alpha: float = 0.6,
-        power: float = 0.5,
-        slope: float = 10.0,
-        cutoff: float = 4.0,
-    ) -> None:
-        self.weighting, self.alpha = weighting, alpha
-        self.power, self.slope, self.cutoff = power, slope, cutoff
+    weighting: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    alpha: float = 0.6
+    power: float = 0.5
+    slope: float = 10.0
+    cutoff: float = 4.0
 
     def mixing(self, age: int) -> float:
         """Return alpha s(age) of a late model, and 1 for age 0."""

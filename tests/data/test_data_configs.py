@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from fedcl.config.conform import conform
 from fedcl.config.instantiate import build
+from fedcl.data.partition import PartitionInput
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -46,15 +47,9 @@ def test_every_partition_is_built_from_its_yaml(partition: str) -> None:
     data = settings("+data=digits", f"data/partition={partition}")
     dataset = build(data["source"], at="data.source")()
     divide = build(data["partition"], at="data.partition")
-    made = divide(
-        dataset.train.y,
-        dataset.test.y,
-        num_clients=2,
-        num_classes=10,
-        rng=np.random.default_rng(0),
-        train_meta={"speaker": dataset.train.y % 3},
-        test_meta={"speaker": dataset.test.y % 3},
-    )
+    train, test = dataset.train.y, dataset.test.y
+    columns = {"speaker": train % 3}, {"speaker": test % 3}
+    made = divide(PartitionInput(train, test, 2, 10, np.random.default_rng(0), *columns))
     assert len(made.train) == 2
     # devices hold their own data: the server deals out none
     assert all(bool(len(part)) is (partition != "local") for part in (*made.train, *made.test))

@@ -9,7 +9,7 @@ import pytest
 
 from fedcl.data.dataset import Partition
 from fedcl.data.flower import flwr
-from fedcl.data.partition import report
+from fedcl.data.partition import PartitionInput, report
 
 Y = np.repeat(np.arange(10), 30).astype(np.int64)
 # What the library says of its own draws and of pyarrow is not what is tested here.
@@ -23,16 +23,9 @@ needs_flwr_datasets = pytest.mark.skipif(
 
 
 def call(partitioner: str, params: dict[str, Any] | None = None, num_clients: int = 6, seed: int = 0) -> Partition:
-    return flwr(
-        Y,
-        Y[::3],
-        num_clients=num_clients,
-        num_classes=10,
-        rng=np.random.default_rng(seed),
-        train_meta={"writer": np.array([f"w{i % 6}" for i in range(len(Y))])},
-        partitioner=partitioner,
-        params=params,
-    )
+    columns = {"writer": np.array([f"w{i % 6}" for i in range(len(Y))])}
+    given = PartitionInput(Y, Y[::3], num_clients, 10, np.random.default_rng(seed), columns)
+    return flwr(given, partitioner=partitioner, params=params)
 
 
 @needs_flwr_datasets

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedcl.data.dataset import Partition
 from fedcl.data.natural import natural_id
 from fedcl.data.partition import (
+    PartitionInput,
     apportion,
     coverage,
     dirichlet,
@@ -29,7 +30,8 @@ Y_TEST = np.repeat(np.arange(10), 20).astype(np.int64)
 
 def call(partitioner: Callable[..., Partition], seed: int = 0, num_clients: int = 12, **params: Any) -> Partition:
     rng = np.random.default_rng(seed)
-    return partitioner(Y_TRAIN, Y_TEST, num_clients=num_clients, num_classes=10, rng=rng, **params)
+    columns = {name: params.pop(name) for name in ("train_meta", "test_meta") if name in params}
+    return partitioner(PartitionInput(Y_TRAIN, Y_TEST, num_clients, 10, rng, **columns), **params)
 
 
 def ints(*values: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -78,7 +80,7 @@ def test_every_sample_goes_to_exactly_one_client(
 ) -> None:
     y = ints(*labels)
     rng = np.random.default_rng(seed)
-    partition = partitioner(y, y[:30], num_clients=num_clients, num_classes=6, rng=rng)
+    partition = partitioner(PartitionInput(y, y[:30], num_clients, 6, rng))
     assert len(partition.train) == len(partition.test) == num_clients
     assert sorted(np.concatenate(partition.train).tolist()) == list(range(len(y)))
     assert coverage(partition, len(y)) == 1.0
@@ -126,12 +128,12 @@ def test_a_hard_draw_ends_at_once_and_the_report_says_what_it_took(seed: int) ->
     # 200 clients at alpha 0.05: redrawing until each has ten samples would go on for ever.
     y = np.repeat(np.arange(10), 600).astype(np.int64)
     rng = np.random.default_rng(seed)
-    partition = dirichlet(y, y[::6], num_clients=200, num_classes=10, rng=rng, alpha=0.05, min_samples=10)
+    partition = dirichlet(PartitionInput(y, y[::6], 200, 10, rng), alpha=0.05, min_samples=10)
     found = report(partition, y)
     assert min(len(part) for part in partition.train) == 10
     assert (found["coverage"], found["samples_shared"], found["clients_empty"]) == (1.0, 0, [])
     assert 0 < found["samples_moved"] <= 200 * 10
-    easy = dirichlet(y, y[::6], num_clients=5, num_classes=10, rng=rng, alpha=100.0, min_samples=10)
+    easy = dirichlet(PartitionInput(y, y[::6], 5, 10, rng), alpha=100.0, min_samples=10)
     assert report(easy, y)["samples_moved"] == 0
 
 
@@ -185,9 +187,9 @@ def test_k_classes_uses_everything_whatever_the_sizes(seed: int, num_clients: in
     present = sum(size > 0 for size in sizes)
     if len(y) < num_clients or not 1 <= k <= present:
         with pytest.raises(ValueError, match=r"num_clients=|data\.partition\.k="):
-            k_classes(y, y, num_clients=num_clients, num_classes=6, rng=np.random.default_rng(seed), k=k)
+            k_classes(PartitionInput(y, y, num_clients, 6, np.random.default_rng(seed)), k=k)
         return
-    partition = k_classes(y, y, num_clients=num_clients, num_classes=6, rng=np.random.default_rng(seed), k=k)
+    partition = k_classes(PartitionInput(y, y, num_clients, 6, np.random.default_rng(seed)), k=k)
     assert sorted(np.concatenate(partition.train).tolist()) == list(range(len(y)))
     most = max(k, -(-present // num_clients))
     assert all(1 <= len(np.unique(y[part])) <= most for part in partition.train)
@@ -231,7 +233,7 @@ def test_natural_ids_that_are_not_there(params: dict[str, Any], message: str) ->
 def test_test_parts_follow_the_train_parts() -> None:
     # Client 0 holds 30 of class 0 and 15 of class 1: 45 of 600 train samples, so 15 of the 200 test samples, 10 and 5.
     held = (np.r_[0:30, 60:75].astype(np.int64), np.empty(0, np.int64))
-    test, none = matching_test(Y_TRAIN, Y_TEST, held, num_classes=10, rng=np.random.default_rng(0))
+    test, none = matching_test(held, PartitionInput(Y_TRAIN, Y_TEST, 2, 10, np.random.default_rng(0)))
     assert np.bincount(Y_TEST[test]).tolist() == [10, 5]
     assert len(none) == 0
 

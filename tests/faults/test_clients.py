@@ -145,9 +145,10 @@ SCANT = '''
 from fedcl.data.dataset import Partition
 
 
-def scant(y_train, y_test, *, num_clients, num_classes, rng, train_meta, test_meta):
+def scant(given):
     """Client 0 has one sample, 1 a single class, 2 nothing of the first task, 3 all the rest."""
     import numpy as np
+    y_train, y_test = given.y_train, given.y_test
     single = np.flatnonzero(y_train == 0)[:1]
     one_class = np.flatnonzero(y_train == 1)[:7]
     late = np.flatnonzero(y_train >= 6)[:30]

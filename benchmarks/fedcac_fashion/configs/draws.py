@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcl.data.dataset import Indices, Meta, Partition
+from fedcl.data.dataset import Indices, Partition
+from fedcl.data.partition import PartitionInput
 
 
 def as_published(
-    y_train: Indices,
-    y_test: Indices,
+    given: PartitionInput,
     *,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    train_meta: Meta,
-    test_meta: Meta,
     alpha: float,
     train_size: int,
     test_size: int,
@@ -25,11 +20,12 @@ def as_published(
     """Draw both halves from the legacy generator, started from ``seed`` for each, which makes the mixtures the same.
 
     Class c of a client gets int(size q_c + 1/2) samples, the last one what is left, drawn without replacement where
-    there are enough. Clients do not know of each other and may share samples. ``rng`` and meta columns are not used.
+    there are enough. Clients do not know of each other and may share samples. ``given.rng``
+    and the meta columns are not used.
     """
     halves = [
-        _half(y, size, np.random.RandomState(seed), num_clients, num_classes, alpha)
-        for y, size in ((y_train, train_size), (y_test, test_size))
+        _half(y, size, np.random.RandomState(seed), given.num_clients, given.num_classes, alpha)
+        for y, size in ((given.y_train, train_size), (given.y_test, test_size))
     ]
     return Partition(halves[0], halves[1])
 

@@ -99,8 +99,6 @@ def test_the_rule_of_janson_by_hand() -> None:
 def test_the_rule_of_janson_needs_a_head_on_unit_features() -> None:
     with pytest.raises(ValueError, match=r"learner\.nmc\.distance=unit_euclidean: .*set model\.head=unit"):
         NearestClassMean(distance="unit_euclidean").check(linear())
-    with pytest.raises(ValueError, match=r"distance=far: must be one of cosine, euclidean, unit_euclidean"):
-        NearestClassMean(distance="far")  # type: ignore[arg-type]
 
 
 def test_a_class_without_samples_keeps_its_row() -> None:

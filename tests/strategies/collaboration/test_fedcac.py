@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.strategies.fedcac import CriticalMask
 from fedcl.base.randomness import torch_generator
 from fedcl.base.tree import equal, pack, unpack
 from fedcl.contracts.learner import LocalTraining
@@ -352,18 +351,6 @@ def test_forgetting() -> None:
     assert models["0"].tolist()[:2] != [5, 6]  # client 2 is no longer in its customised model
     assert part.forget(ForgetRequest("r", "class", classes=(1,))).outcome == "reset"
     assert set(part.combine(round_of([1]), view)) == {GLOBAL, "1"}  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("half", "key", "value"),
-    [
-        (CriticalMask, "tau", 0.0),
-        (CriticalMask, "masks", "both"),
-    ],
-)
-def test_parameters_out_of_range_are_named(half: Any, key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{key}={value}: must be"):
-        half(**{key: value})
 
 
 @pytest.mark.parametrize(("beta", "rounds", "horizon"), [(0.5, 20, 10), (0.34, 50, 17), (0.01, 20, 1), (7, 20, 7)])

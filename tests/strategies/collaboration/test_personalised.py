@@ -320,25 +320,6 @@ def test_qfedavg_with_q_zero_is_the_plain_mean() -> None:
 # -- all ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: FineTuned(epochs=-1), r"epochs=-1: must be int >= 0"),
-        (lambda: FineTuned(lr=0.0), r"lr=0\.0: must be > 0 or null"),
-        (lambda: FedRep(head_epochs=0), r"head_epochs=0: must be int >= 1"),
-        (lambda: Ditto(weight=-1.0), r"weight=-1\.0: must be >= 0"),
-        (lambda: Ditto(lr=0.0), r"lr=0\.0: must be > 0 or null"),
-        (lambda: APFL(alpha=1.1), r"alpha=1\.1: must be in \[0, 1\]"),
-        (lambda: PFedMe(weight=0.0), r"weight=0\.0: must be > 0"),
-        (lambda: PFedMe(inner_lr=0.0), r"inner_lr=0\.0: must be > 0"),
-        (lambda: PFedMe(inner_steps=0), r"inner_steps=0: must be int >= 1"),
-    ],
-)
-def test_parameters_out_of_range(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 SETTING = [
     "scenario=joint",
     "strategy/projection=none",
