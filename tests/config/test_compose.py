@@ -37,6 +37,8 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "scenario/task_incremental": "# Tasks.\nnum_tasks: 5\n_allowed_:\n  num_tasks: int >= 1",
             "scenario/free": "# No tasks.\nsteps: 3",
             "model/mlp": "# Small.\n_target_: fedcl.models.MLP\nhidden: [64]\nscale: 1.0",
+            "client/optimizer/sgd": "# SGD.\nlr: 0.3\nmomentum: 0.0\n_allowed_: {lr: number > 0, momentum: 'number in [0, 1)'}",  # noqa: E501
+            "client/schedule/constant": "# Constant.\n{}",
             "learner/finetune": "# Nothing.\n{}",
             "learner/ewc": "# EWC.\newc:\n  _target_: clients.l.EWC\n  weight: 1.0\n  _allowed_: {weight: number > 0}",
             "learner/er": "# Replay.\ner:\n  _target_: clients.learners.ER\n  size: 200",
