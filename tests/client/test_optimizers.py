@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,11 +18,13 @@ from clients.schedules.rewarm import Rewarm
 from clients.schedules.step import Step
 from fedcl.base.tree import clone
 from fedcl.client.loop import fit
+from fedcl.client.lr_schedule import RoundRates, TaskDecay
 from fedcl.client.moves import clip
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.torch_optimizer import TorchOptimizer
 from fedcl.contracts.learner import Context, LocalTraining
 from fedcl.contracts.optimizer import LocalOptimizer, RateSchedule
+from fedcl.scenario.schedule import Synchronous
 
 Make = Callable[..., Context]
 Factory = Callable[[], LocalOptimizer]
@@ -62,6 +64,18 @@ def test_schedules_by_hand() -> None:
     assert [Rewarm().share(t - 1, 100) for t in (1, 50, 100)] == pytest.approx([1, 0.5571402, 0.1])
     assert [Rewarm(warmup=0.5, end=0.5).share(t, 4) for t in range(4)] == pytest.approx([0.5, 1, 0.75, 0.5])
     assert Rewarm(warmup=1.0).share(0, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("horizon", "shares"),
+    [("task", [1, 0.75, 0.5, 0.25, 1, 0.5]), ("run", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])],
+)
+def test_rounds_of_the_task_or_of_the_run(horizon: Literal["task", "run"], shares: list[float]) -> None:
+    tasks = Synchronous(num_tasks=2, rounds_per_task=[4, 2])
+    rates = RoundRates(TaskDecay(0.2, 0.5, tasks), Linear(), horizon, tasks)
+    decayed = [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]
+    expected = [rate * share for rate, share in zip(decayed, shares, strict=True)]
+    assert [rates("a", server_round) for server_round in range(6)] == pytest.approx(expected)
 
 
 class Recorded(LocalOptimizer):

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedcl.config.compose import ConfigError, compose
-from fedcl.results import load
+from fedcl.results import load, recorder
+from fedcl.runs.experiment import resume, run
 from fedcl.runs.setup import Setup
+from tests.runs.test_resume import Killed, _nth_call
 
 RunExperiment = Callable[..., Path]
+Hash = Callable[[Path], str]
 SMALL = ("num_clients=2", "model.hidden=[8]", "scenario.num_tasks=2", "rounds_per_task=2", "evaluation.every=0")
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "linear", "cosine", "rewarm"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "torch"])
+PAIRED = {"sgd": "constant", "adam": "cosine", "adamw": "rewarm", "rmsprop": "linear", "torch": "step"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        pytest.param(optimizer, schedule, marks=[] if PAIRED[optimizer] == schedule else pytest.mark.slow)
+        for optimizer, schedule in itertools.product(PAIRED, PAIRED.values())
+    ],
+)
 def test_every_choice_trains(optimizer: str, schedule: str, run_experiment: RunExperiment) -> None:
     extra = [] if schedule == "constant" else ["client.schedule.horizon=local"]
     done = run_experiment("run", *SMALL, f"client/optimizer={optimizer}", f"client/schedule={schedule}", *extra)
@@ -57,3 +69,36 @@ def test_what_is_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Setup.of(compose(overrides))
     assert said in str(caught.value)
+
+
+KEPT = (*SMALL, "client/optimizer=adamw", "client.optimizer.state=keep", "client/schedule=rewarm", "learner=er",
+        "client.clip_norm=1", "strategy/projection=none")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_keeps_an_optimizers_state_as_inline_does(run_experiment: RunExperiment, metrics_hash: Hash) -> None:
+    inline = run_experiment("inline", *KEPT)
+    assert metrics_hash(run_experiment("ray", *KEPT, "backend=ray", "backend.workers=2")) == metrics_hash(inline)
+
+
+def test_an_interrupted_run_goes_on_with_the_kept_state(
+    tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_experiment("whole", *KEPT)
+    overrides = [*KEPT, "backend=inline", "compare_with=null", "figures=false"]
+    overrides += [f"run_dir={tmp_path / 'cut'}", "checkpoint.min_seconds=0"]
+    with monkeypatch.context() as patched:
+        _nth_call(patched, recorder.Recorder, "_line", 30)
+        with pytest.raises(Killed):
+            run(compose(overrides), overrides, [], quiet=True)
+    resume(tmp_path / "cut", force=False, quiet=True)
+    assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
+
+
+def test_kept_state_of_forgotten_samples_is_reset(run_experiment: RunExperiment) -> None:
+    request = "unlearning.requests=[{id: zero, scope: class, classes: [0], at: {round: 2}}]"
+    folder = run_experiment("run", *KEPT, request, "unlearner=continue_without", "unlearning.reference=false")
+    (certificate,) = [path.read_text() for path in (folder / "certificates").glob("*.json")]
+    assert "client optimizer" in certificate
+    assert "its state is a mean over gradients" in certificate
