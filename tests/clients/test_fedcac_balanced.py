@@ -119,9 +119,3 @@ def test_predictions_come_from_between_trained_and_merged(mix: float, expected: 
     ctx.model.load(merged)
     torch.testing.assert_close(later.predict(ctx, ctx.data.x), expected * at + prior)
     assert torch.equal(ctx.model.flat, merged)
-
-
-@pytest.mark.parametrize(("key", "value"), [("smoothing", 0.0), ("smoothing", -1.0), ("mix", -0.1), ("mix", 1.5)])
-def test_parameters_out_of_range_are_named(key: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"client\.{key}={value}: must be"):
-        BalancedCriticalMask(**{key: value})  # type: ignore[arg-type]

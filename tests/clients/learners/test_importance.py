@@ -20,7 +20,8 @@ NOTHING: tuple[Batch, Output] = (None, None)  # type: ignore[assignment]
 
 
 def linear(device: torch.device, heads: tuple[int, ...] = (2,), hidden: tuple[int, ...] = ()) -> FlatModel:
-    return FlatModel(MLP(input_shape=(2,), heads=heads, hidden=hidden), device=device)
+    module = build_model(lambda: MLP(input_shape=(2,), heads=heads, hidden=hidden), seed=0)
+    return FlatModel(module, device=device)
 
 
 def context(model: FlatModel, x: Tensor, seen: dict[int, tuple[int, ...]], columns: int = 2) -> Context:
