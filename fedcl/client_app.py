@@ -106,7 +106,7 @@ def _answer(message: Message, context: Context) -> Message:
     client = str(context.node_config["partition-id"])
     request = next(requests(message.content))
     if request.kind == "hello":
-        return Message(hello_reply(client, runtime.data.num_examples(client), __version__), reply_to=message)
+        return Message(_hello(client, runtime), reply_to=message)
     if request.client != client:
         raise ValueError(f"the message is for client {request.client!r}, this is client {client!r}")
     store = ContextStateStore(context)
@@ -134,12 +134,13 @@ def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
     sent = str(context.run_config.get("overrides", ""))
     store = DeviceStateStore(spec.state, run, spec.client)
     if request.kind == "hello" and store.has_left():  # the server may still have to know that it is here
-        return Message(hello_reply(spec.client, 0, __version__), reply_to=message)
+        base = Agreement.from_json(request.note).base  # it holds no model that could have another
+        return Message(hello_reply(spec.client, 0, __version__, base), reply_to=message)
     if request.kind == "hello":
         agreed = Agreement.from_json(request.note)
-        held = _device_runtime(_device_config(sent, spec, store), spec, agreed).data.num_examples(spec.client)
+        reply = _hello(spec.client, _device_runtime(_device_config(sent, spec, store), spec, agreed))
         store.agree(agreed.to_json())
-        return Message(hello_reply(spec.client, held, __version__), reply_to=message)
+        return Message(reply, reply_to=message)
     if request.client != spec.client:
         raise ValueError(f"the message is for client {request.client!r}, this is client {spec.client!r}")
     if request.kind == "forget" and ForgetInstruction.from_json(request.note).leaves(spec.client):
@@ -149,6 +150,10 @@ def on_device(message: Message, context: Context, spec: DeviceSpec) -> Message:
     store.refuse_if_left()
     runtime = _device_runtime(_device_config(sent, spec, store), spec, Agreement.from_json(store.agreed()))
     return Message(_visit(runtime, store, request, int(context.run_config.get("attempt", 0))), reply_to=message)
+
+
+def _hello(client: str, runtime: ClientRuntime) -> RecordDict:
+    return hello_reply(client, runtime.data.num_examples(client), __version__, runtime.model.base_digest)
 
 
 def _visit(runtime: ClientRuntime, store: DeviceStateStore, request: Request, attempt: int) -> RecordDict:

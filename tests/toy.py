@@ -55,6 +55,11 @@ FITS: dict[str, list[str]] = {
     "data=hf": ["data.root={hf}"],
     "data=text": ["data.root={text}", "data.source.window=8", "data.source.test_fraction=0.3"],
     "data=digits": ["data.source.test_fraction=0.9"],
+    "model=module": [
+        "trusted_packages=[tests]",
+        "model.module._target_=tests.toy_network.Cnn",
+        "model.classifier=fc",
+    ],
     "data/partition=k_classes": ["data.partition.k=5"],  # fewer, and a client lacks all classes of some task
     "data/partition=dirichlet_client": ["data.partition.train_size=20", "data.partition.test_size=4"],
     "model=mlp": ["model.hidden=[8]"],

@@ -108,7 +108,7 @@ class FPF(Plugin):
 
     def _sensitive(self, ctx: Context) -> list[nn.Parameter]:
         model = ctx.model
-        pairs = list(zip(model.trainable, model.trainable_specs, strict=True))
+        pairs = list(zip(model.trainable, model.parameter_specs, strict=True))
         chosen_P = in_scope(model, self.scope, f"{self.key}.scope")
         if chosen_P is not None:
             return [p for p, spec in pairs if bool(chosen_P[spec.start])]

@@ -56,7 +56,7 @@ class GPM(Plugin):
         """Keep the part of each gradient outside its layer's span, in place."""
         if not self._bases:
             return
-        named = {spec.name: gradient for spec, gradient in zip(ctx.model.trainable_specs, grads, strict=True)}
+        named = {spec.name: gradient for spec, gradient in zip(ctx.model.parameter_specs, grads, strict=True)}
         for layer, basis_DK in self._bases.items():
             project_layer(named[f"{layer}.weight"], named.get(f"{layer}.bias"), basis_DK)
 

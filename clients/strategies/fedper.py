@@ -40,7 +40,7 @@ class FedRep(FedPer):
     def before_round(self, ctx: Context) -> None:
         """Train the head, then keep its weights."""
         model = ctx.model
-        heads = [p for p, spec in zip(model.trainable, model.trainable_specs, strict=True) if is_head(spec)]
+        heads = [p for p, spec in zip(model.trainable, model.parameter_specs, strict=True) if is_head(spec)]
         body_buffers = model.flat[model.num_parameters :].clone()
         train_epochs(ctx, epochs=self.head_epochs, lr=ctx.lr, purpose="head", parameters=heads)
         model.flat[model.num_parameters :] = body_buffers

@@ -168,7 +168,7 @@ class SubspaceResponse(Plugin):
             for layer, basis in named.items()
         }
         official = self.variant == "official"
-        ctx.model.module.train(official)
+        (ctx.model.train if official else ctx.model.eval)()
         for x in torch.split(ctx.data.x, self.batch_size):
             with _captured(ctx.model.module, layers, before_dropout=official) as inputs:
                 ctx.model(x)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clients.unlearners.averaging import Averaged, users_of
-from clients.unlearners.steps import change_of, descend, epochs_of, settings, sgd
+from clients.unlearners.steps import as_trained, change_of, descend, epochs_of, settings
 from fedcl.contracts.unlearner import Local, UnlearnContext, UnlearnView
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class FineTune(Averaged):
         if not len(ctx.retain):
             return Local(0, {})
         training = settings(ctx, epochs=self.epochs, lr=self.lr)
-        steps = descend(ctx.model, epochs_of(ctx, ctx.retain, training), sgd(ctx.model, training))
+        steps = descend(ctx.model, epochs_of(ctx, ctx.retain, training), as_trained(ctx.model, training))
         return change_of(ctx, len(ctx.retain), steps=steps)
 
     def asked(self, target: Target, models: Mapping[Target, Tensor], view: UnlearnView) -> Sequence[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clients.unlearners.steps import descend, epochs_of, settings, sgd
+from clients.unlearners.steps import as_trained, descend, epochs_of, settings
 from fedcl.contracts import fields
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext, UnlearnView
@@ -110,7 +110,7 @@ def train_local_task(ctx: UnlearnContext) -> Local:
     ctx.model.load(ctx.received)
     training = settings(ctx, epochs=int(ctx.args["epochs"]))
     batches = epochs_of(ctx, samples, training, f"round {ctx.args['place']}")
-    descend(ctx.model, batches, sgd(ctx.model, training))
+    descend(ctx.model, batches, as_trained(ctx.model, training))
     return Local(len(samples), {MODEL: ctx.model.vector()})
 
 

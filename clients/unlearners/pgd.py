@@ -14,6 +14,7 @@ from clients.unlearners.averaging import edited_targets, moved, num_parameters
 from clients.unlearners.steps import (
     BATCH,
     CHANGE,
+    as_trained,
     change_of,
     clip,
     cross_entropy,
@@ -83,7 +84,7 @@ class PGD(Unlearner):
         if not len(ctx.forget):
             return Local(0, {})
         if step == "train":
-            descend(ctx.model, epochs_of(ctx, ctx.forget, ctx.training), sgd(ctx.model, ctx.training))
+            descend(ctx.model, epochs_of(ctx, ctx.forget, ctx.training), as_trained(ctx.model, ctx.training))
             return change_of(ctx, len(ctx.forget))
         return self._ascend(ctx)
 

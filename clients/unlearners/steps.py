@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcl.client.loop import masked_cross_entropy, sgd_step
+from fedcl.client.loop import masked_cross_entropy
+from fedcl.client.moves import mover, sgd_step
 from fedcl.contracts.fields import MODEL, Form, TensorField
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
@@ -46,6 +47,11 @@ def settings(ctx: UnlearnContext, **changes: float | None) -> LocalTraining:
     """Return how the client trains, with each of ``changes`` that is not None in place of its own setting."""
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     return replace(ctx.training, **given)
+
+
+def as_trained(model: FlatModel, training: LocalTraining) -> Step:
+    """Return the client's own steps: its optimizer, which begins anew, and its ``clip_norm``."""
+    return mover(training, list(model.trainable))
 
 
 def sgd(model: FlatModel, training: LocalTraining) -> Step:

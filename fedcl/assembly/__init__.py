@@ -16,6 +16,7 @@ from fedcl.assembly.server import (
 )
 from fedcl.assembly.settings import Settings
 from fedcl.assembly.tasks import make_schedule, make_steps, make_stream
+from fedcl.assembly.training import local_training
 from fedcl.assembly.unlearning import bind, make_queue, make_unlearner
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "device_of",
     "learner_factories",
     "load_dataset",
+    "local_training",
     "local_work",
     "make_aggregation",
     "make_devices",

@@ -10,10 +10,10 @@ from fedcl.assembly.components import checked, of_kind
 from fedcl.assembly.model import device_of, make_model
 from fedcl.assembly.settings import Settings
 from fedcl.assembly.tasks import make_schedule, make_stream
+from fedcl.assembly.training import local_rates, local_training
 from fedcl.assembly.unlearning import make_unlearner
 from fedcl.client.local_data import PartitionedData
 from fedcl.client.local_evaluation import LocalEvaluation
-from fedcl.client.lr_schedule import TaskDecay
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.session import PluginFactories, check_learner
 from fedcl.config.compose import Config
@@ -41,7 +41,6 @@ def client_runtime(cfg: Config, data: PartitionedData) -> ClientRuntime:
     """Build what runs clients' local rounds on ``data``, in this process."""
     settings, stream = Settings.of(cfg), make_stream(cfg, data.dataset)
     curriculum, every = Curriculum(stream, make_schedule(cfg, stream)), settings.evaluation.iterations
-    lr, decay = settings.training.lr, settings.task_decay
 
     def local_evaluation(client: str, server_round: int, plugins: Sequence[Plugin]) -> LocalEvaluation:
         seen = curriculum.schedule.seen(client, server_round)
@@ -53,11 +52,11 @@ def client_runtime(cfg: Config, data: PartitionedData) -> ClientRuntime:
         model=make_model(cfg, data.dataset, stream, device_of(cfg)),
         plugins=learner_factories(cfg),
         data=data,
-        training=settings.training,
+        training=local_training(cfg),
         seed=settings.seed,
         num_columns=sum(stream.heads),
         personal_evaluation=settings.evaluation.personal,
         local_evaluation=local_evaluation if every else None,
-        lr_schedule=None if decay == 1.0 else TaskDecay(lr, decay, curriculum.schedule),
+        lr_schedule=local_rates(cfg, curriculum.schedule),
         engine=settings.engine,
     )

@@ -17,6 +17,7 @@ from fedcl.data.dataset import Dataset
 from fedcl.models.budget import TooLarge
 from fedcl.models.check import check_network
 from fedcl.models.flat import FlatModel
+from fedcl.models.module import ModuleNetwork
 from fedcl.models.networks import build_model
 from fedcl.scenario.task import Stream
 
@@ -47,8 +48,8 @@ def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.devi
 
 
 def check_model(cfg: Config, dataset: Dataset, stream: Stream, model: FlatModel) -> None:
-    """Refuse a network of a user's own that would break what every run promises: equal bits, and nothing lost."""
-    if is_own(cfg["model"]):
+    """Refuse a network that is not fedcl's and would break what every run promises: equal bits, and nothing lost."""
+    if is_own(cfg["model"]) or isinstance(model.module, ModuleNetwork):
         checked(check_network, model, dataset.input_shape, sum(stream.heads))
 
 

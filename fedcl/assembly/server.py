@@ -11,9 +11,10 @@ from fedcl.assembly.components import checked, component
 from fedcl.assembly.data import client_ids, participants
 from fedcl.assembly.settings import Settings
 from fedcl.assembly.tasks import make_stream
+from fedcl.assembly.training import local_training
 from fedcl.assembly.unlearning import bind, make_unlearner
 from fedcl.client.engines import STEP_HOOKS
-from fedcl.config.compose import Config
+from fedcl.config.compose import TARGET_KEY, Config
 from fedcl.config.instantiate import build
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import overrides
@@ -60,7 +61,9 @@ def make_strategy(
             if node.get(name, {}).get("server") is not None
         }
         strategy = checked(Pipeline, **parts)
-        _check_one_rate(settings, [*(part for name, part in parts.items() if name == "staleness"), make_unlearner(cfg)])
+        _check_one_rate(
+            cfg, settings, [*(part for name, part in parts.items() if name == "staleness"), make_unlearner(cfg)]
+        )
     checked(strategy.setup, model.spec)
     plugins = [make() for make in learner_factories(cfg).values()]
     for plugin in plugins:
@@ -71,14 +74,18 @@ def make_strategy(
     return strategy
 
 
-def _check_one_rate(settings: Settings, parts: Sequence[Part | Unlearner]) -> None:
-    """Refuse parts that repeat local training with one learning rate where tasks have their own."""
-    for part in parts if settings.task_decay != 1.0 else ():
-        if type(part).bind not in (Part.bind, Unlearner.bind):
-            raise ConfigError(
-                f"client.optimizer.task_decay={settings.task_decay}: must be 1 with {type(part).__name__}, which "
-                "assumes one learning rate"
-            )
+def _check_one_rate(cfg: Config, settings: Settings, parts: Sequence[Part | Unlearner]) -> None:
+    """Refuse parts that repeat local training with one learning rate, batch by batch, where it has others."""
+    faults = {
+        f"client.optimizer.task_decay={settings.task_decay}: must be 1": settings.task_decay != 1.0,
+        "client/schedule: must be constant": TARGET_KEY in cfg["client"]["schedule"],
+        f"client.accumulate={settings.training.accumulate}: must be 1": settings.training.accumulate > 1,
+    }
+    for fault in (text for text, holds in faults.items() if holds):
+        for part in parts:
+            if type(part).bind not in (Part.bind, Unlearner.bind):
+                assumed = "one batch a step" if "accumulate" in fault else "one learning rate"
+                raise ConfigError(f"{fault} with {type(part).__name__}, which assumes {assumed}")
 
 
 def local_work(
@@ -87,7 +94,7 @@ def local_work(
     """Return how clients train, for those parts of the server that repeat it."""
     plugins = [make() for make in learner_factories(cfg).values()]
     plain = not any(overrides(plugin, hook) for plugin in plugins for hook in _CHANGES_LOSS)
-    return LocalWork(model, Settings.of(cfg).training, stream, input_shape, schedule.num_rounds, plain)
+    return LocalWork(model, local_training(cfg, model.trainable), stream, input_shape, schedule.num_rounds, plain)
 
 
 def make_aggregation(cfg: Config, model: FlatModel, dataset: Dataset) -> Aggregation | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fedcl.client.engines import Engine
-from fedcl.config.compose import Config
+from fedcl.config.compose import TARGET_KEY, Config
 from fedcl.contracts.learner import LocalTraining
 from fedcl.server.rounds import RoundOptions
 from fedcl.unlearning.service import UnlearningOptions
@@ -96,13 +96,23 @@ class Settings:
     @classmethod
     def of(cls, cfg: Config) -> Settings:
         """Read them from a composed configuration."""
-        sgd, client, requests = dict(cfg["client"]["optimizer"]), cfg["client"], dict(cfg["unlearning"])
+        client, requests = cfg["client"], dict(cfg["unlearning"])
+        optimizer = client["optimizer"]
+        sgd = {} if TARGET_KEY in optimizer else {name: optimizer[name] for name in ("momentum", "weight_decay")}
         options = UnlearningOptions(**{f.name: requests.pop(f.name) for f in fields(UnlearningOptions)})
-        task_decay = sgd.pop("task_decay")
         sections = {
             "exclude": Exclude(**cfg["exclude"]),
-            "training": LocalTraining(client["epochs"], client["batch_size"], **sgd, precision=cfg["precision"]),
-            "task_decay": task_decay,
+            "training": LocalTraining(
+                epochs=client["epochs"],
+                batch_size=client["batch_size"],
+                lr=optimizer["lr"],
+                **sgd,
+                precision=cfg["precision"],
+                keep=optimizer.get("state", "reset") == "keep",
+                clip_norm=client["clip_norm"],
+                accumulate=client["accumulate"],
+            ),
+            "task_decay": optimizer.get("task_decay", 1.0),
             "rounds": RoundOptions(
                 seed=cfg["seed"],
                 clients_per_round=cfg["clients_per_round"],

@@ -46,7 +46,7 @@ def make_schedule(cfg: Config, stream: Stream) -> Schedule:
 
 
 def make_steps(cfg: Config, dataset: Dataset, partition: Partition) -> Callable[[str, Task], int]:
-    """Return how many optimizer steps a client takes in a round of a task: its virtual duration is counted in them."""
+    """Return how many batches a client computes in a round of a task: its virtual duration is counted in them."""
     parts = dict(zip(client_ids(cfg), partition.train, strict=True))
     training = Settings.of(cfg).training
 

@@ -92,7 +92,7 @@ class Bench:
         _, ctx = self.visit(1)
         net = nn.Sequential(nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10))
         with torch.no_grad():
-            for weight, parameter in zip(net.parameters(), self.model.parameters, strict=True):
+            for weight, parameter in zip(net.parameters(), self.model.trainable, strict=True):
                 weight.copy_(parameter)
         work = bare.Work(
             ctx.data.x.flatten(1), ctx.data.y, EPOCHS, BATCH, LR, clone(self.states[0] if self.states else {}),

@@ -18,7 +18,9 @@ from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.fields import CLIENT_ID
 from fedcl.data.dataset import ArrayDataset, Dataset, Partition
 
-_KEYS = ("client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs")
+_KEYS = (
+    "client", "data", "state", "device", "threads", "max_message_mb", "trusted_packages", "config_dirs", "pretrained",
+)  # fmt: skip
 _KEY = re.compile(r"[a-z_][a-z0-9_]*([./][a-z_][a-z0-9_]*)*")
 _PLACE = re.compile(r"""\W*(/|~|\.{1,2}/|[A-Za-z]:/)""")  # the beginning of a path
 _TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
@@ -36,7 +38,8 @@ class DeviceSpec:
     ``client`` is the id of its state. ``data`` are overrides of the config group ``data`` (``data=npz``,
     ``data.root=/home/pi/samples.npz``); None for a rehearsal, in which each device takes its part of the run's data.
     ``state`` is the folder of client state, ``device`` cpu, cuda or auto. ``config_dirs`` are the owner's folders with
-    further configurations, whose names a run may use.
+    further configurations, whose names a run may use. ``pretrained`` is a file of weights: a fixed body is not sent, so
+    that each device needs the run's own (None: the run has none).
     """
 
     client: str
@@ -47,10 +50,11 @@ class DeviceSpec:
     max_message_bytes: int = 1 << 29
     trusted_packages: tuple[str, ...] = ()
     config_dirs: tuple[Path, ...] = ()
+    pretrained: Path | None = None
 
 
 def read_spec(path: Path) -> DeviceSpec:
-    """Read a ``client.yaml``; relative paths in ``state`` and ``config_dirs`` start from its folder.
+    """Read a ``client.yaml``; relative paths in ``state``, ``config_dirs`` and ``pretrained`` start from its folder.
 
     Raises
     ------
@@ -75,6 +79,9 @@ def read_spec(path: Path) -> DeviceSpec:
         )
     if not isinstance(state, str):
         raise ConfigError(f"{path}: state={state}: must be a folder")
+    weights = raw.get("pretrained")
+    if weights is not None and not isinstance(weights, str):
+        raise ConfigError(f"{path}: pretrained={weights}: must be a file")
     megabytes, threads = _number(path, raw, "max_message_mb", 512), _number(path, raw, "threads", 1)
     if raw.get("device", "auto") not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{path}: device={raw['device']}: must be auto, cpu or cuda")
@@ -89,6 +96,7 @@ def read_spec(path: Path) -> DeviceSpec:
         max_message_bytes=megabytes << 20,
         trusted_packages=trusted,
         config_dirs=tuple((path.parent / Path(folder).expanduser()).resolve() for folder in folders),
+        pretrained=None if weights is None else (path.parent / Path(weights).expanduser()).resolve(),
     )
 
 
@@ -154,6 +162,7 @@ def device_overrides(
         if text.lstrip("+").partition("=")[0] in paths:
             raise ValueError(f"override {text!r}: no server may name a path on a device")
     own = [*(spec.data or ()), f"device={spec.device}", "compare_with=null", "backend=flower"]
+    own += [] if spec.pretrained is None else [f"model.pretrained={json.dumps(str(spec.pretrained))}"]
     return [*taken, *own, f"trusted_packages=[{','.join(spec.trusted_packages)}]"]
 
 
@@ -176,16 +185,18 @@ def refuse_foreign_targets(targets: Sequence[str], config_dirs: Sequence[Path]) 
 class Agreement:
     """What server and device agree on before a run: global class names in the order of labels, a sample's shape.
 
-    ``local`` says that devices bring their own data.
+    ``local`` says that devices bring their own data, ``base`` is the digest of the fixed tensors of the server's model.
     """
 
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
     local: bool
+    base: str = ""
 
     def to_json(self) -> str:
         """Return it as the JSON of the hello message."""
         raw = {"classes": list(self.classes), "input_shape": list(self.input_shape), "local": self.local}
+        raw |= {"base": self.base} if self.base else {}
         return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
@@ -200,7 +211,7 @@ class Agreement:
         try:
             raw = json.loads(text)
             classes, shape = tuple(map(str, raw["classes"])), tuple(map(int, raw["input_shape"]))
-            return cls(classes, shape, bool(raw["local"]))
+            return cls(classes, shape, bool(raw["local"]), str(raw.get("base", "")))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError("the message does not say which classes the run has") from error
 

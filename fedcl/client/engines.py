@@ -1,11 +1,13 @@
-"""Which engine trains a client. It depends on model and learner alone, so that all processes choose the same."""
+"""Which engine trains a client. It depends on the configuration alone, so that all processes choose the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-from fedcl.contracts.learner import Plugin, overrides
+from fedcl.client.moves import optimizer_of
+from fedcl.contracts.learner import LocalTraining, Plugin, overrides
+from fedcl.contracts.optimizer import Elementwise
 from fedcl.models.chain import chain_of
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import RandomLayer
@@ -16,13 +18,25 @@ SMALL = 1 << 15  # except for plain linear networks with at most so many paramet
 Engine = Literal["auto", "loop", "fused", "stack"]
 
 
-def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin]) -> str | None:
+def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin], training: LocalTraining) -> str | None:
     """Return why ``engine`` trains clients of this model and learner one after another; None if it stacks them."""
     if engine in ("loop", "fused"):
         return f"engine={engine}"
     if engine == "auto" and chain_of(model.module) is None:
         return "the model is not a plain linear network"
-    return stackable(model, plugins)
+    return _one_by_one(training) or stackable(model, plugins)
+
+
+def _one_by_one(training: LocalTraining) -> str | None:
+    """Return which setting of ``client`` cannot be stacked, None if all can."""
+    if training.schedule is not None:
+        return "client.schedule.horizon=local changes the learning rate in every step"
+    if training.keep:
+        return "client.optimizer.state=keep gives each client an optimizer of its own"
+    if training.accumulate > 1:
+        return f"client.accumulate={training.accumulate} makes one step of several batches"
+    optimizer = optimizer_of(training)
+    return None if isinstance(optimizer, Elementwise) else f"{optimizer} moves one client at a time"
 
 
 def stackable(model: FlatModel, plugins: Sequence[Plugin]) -> str | None:

@@ -82,7 +82,8 @@ class LocalEvaluation(Plugin):
                 first = TaskData(test.x[:MAX_SAMPLES], test.y[:MAX_SAMPLES])
                 mask = ctx.columns_mask(task.mask)
                 self.metrics[f"accuracy@{task.id}@{ctx.step}"] = accuracy(ctx, self._plugins, first, mask)
-        ctx.model.module.train(training)
+        if training:
+            ctx.model.train()
 
 
 LocalEvaluationOf = Callable[[str, int, Sequence[Plugin]], LocalEvaluation]

@@ -1,20 +1,20 @@
-"""The local training loop: plain SGD and the plugins' hooks.
+"""The local training loop: gradients, the optimizer's steps and the plugins' hooks.
 
 One resident model, gradients by ``autograd.grad`` and foreach updates on the views of its flat vector: no data loader,
-no optimizer object, no copy of the model. A hook that no plugin overrides costs nothing.
+no copy of the model, and for SGD no optimizer object. A hook that no plugin overrides costs nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedcl.client.fused import FusedStep, needs_gradient
+from fedcl.client.moves import Gathered, is_plain, mover, with_rate
 from fedcl.contracts.learner import Batch, Context, LocalTraining, Plugin, overrides
 from fedcl.evaluation.predictions import masked
 from fedcl.models.chain import chain_of
@@ -53,7 +53,8 @@ def by_batch(batch: Batch, num_columns: int) -> Batch:
     return batch._replace(mask=present if batch.mask is None else present & batch.mask)
 
 
-Step = Callable[[Batch], Tensor]  # takes one step and returns the detached loss before it
+# takes one step and returns the detached loss before it; None if the step has further batches
+Step = Callable[[Batch], Tensor | None]
 
 
 def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fused: bool = False) -> dict[str, float]:
@@ -61,7 +62,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
 
     ``fused`` takes written-out steps (`fedcl.client.fused`) where model and plugins allow it.
     """
-    training = training if training.lr == ctx.lr else replace(training, lr=ctx.lr)
+    training = with_rate(training, ctx.lr)
     before_step = [p for p in plugins if overrides(p, "before_step")]
     after_step = [p for p in plugins if overrides(p, "after_step")]
     sampler, step = owner(plugins, "indices"), _step(ctx, plugins, training, fused)
@@ -83,11 +84,15 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
                 batch = plugin.before_step(ctx, batch)
             if narrows:
                 batch = by_batch(batch, ctx.num_columns)
-            losses.append(step(batch))
-            ctx.step += 1
+            loss = step(batch)
             samples += len(batch.y)
+            if loss is None:
+                continue
+            losses.append(loss)
+            ctx.step += 1
             for plugin in after_step:
                 plugin.after_step(ctx)
+    ctx.lr = training.lr
     return summary(torch.stack(losses).tolist() if losses else [], samples)
 
 
@@ -102,8 +107,8 @@ def summary(losses: Sequence[float], samples: int) -> dict[str, float]:
 
 
 def _step(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, fused: bool) -> Step:
-    exact = training.precision == "float32"
-    chain = chain_of(ctx.model.module) if fused and exact and not needs_gradient(plugins) else None
+    fits = fused and training.precision == "float32" and is_plain(training)
+    chain = chain_of(ctx.model.module) if fits and not needs_gradient(plugins) else None
     if chain is not None:
         how = {"lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
         return FusedStep(ctx, chain, **how)
@@ -115,7 +120,8 @@ def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTrain
     after_backward = [p for p in plugins if overrides(p, "after_backward")]
     objective = owner(plugins, "objective")
     model, params = ctx.model, list[Tensor](ctx.model.trainable)
-    velocity: list[Tensor] | None = None
+    move = mover(training, params, ctx)
+    gathered = Gathered(ctx, training.accumulate) if training.accumulate > 1 else None
 
     def loss_of(batch: Batch) -> Tensor:
         out = model(batch.x)
@@ -126,35 +132,21 @@ def _autograd_step(ctx: Context, plugins: Sequence[Plugin], training: LocalTrain
                 loss = loss + term
         return loss
 
-    def step(batch: Batch) -> Tensor:
-        nonlocal velocity
+    def step(batch: Batch) -> Tensor | None:
         if training.precision == "float32":
             loss = loss_of(batch)
         else:
             with torch.autocast(ctx.device.type, getattr(torch, training.precision)):
                 loss = loss_of(batch)
         grads = list(torch.autograd.grad(loss, params, materialize_grads=True))
+        if gathered is not None:
+            whole = gathered.add(loss, grads, len(batch.y))
+            if whole is None:
+                return None
+            loss, grads = whole
         for plugin in after_backward:
             plugin.after_backward(ctx, grads)
-        velocity = sgd_step(params, grads, velocity, training)
+        move(grads)
         return loss.detach()
 
     return step
-
-
-@torch.no_grad()
-def sgd_step(
-    params: list[Tensor], grads: list[Tensor], velocity: list[Tensor] | None, training: LocalTraining
-) -> list[Tensor] | None:
-    """Move ``params`` in place by one step of SGD and return the velocity."""
-    if training.weight_decay:
-        torch._foreach_add_(grads, params, alpha=training.weight_decay)
-    if training.momentum:
-        if velocity is None:
-            velocity = grads
-        else:
-            torch._foreach_mul_(velocity, training.momentum)
-            torch._foreach_add_(velocity, grads)
-        grads = velocity
-    torch._foreach_add_(params, grads, alpha=-training.lr)
-    return velocity

@@ -13,6 +13,7 @@ from fedcl.client.engines import Engine, stack_size, stacks
 from fedcl.client.forgetting import joined, part, samples
 from fedcl.client.local_evaluation import LocalEvaluation, LocalEvaluationOf, accuracy
 from fedcl.client.loop import fit
+from fedcl.client.moves import optimizer_of
 from fedcl.client.session import Learner, Sessions
 from fedcl.client.stacked import fit_stacked
 from fedcl.client.state import NEVER, ClientStateStore
@@ -61,8 +62,8 @@ class ClientRuntime(Sessions):
         super().__post_init__()
         plugins = [build() for build in self.plugins.values()]
         self._together = stack_size(self.model)
-        exact = self.training.precision == "float32"
-        self._stacks = exact and self.local_evaluation is None and stacks(self.engine, self.model, plugins) is None
+        watched = self.training.precision != "float32" or self.local_evaluation is not None
+        self._stacks = not watched and stacks(self.engine, self.model, plugins, self.training) is None
         # copying a model costs as much as a step: no copy is made that no plugin can notice
         self._moves = any(overrides(plugin, hook) for plugin in plugins for hook in _BEFORE)
         self._ends = any(overrides(plugin, "after_round") for plugin in plugins)
@@ -252,7 +253,7 @@ class ClientRuntime(Sessions):
             return Reply(0, note=outcomes_json([ErasureOutcome("client state", "erased", "the client has left")]))
         if request.committed == NEVER:
             self.data.drop(request.client)
-            if self.plugins:
+            if self._remembers:
                 store.stage(request.client, request.visit, {})  # from now on the server names this message
             return Reply(0)
         learner, ctx = self.enter(request, store)
@@ -265,6 +266,9 @@ class ClientRuntime(Sessions):
                 learner[name] = self.plugins[name]()
                 learner[name].load({})
             collected += outcomes
+        if ctx.optimizer is not None and len(removed):
+            ctx.optimizer = optimizer_of(self.training)
+            collected.append(ErasureOutcome("client optimizer", "reset", "its state is a mean over gradients"))
         if ctx.is_new_task:
             del ctx.task_columns[ctx.task.id]  # it has not been trained
         self.stage(request, store, learner, ctx)

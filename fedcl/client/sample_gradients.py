@@ -16,7 +16,7 @@ _CHUNK_ELEMENTS = 1 << 24  # of gradients held at once, 64 MiB
 
 
 def add_to(total_P: Tensor, model: FlatModel, values: Sequence[Tensor]) -> None:
-    """Add a value for each trainable parameter to its place in ``total_P``, in place; frozen ones keep theirs."""
+    """Add a value for each parameter to its place in ``total_P``, in place."""
     for view, value in zip(model.views(total_P), values, strict=True):
         view += value
 
@@ -28,7 +28,7 @@ def summed_over_samples(
     *samples: Tensor,
     chunk_elements: int,
 ) -> Tensor:
-    """Return the float64 sum (P,) over samples of ``term(gradient)``; 0 where a parameter is frozen.
+    """Return the float64 sum (P,) over samples of ``term(gradient)``.
 
     The model is left in evaluation mode: no dropout, running statistics.
 
@@ -44,19 +44,19 @@ def summed_over_samples(
         Gradient elements held at once. Float32 terms are summed in float32 within a chunk.
     """
     model.eval()
-    trainable = {name: p.detach() for name, p in model.module.named_parameters() if p.requires_grad}
-    fixed = {name: p.detach() for name, p in model.module.named_parameters() if not p.requires_grad}
+    names = [tensor.name for tensor in model.parameter_specs]
+    weights = {name: p.detach() for name, p in zip(names, model.trainable, strict=True)}
 
     def of_one(params: dict[str, Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-        output: Any = functional_call(model.module, {**fixed, **params}, (x[None],))
+        output: Any = functional_call(model.module, params, (x[None],))
         return loss(output.logits, *rest)
 
     gradients = vmap(grad(of_one), in_dims=(None, *[0] * len(samples)))
     total_P = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
     step = max(1, chunk_elements // max(1, model.num_parameters))
     for start in range(0, len(samples[0]), step):
-        found = gradients(trainable, *(part[start : start + step] for part in samples))
-        add_to(total_P, model, [term(found[name]).sum(0) for name in trainable])
+        found = gradients(weights, *(part[start : start + step] for part in samples))
+        add_to(total_P, model, [term(found[name]).sum(0) for name in names])
     return total_P
 
 

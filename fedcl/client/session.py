@@ -11,6 +11,7 @@ from torch import Tensor
 from fedcl.base.tree import clone, num_bytes
 from fedcl.client.local_data import PartitionedData
 from fedcl.client.loop import owner
+from fedcl.client.moves import optimizer_of
 from fedcl.client.state import ClientStateStore
 from fedcl.contracts.learner import EXCLUSIVE, Context, LocalTraining, Plugin, State
 from fedcl.messages import Request
@@ -43,6 +44,7 @@ class Sessions:
     )
 
     def __post_init__(self) -> None:
+        self._remembers = bool(self.plugins) or self.training.keep
         self._draws = any(isinstance(layer, RandomLayer) for layer in self.model.module.modules())
 
     def enter(self, request: Request, store: ClientStateStore) -> tuple[Learner, Context]:
@@ -58,8 +60,11 @@ class Sessions:
         self.model.load(request.model)
         built = {name: build() for name, build in self.plugins.items()}
         learner = dict(sorted(built.items(), key=lambda item: item[1].phase))
-        state = store.load(request.client, request.committed) if learner else {}
+        state = store.load(request.client, request.committed) if self._remembers else {}
         ctx = self._context(request, request.task, request.model, state)
+        if self.training.keep:
+            ctx.optimizer = optimizer_of(self.training)
+            ctx.optimizer.load(clone(state.get("optimizer", {}), self.model.device))
         if self._draws:
             self._seed_layers(ctx.rng("dropout"))
         for name, plugin in learner.items():
@@ -69,12 +74,13 @@ class Sessions:
 
     def stage(self, request: Request, store: ClientStateStore, learner: Learner, ctx: Context) -> int:
         """Stage what must survive and return its size in bytes."""
-        if not learner:
-            return 0  # a learner without plugins has nothing to remember
+        if not self._remembers:
+            return 0
         plugins = {name: plugin.state() for name, plugin in learner.items()}
         tasks = {str(id_): list(columns) for id_, columns in ctx.task_columns.items()}
-        if any(plugins.values()):
-            kept = clone({"tasks": tasks, "plugins": plugins}, torch.device("cpu"))
+        moments = {} if ctx.optimizer is None else {"optimizer": ctx.optimizer.state()}
+        if any(plugins.values()) or any(moments.values()):
+            kept = clone({"tasks": tasks, "plugins": plugins, **moments}, torch.device("cpu"))
             store.stage(request.client, request.visit, kept)
             return num_bytes(kept)
         # ten thousand clients that remember nothing but their seen tasks share one state

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedcl.client.loop import summary
-from fedcl.client.stacked_batches import StackedBatches, num_steps
+from fedcl.client.moves import num_steps
+from fedcl.client.stacked_batches import StackedBatches
+from fedcl.client.stacked_moves import StackedMoves
 from fedcl.contracts.learner import Context, LocalTraining
 from fedcl.evaluation.predictions import masked
 from fedcl.models.chain import Chain, Names, chain_of
@@ -54,7 +56,7 @@ def fit_stacked(
     losses = torch.zeros(len(chosen), max(lengths), device=chosen[0].device)
     for number in range(max(lengths)):
         for part, size, lr in batches.parts(number):
-            losses[part, number] = steps.step(part, *batches.take(part, number, size), lr)
+            losses[part, number] = steps.step(part, *batches.take(part, number, size), number, lr)
     rows = zip(losses.tolist(), places, strict=True)
     reports = [summary(row[: lengths[k]], training.epochs * len(ctxs[k].data)) for row, k in rows]
     trained = dict(zip(places, zip(steps.vectors(), reports, strict=True), strict=True))
@@ -98,6 +100,7 @@ class _Linear:
         self._names = [(names,) for names in chain.hidden] + [chain.heads]
         self._layers = [_joined(starts_KP, self._spec, names) for names in self._names]
         self.width: int | None = self._layers[0][0].shape[2]
+        self._moves = StackedMoves.of([tensor for layer in self._layers for tensor in layer], training)
         self._velocity = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in self._layers if training.momentum]
         self._generators = [ctx.rng("dropout") for ctx in ctxs] if any(chain.dropout) else []
         columns = sum(self._spec[bias].size for _, bias in chain.heads)
@@ -107,7 +110,7 @@ class _Linear:
         self._by_batch = ctxs[0].task.by_batch
 
     @torch.inference_mode()
-    def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
+    def step(self, part: slice, x: Tensor, y: Tensor, number: int, lr: float) -> Tensor:
         """Move the models of ``part`` by a step on x (K, B, D), y (K, B); return their losses before it, (K,)."""
         layers = [(weight[part], bias[part]) for weight, bias in self._layers]
         inputs = [x]
@@ -126,12 +129,18 @@ class _Linear:
         losses = -log_p.gather(2, target).mean((1, 2))
         # softmax again, not exp: it works row by row, and a row's bits do not depend on its place
         signal = torch.softmax(logits, 2).scatter_add_(2, target, log_p.new_full(target.shape, -1.0))
+        grads: list[Tensor] = []
         for k in reversed(range(len(layers))):
             back = torch.bmm(signal, layers[k][0]) if k else signal
-            self._move(k, part, signal, inputs[k], lr)
+            if self._moves is None:
+                self._move(k, part, signal, inputs[k], lr)
+            else:
+                grads[:0] = [torch.bmm(left, right) / len(x[0]) for left, right in _products(signal, inputs[k])]
             if k:
                 mask = kept[k - 1]
                 signal = torch.ops.aten.threshold_backward(back if mask is None else back.mul_(mask), inputs[k], 0.0)
+        if self._moves is not None:
+            self._moves.step(part, grads, number, lr)
         return losses
 
     def vectors(self) -> Tensor:
@@ -160,12 +169,8 @@ class _Linear:
 
     def _move(self, k: int, part: slice, signal_KBF: Tensor, inputs_KBD: Tensor, lr: float) -> None:
         """Move layer k by its gradient; its old weights are not used again."""
-        training = self._training
-        clients, batch, _ = signal_KBF.shape
-        scale = 1.0 / batch
-        ones = signal_KBF.new_ones(clients, 1, _aligned(batch))[..., :batch]
-        pairs = ((signal_KBF.mT, inputs_KBD), (ones, signal_KBF))
-        for i, (left, right) in enumerate(pairs):
+        training, scale = self._training, 1.0 / signal_KBF.shape[1]
+        for i, (left, right) in enumerate(_products(signal_KBF, inputs_KBD)):
             weight = self._layers[k][i][part]
             if training.momentum:
                 moved = self._velocity[k][i][part].mul_(training.momentum)
@@ -176,6 +181,13 @@ class _Linear:
             if training.weight_decay:
                 weight.mul_(1.0 - lr * training.weight_decay)
             weight.baddbmm_(left, right, alpha=-lr * scale)
+
+
+def _products(signal_KBF: Tensor, inputs_KBD: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return the factors of a layer's gradients, summed over the batch: of its weight (K, F, D) and bias (K, 1, F)."""
+    clients, batch, _ = signal_KBF.shape
+    ones = signal_KBF.new_ones(clients, 1, _aligned(batch))[..., :batch]
+    return (signal_KBF.mT, inputs_KBD), (ones, signal_KBF)
 
 
 def _joined(vectors_KP: Tensor, spec: Spec, names: Sequence[Names]) -> tuple[Tensor, Tensor]:
@@ -204,25 +216,26 @@ class _Differentiated:
         self._by_batch = ctxs[0].task.by_batch
         whole = torch.contiguous_format
         self._params = {t.name: _view(starts_KP, t).clone(memory_format=whole) for t in self._model.spec}
-        named = dict(self._model.module.named_parameters())
-        self._trained = [name for name in self._params if named[name].requires_grad]
         self.width: int | None = None
         self._velocity: dict[str, Tensor] = {}
+        self._moves = StackedMoves.of(list(self._params.values()), training)
         self._gradient = vmap(grad_and_value(self._loss))
 
-    def _loss(self, trained: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = functional_call(self._model.module, {**fixed, **trained}, (x,)).logits
+    def _loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = functional_call(self._model.module, params, (x,)).logits
         mask = self._mask
         if self._by_batch:  # a target is never masked, so that these are all
             mask = (y.unsqueeze(1) == torch.arange(logits.shape[1], device=y.device)).any(0)
         return functional.cross_entropy(masked(logits, mask), y)
 
-    def step(self, part: slice, x: Tensor, y: Tensor, lr: float) -> Tensor:
+    def step(self, part: slice, x: Tensor, y: Tensor, number: int, lr: float) -> Tensor:
         params = {name: stacked[part] for name, stacked in self._params.items()}
-        trained = {name: params.pop(name) for name in self._trained}
-        grads, losses = self._gradient(trained, params, x, y)
+        grads, losses = self._gradient(params, x, y)
+        if self._moves is not None:
+            self._moves.step(part, [grads[name] for name in self._params], number, lr)
+            return cast(Tensor, losses.detach())
         with torch.no_grad():
-            for name, weight in trained.items():
+            for name, weight in params.items():
                 self._move(name, part, weight, grads[name], lr)
         return cast(Tensor, losses.detach())
 

@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from fedcl.client.moves import num_steps
 from fedcl.contracts.learner import Context, LocalTraining
 
 WINDOW_BYTES = 1 << 25  # of samples, gathered at once for all clients of a stack
-
-
-def num_steps(size: int, training: LocalTraining) -> int:
-    """Return how many steps a client with ``size`` samples takes."""
-    return training.epochs * -(-size // training.batch_size)
 
 
 class StackedBatches:

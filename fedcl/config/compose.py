@@ -24,7 +24,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from fedcl.config.checks import cross_check
@@ -210,8 +210,10 @@ def _with(
             value = one.value
             if layer.beside is not None and isinstance(value, str) and value.startswith("./"):
                 value = str(layer.beside / value) if is_path(rule_at(schema, one.key)) else value
-            OmegaConf.update(composed, one.key, value, merge=True)
+            OmegaConf.update(composed, one.key, value, merge=True, force_add=True)  # names were checked
         return _plain(composed, complete=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: must be given") from error
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         naming = [one.text for _, one in settings if "${" in one.text]
         told = f"{' '.join(naming)}: ${{}} names another key; a variable of the shell is $NAME; " if naming else ""

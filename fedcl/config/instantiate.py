@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedcl.config.value_rules import ConfigError
 
@@ -34,7 +34,7 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
     node
         A component's mapping. Mappings inside it are passed on as plain dicts, also those with a ``_target_``, but for
         the parameters that the target itself names in a class attribute ``components``: these are built too, under the
-        same trust.
+        same trust, and so is everything inside those that it also names in ``nested``.
     at
         The dotted place of `node` in the configuration, for messages.
     trusted
@@ -67,10 +67,13 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
         _check_call(found, (), {**params, **runtime}, place)
         if is_own(node):
             _check_methods(found, place)
-    for name in _components(found) & params.keys():
+    for name in _declared(found, "components") & params.keys():
         if not isinstance(params[name], Mapping):
             raise ConfigError(f"{place}.{name}={params[name]}: must be a mapping with a {TARGET_KEY}")
-        params[name] = build(params[name], at=f"{place}.{name}", trusted=trusted)
+        inner = params[name]
+        if name in _declared(found, "nested"):
+            inner = {key: _nested(value, f"{place}.{name}.{key}", trusted) for key, value in inner.items()}
+        params[name] = build(inner, at=f"{place}.{name}", trusted=trusted)
     if not inspect.isclass(found):
         return functools.partial(found, **params, **runtime)
     try:
@@ -123,11 +126,15 @@ def locate(target: str, trusted: Collection[str] = (), at: str = "") -> Callable
         if not hasattr(found, name):
             raise ConfigError(f"{place}: {module_name} has no {'.'.join(rest)}")
         found = getattr(found, name)
-    if not (inspect.isclass(found) or inspect.isfunction(found)):
-        raise ConfigError(f"{place}: must be a class or a function")
+    if not (inspect.isclass(found) or inspect.isfunction(found) or _is_class_method(found)):
+        raise ConfigError(f"{place}: must be a class, a function or a class method")
     # `fedcl.cli.os.system` starts with a trusted name and is not one: what was found must be at home there too.
     _check_trust(found.__module__.split(".")[0], allowed, place)
-    return found
+    return cast(Callable[..., Any], found)
+
+
+def _is_class_method(found: Any) -> bool:
+    return inspect.ismethod(found) and inspect.isclass(found.__self__)
 
 
 def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list[str]:
@@ -183,9 +190,22 @@ def targets_in(node: Any) -> list[str]:
     return []
 
 
-def _components(found: Callable[..., Any]) -> frozenset[str]:
+def _nested(value: Any, at: str, trusted: Collection[str]) -> Any:
+    """Return ``value`` with every component inside it built, from the inside out."""
+    if isinstance(value, list):
+        return [_nested(item, f"{at}[{place}]", trusted) for place, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    inner = {key: _nested(item, f"{at}.{key}", trusted) for key, item in value.items()}
+    if TARGET_KEY not in inner:
+        return inner
+    made = build(inner, at=at, trusted=trusted)
+    return made() if isinstance(made, functools.partial) else made
+
+
+def _declared(found: Callable[..., Any], attribute: str) -> frozenset[str]:
     """Return the parameters that a class wants built: the code opts in, never the configuration."""
-    declared = getattr(found, "components", ()) if inspect.isclass(found) else ()
+    declared = getattr(found, attribute, ()) if inspect.isclass(found) else ()
     return frozenset(declared) if isinstance(declared, (tuple, frozenset)) else frozenset()
 
 

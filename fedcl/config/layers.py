@@ -58,7 +58,7 @@ def typed(overrides: Sequence[str], groups: Groups, origin: str) -> Layer:
         if override.is_delete() or override.package is not None:
             raise ConfigError(f"{text}: keys cannot be removed or moved, only set: key=value")
         key = override.key_or_group
-        if key in groups:
+        if groups.get(key):  # a folder of groups alone, such as client, has no choices
             choices[key] = choice(key, override, groups[key])
         elif override.is_add() or override.is_force_add():
             raise ConfigError(f"{text}: keys cannot be added, only set: {text.lstrip('+')}")

@@ -14,6 +14,7 @@ from typing import Literal
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 CODE = re.compile(r"[A-Za-z0-9.+!_-]{1,64}")  # a version of fedcl
+BASE = re.compile(r"([0-9a-f]{64})?")  # the digest of a model's fixed tensors; empty without any
 MAX_EXAMPLES = 1_000_000_000
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_TEXT = 500  # characters of a text that a person may read

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form, TensorField
+from fedcl.contracts.optimizer import LocalOptimizer, RateSchedule
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
 from fedcl.data.dataset import Indices
 from fedcl.models.flat import FlatModel
@@ -78,6 +79,10 @@ class LocalTraining:
     SGD with heavy-ball momentum as in PyTorch (v <- momentum v + g; w <- w - lr v); the velocity is zero at the start
     of each local round. ``weight_decay`` adds weight_decay * w to every gradient. With ``precision`` bfloat16 the
     products of a step are computed in bfloat16 by autocast, in the loop engine alone; everything else stays float32.
+
+    ``optimizer`` makes another optimizer, which has its own settings but for ``lr``; ``keep`` says that its state, or
+    SGD's velocity, is kept between local rounds. ``schedule`` changes the rate over the steps of a local round. A
+    step's gradient is the mean over ``accumulate`` batches, cut to the L2 norm ``clip_norm``.
     """
 
     epochs: int = 1
@@ -86,6 +91,11 @@ class LocalTraining:
     momentum: float = 0.0
     weight_decay: float = 0.0
     precision: Precision = "float32"
+    optimizer: Callable[[], LocalOptimizer] | None = None
+    keep: bool = False
+    schedule: RateSchedule | None = None
+    clip_norm: float | None = None
+    accumulate: int = 1
 
 
 Restore = Callable[[Tensor, dict[str, Any] | None], Tensor]
@@ -119,7 +129,7 @@ class Context:
     server sent with the model; ``step`` counts the optimizer steps of this local round. ``order`` (N,) is the epoch's
     order of the samples, ``start`` the place of the current batch in it. ``copy_model`` returns a second model for a
     teacher; without it the context copies its own. ``mask`` (C,) is true for the columns that the current task may
-    predict; None allows all.
+    predict; None allows all. ``optimizer`` is the client's, where it is kept; ``lr`` is the present step's rate.
     """
 
     model: FlatModel
@@ -137,6 +147,7 @@ class Context:
     num_columns: int
     payload: dict[str, Tensor] = field(default_factory=dict)
     copy_model: Callable[[], FlatModel] | None = None
+    optimizer: LocalOptimizer | None = None
     step: int = 0
     epoch: int = 0
     order: Tensor | None = None

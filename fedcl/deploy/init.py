@@ -48,6 +48,7 @@ state: state               # folder of the client's state
 device: auto               # auto, cpu or cuda
 threads: 1
 max_message_mb: 512        # a larger message is refused
+pretrained: null           # file of the run's model.pretrained: needed if a part of that model is frozen
 config_dirs: []            # folders with choices of your own, laid out like configs/, that runs may name
 """
 _UNIT = """\

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedcl.contracts.fields import CLIENT_ID, CODE, clean, shown, whole
+from fedcl.contracts.fields import BASE, CLIENT_ID, CODE, clean, shown, whole
 from fedcl.messages.arrays import FLAT, read_array, record_tensors, tensors_record, vector_record
 from fedcl.scenario.task import Task
 
@@ -245,16 +245,16 @@ def hello_content(note: str = "") -> RecordDict:
     return content
 
 
-def hello_reply(client: str, num_examples: int, code: str) -> RecordDict:
-    """Return the reply to :func:`hello_content`: client id, number of samples, version of fedcl."""
+def hello_reply(client: str, num_examples: int, code: str, base: str = "") -> RecordDict:
+    """Return the reply to :func:`hello_content`: client id, number of samples, version of fedcl, digest of the base."""
     content = RecordDict()
-    content[VISIT] = ConfigRecord({"client": client, "code": code})
+    content[VISIT] = ConfigRecord({"client": client, "code": code, "base": base})
     content[METRICS] = MetricRecord({NUM_EXAMPLES: num_examples})
     return content
 
 
-def read_hello(content: RecordDict) -> tuple[str, int, str]:
-    """Return (client, num_examples, code version) of a hello reply.
+def read_hello(content: RecordDict) -> tuple[str, int, str, str]:
+    """Return (client, num_examples, code version, base digest) of a hello reply; no digest from a fedcl without one.
 
     Raises
     ------
@@ -263,16 +263,19 @@ def read_hello(content: RecordDict) -> tuple[str, int, str]:
     """
     check_records(content, {VISIT: ConfigRecord, METRICS: MetricRecord})
     visit, metrics = named(content, VISIT, ConfigRecord), named(content, METRICS, MetricRecord)
-    if visit is None or set(visit) != {"client", "code"} or metrics is None or set(metrics) != {NUM_EXAMPLES}:
+    plain = metrics is not None and set(metrics) == {NUM_EXAMPLES}
+    if visit is None or metrics is None or not plain or set(visit) - {"base"} != {"client", "code"}:
         raise ValueError("the message is not a reply to fedcl's hello")
-    client, code = visit["client"], visit["code"]
+    client, code, base = visit["client"], visit["code"], visit.get("base", "")
     if not isinstance(client, str) or not CLIENT_ID.fullmatch(client):
         raise ValueError(
             f"client id {shown(client)}: must be 1 to 128 of A-Z a-z 0-9 . _ -, and start with a letter or digit"
         )
     if not isinstance(code, str) or not CODE.fullmatch(code):
         raise ValueError(f"version {shown(code)}: is not a version of fedcl")
-    return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code
+    if not isinstance(base, str) or not BASE.fullmatch(base):
+        raise ValueError(f"base {shown(base)}: is not a SHA-256 of fixed tensors")
+    return client, whole(metrics[NUM_EXAMPLES], f"'{NUM_EXAMPLES}'"), code, base
 
 
 def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:

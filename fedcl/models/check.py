@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from fedcl.models.fixed import fixed_tensors
 from fedcl.models.flat import FlatModel
+from fedcl.models.module import ModuleNetwork
 from fedcl.models.networks import Output, RandomLayer
 
 
@@ -33,13 +33,15 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         The forward pass draws from a global random state, changes what the flat vector does not hold, or does not
         return logits of so many columns and their features.
     """
-    name = type(model.module).__name__
-    module = copy.deepcopy(model.module).to("cpu").train()
+    foreign = isinstance(model.module, ModuleNetwork)
+    name = type(model.module.body if foreign else model.module).__name__
+    checked = FlatModel(copy.deepcopy(model.module))
+    checked.train()
+    module = checked.module
     for layer in module.modules():
         if isinstance(layer, RandomLayer):
             layer.set_generator(torch.Generator())
-    outside = _outside_the_vector(module)
-    before = {place: tensor.clone() for place, tensor in outside.items()}
+    before = {place: tensor.clone() for place, tensor in checked.fixed.items()}
     drawn, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         with torch.no_grad():
@@ -54,11 +56,13 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
     if moved:
+        own = "use fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+        remedy = "set the probabilities of its functional dropout to 0" if foreign else own
         raise ValueError(
-            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; use "
-            "fedcl.models.networks.Dropout, or draw from the generator of a RandomLayer"
+            f"model: {name} draws from a global random state while it trains, so that no run could be repeated; "
+            f"{remedy}"
         )
-    for place, tensor in _outside_the_vector(module).items():
+    for place, tensor in fixed_tensors(module).items():
         if place not in before or not torch.equal(tensor, before[place]):
             raise ValueError(
                 f"model: {name} changes its buffer {place} ({tensor.dtype}) while it trains, which is neither sent nor "
@@ -71,16 +75,3 @@ def check_network(model: FlatModel, input_shape: Sequence[int], columns: int) ->
         )
     if out.logits.shape != (2, columns):
         raise ValueError(f"model: {name} has logits of shape {tuple(out.logits.shape)}, must be (samples, {columns})")
-
-
-def _outside_the_vector(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that the flat vector lacks, but for batch norm's counter, which its statistics do not use."""
-    persistent = module.state_dict().keys()
-    found = {}
-    for place, tensor in module.named_buffers():
-        owner, _, leaf = place.rpartition(".")
-        layer = module.get_submodule(owner)
-        counter = isinstance(layer, _NormBase) and leaf == "num_batches_tracked" and layer.momentum is not None
-        if not counter and not (place in persistent and tensor.is_floating_point()):
-            found[place] = tensor
-    return found

@@ -1,9 +1,10 @@
-"""A model's state as one flat vector, and the table that says which slice is which tensor."""
+"""What is learned of a model as one flat vector, and the table that says which slice is which tensor."""
 
-# P = length of the flat vector: all parameters, then all floating-point buffers
+# P = length of the flat vector: all parameters that are trained, then all floating-point buffers that training moves
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from fedcl.models.fixed import digest_of, fixed_tensors, learned_tensors, still_layers
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_HEAD = re.compile(r"(?:^|\.)heads?\.")
+_HEAD = re.compile(r"^heads?\.")  # not a layer of a foreign module's that is called so
 _HEAD_WEIGHT = re.compile(r"(head|heads\.\d+)\.weight")
-_HEAD_OF_TASK = re.compile(r"(?:^|\.)heads\.(\d+)\.")
+_HEAD_OF_TASK = re.compile(r"^heads\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,6 @@ def is_head(tensor: TensorSpec) -> bool:
     return _HEAD.search(tensor.name) is not None
 
 
-def _named_state(module: nn.Module) -> list[tuple[str, Tensor, Literal["parameter", "buffer"]]]:
-    """Return the tensors of the flat vector in order: parameters, then persistent floating-point buffers."""
-    persistent = module.state_dict().keys()
-    state: list[tuple[str, Tensor, Literal["parameter", "buffer"]]] = [
-        (name, tensor, "parameter") for name, tensor in module.named_parameters()
-    ]
-    state += [
-        (name, tensor, "buffer")
-        for name, tensor in module.named_buffers()
-        if name in persistent and tensor.is_floating_point()
-    ]
-    return state
-
-
 class Spec:
     """The layout of a flat vector: an immutable sequence of :class:`TensorSpec` without gaps."""
 
@@ -86,9 +74,9 @@ class Spec:
 
     @classmethod
     def of(cls, module: nn.Module) -> Spec:
-        """Return the layout of a module: parameters in the module's order, then floating-point buffers."""
+        """Return the layout of what a module learns: parameters in its order, then floating-point buffers."""
         tensors, start = [], 0
-        for name, tensor, kind in _named_state(module):
+        for name, tensor, kind in learned_tensors(module):
             owner = _HEAD_OF_TASK.search(name)
             stop = start + tensor.numel()
             task = int(owner[1]) if owner else None
@@ -153,10 +141,10 @@ class Spec:
 
 
 class FlatModel:
-    """A module whose parameters and floating-point buffers are views of one float32 vector ``flat`` (P,).
+    """A module of which all that is learned is views of one float32 vector ``flat`` (P,).
 
     Writing ``flat`` changes the module, and an optimizer step on the module changes ``flat``: nothing is ever copied
-    between the two. Integer buffers (batch-norm's batch counter) stay outside the vector.
+    between the two. What is fixed (:mod:`fedcl.models.fixed`) and integer buffers stay outside the vector.
 
     Parameters
     ----------
@@ -183,12 +171,13 @@ class FlatModel:
         self.spec = Spec.of(self.module)
         self.flat = torch.empty(self.spec.size, dtype=torch.float32, device=self.device)
         self._point_module_at_flat()
-        self.parameters: list[nn.Parameter] = list(self.module.parameters())
-        self.trainable: list[nn.Parameter] = [p for p in self.parameters if p.requires_grad]
+        self.fixed: dict[str, Tensor] = fixed_tensors(self.module)
+        self._still = list(still_layers(self.module).values())
+        self.trainable: list[nn.Parameter] = [p for p in self.module.parameters() if p.requires_grad]
         self.parameter_specs: list[TensorSpec] = [tensor for tensor in self.spec if tensor.kind == "parameter"]
 
     def _point_module_at_flat(self) -> None:
-        for name, tensor, kind in _named_state(self.module):
+        for name, tensor, kind in learned_tensors(self.module):
             if tensor.dtype != torch.float32:
                 raise ValueError(f"model: tensor {name} is {tensor.dtype}; a flat model holds torch.float32 only")
             view = self.spec.view(self.flat, name)
@@ -201,8 +190,18 @@ class FlatModel:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameter elements: the length of the vector's head before the buffers."""
+        """Number of elements of trained parameters: the length of the vector's head before the buffers."""
         return self.parameter_specs[-1].stop if self.parameter_specs else 0
+
+    @property
+    def num_fixed(self) -> int:
+        """Number of elements of fixed tensors."""
+        return sum(tensor.numel() for tensor in self.fixed.values())
+
+    @functools.cached_property
+    def base_digest(self) -> str:
+        """SHA-256 of the fixed tensors, by which two processes know that they have the same; empty without any."""
+        return digest_of(self.fixed)
 
     def __call__(self, x: Tensor) -> Output:
         """Run the module on a batch of samples."""
@@ -227,33 +226,29 @@ class FlatModel:
         """Return a copy of the flat vector (P,)."""
         return self.flat.clone()
 
-    @property
-    def trainable_specs(self) -> list[TensorSpec]:
-        """The specs of the trainable parameters, in the order of ``trainable``."""
-        pairs = zip(self.parameters, self.parameter_specs, strict=True)
-        return [tensor for parameter, tensor in pairs if parameter.requires_grad]
-
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Return the slices of ``vector``, at least as long as the parameters, that belong to trainable parameters.
+        """Return the slices of ``vector``, at least as long as the parameters, that belong to the parameters.
 
         Each is a view in its parameter's shape, in the order of ``trainable``.
         """
-        return [vector[tensor.start : tensor.stop].view(tensor.shape) for tensor in self.trainable_specs]
+        return [vector[tensor.start : tensor.stop].view(tensor.shape) for tensor in self.parameter_specs]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return one tensor for each trainable parameter as one vector, zero where a parameter is frozen."""
-        vector = torch.zeros(self.num_parameters, device=self.device)
-        for view, tensor in zip(self.views(vector), tensors, strict=True):
-            view.copy_(tensor)
-        return vector
+        """Return one tensor for each parameter of ``trainable`` as one vector."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
     def copy(self) -> FlatModel:
-        """Return an independent model of the same kind, with this one's present weights."""
-        return FlatModel(copy.deepcopy(self.module), device=self.device)
+        """Return an independent model of the same kind, with this one's present weights and its very fixed tensors."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        places = {tensor.data_ptr() for tensor in self.fixed.values()}
+        shared = {id(tensor): tensor for tensor in tensors if tensor.data_ptr() in places}
+        return FlatModel(copy.deepcopy(self.module, shared), device=self.device)
 
     def train(self) -> None:
-        """Switch the module to training mode."""
+        """Switch the module to training mode, but for normalisation layers whose statistics are fixed."""
         self.module.train()
+        for layer in self._still:
+            layer.eval()
 
     def eval(self) -> None:
         """Switch the module to evaluation mode."""

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _NormBase
 
 from fedcl.models.budget import Budget
 from fedcl.models.heads import RandomFeatures, UnitFeatures, make_heads, simplex_features
@@ -76,10 +75,6 @@ class Network(nn.Module):
     are called ``heads.<k>.weight`` and so on. Every head has its columns' weights (columns, F) as ``weight``.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._still: list[str] = []  # normalisation layers that are frozen, and so keep their statistics too
-
     def attach_heads(
         self,
         num_features: int,
@@ -128,25 +123,25 @@ class Network(nn.Module):
             self.heads = nn.ModuleList(made)
 
     def prepare(self, *, pretrained: str | None, freeze: str | None) -> None:
-        """Load weights from a file and freeze parameters; the last step of every constructor.
+        """Freeze parameters and load weights from a file; the last step of every constructor.
 
         Parameters
         ----------
         pretrained
             A file for `fedcl.models.pretrained.load_weights`, or None.
         freeze
-            Regular expression searched for in the parameters' names; those that match are not trained. A normalisation
-            layer whose parameters are all frozen keeps its running statistics as well. None freezes nothing.
+            Regular expression searched for in the parameters' names; those that match are fixed
+            (:mod:`fedcl.models.fixed`). None freezes nothing.
 
         Raises
         ------
         ValueError
             The file does not fit, or the expression is not valid, matches nothing, or leaves nothing to train.
         """
-        if pretrained is not None:
-            load_weights(self, pretrained)
         if freeze is not None:
             self._freeze(freeze)
+        if pretrained is not None:
+            load_weights(self, pretrained)
 
     def _freeze(self, pattern: str) -> None:
         try:
@@ -158,18 +153,6 @@ class Network(nn.Module):
         for name, parameter in self.named_parameters():
             if name in chosen:
                 parameter.requires_grad_(False)
-        for name, layer in self.named_modules():
-            own = list(layer.parameters(recurse=False))
-            if isinstance(layer, _NormBase) and own and not any(p.requires_grad for p in own):
-                self._still.append(name)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; frozen normalisation layers stay in evaluation."""
-        super().train(mode)
-        for name in self._still:
-            self.get_submodule(name).eval()
-        return self
 
     def classify(self, features: Tensor) -> Output:
         """Apply the heads to the body's features (B, F) and return logits and features."""

@@ -1,4 +1,8 @@
-"""Weights from a file: safetensors, npz, or PyTorch's own format read without running code from it."""
+"""Weights from a file: safetensors, npz, or PyTorch's own format read without running code from it.
+
+A safetensors file is mapped: parameters that are fixed stay in it, and all processes of a machine that read the file
+share its memory. The other formats are read into each process's own.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ _FEW = 4  # how many names an error lists
 _CLASSIFIER = re.compile(r"^(?:heads?|fc|classifier)\.")
 
 
-def load_weights(module: nn.Module, path: str) -> None:
-    """Copy the tensors of a file into the equally named ones of ``module``, in place.
+def load_weights(module: nn.Module, path: str, *, classifier: str | None = None) -> None:
+    """Give the tensors of ``module`` the values of a file's equally named ones: by copy, or where fixed, as they are.
 
     The head keeps its own values where the file has none, and a file's classifier (``head.*``, ``heads.*``, ``fc.*``,
     ``classifier.*``) that does not fit the module is passed over; everything else must be there in both, in one shape.
@@ -28,6 +32,8 @@ def load_weights(module: nn.Module, path: str) -> None:
     path
         A ``.safetensors``, ``.npz``, ``.pt`` or ``.pth`` file; one that is not here is looked for in the folder that
         the environment variable ``FEDCL_DATA`` names.
+    classifier
+        Dotted name of a further layer of the file that is passed over.
 
     Raises
     ------
@@ -35,16 +41,20 @@ def load_weights(module: nn.Module, path: str) -> None:
         The file is missing or unreadable, or names or shapes differ; the first few are listed.
     """
     found = _read(_locate(path), path)
-    own = module.state_dict()
+    own, parameters = module.state_dict(), dict(module.named_parameters())
     wrong = [f"{name} is missing" for name in own if name not in found and _needed(name)]
     for name, tensor in found.items():
         target = own.get(name)
+        if classifier is not None and name.startswith(f"{classifier}."):
+            continue
         if _CLASSIFIER.match(name) and (target is None or target.shape != tensor.shape):
             continue
         if target is None:
             wrong.append(f"{name} is no tensor of this model")
         elif target.shape != tensor.shape:
             wrong.append(f"{name} has shape {tuple(tensor.shape)}, the model's has {tuple(target.shape)}")
+        elif name in parameters and not parameters[name].requires_grad and tensor.dtype == target.dtype:
+            parameters[name].data = tensor.contiguous()  # as the file holds it: processes share the pages of a map
         else:
             with torch.no_grad():
                 target.copy_(tensor)
@@ -68,9 +78,9 @@ def _locate(path: str) -> Path:
 
 
 def _read(file: Path, path: str) -> dict[str, Tensor]:
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
-    readers = {".safetensors": lambda: load(file.read_bytes()), ".npz": lambda: _read_npz(file)}
+    readers = {".safetensors": lambda: load_file(file), ".npz": lambda: _read_npz(file)}
     readers |= dict.fromkeys((".pt", ".pth"), lambda: torch.load(file, map_location="cpu", weights_only=True))
     if file.suffix not in readers:
         raise ValueError(f"model.pretrained={path}: must end in {', '.join(readers)}")

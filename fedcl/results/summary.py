@@ -88,6 +88,7 @@ def _cost(run: Run) -> dict[str, float]:
     states = table[(table["phase"] == "train") & (table["name"] == "state_bytes")]["value"]
     costs = {
         "cost/parameters": _last(run, "server", "parameters"),
+        "cost/parameters_fixed": _last(run, "server", "parameters_fixed"),
         "cost/flops": per_sample * float(trained.sum()),
         "cost/state_bytes": float(states.max()) if len(states) else float("nan"),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedcl.assembly import client_ids, client_runtime, learner_factories, make_model
+from fedcl.assembly import client_ids, client_runtime, learner_factories, local_training, make_model
 from fedcl.client.engines import stacks
 from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
@@ -55,7 +55,8 @@ def note_unstacked(cfg: Config, setup: Setup) -> None:
     if cfg["engine"] != "stack":
         return
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
-    why = stacks("stack", model, [build() for build in learner_factories(cfg).values()])
+    plugins = [build() for build in learner_factories(cfg).values()]
+    why = stacks("stack", model, plugins, local_training(cfg))
     if why is None and cfg["evaluation"]["iterations"]:
         why = "evaluation.iterations looks into every step"
     if why is not None:
@@ -69,7 +70,8 @@ def measured(cfg: Config, setup: Setup) -> dict[str, float]:
     """
     runtimes = {name: _runtime({**cfg, "engine": name}, setup) for name in CHOICES}
     runtime = runtimes["stack"]
-    if stacks("stack", runtime.model, [build() for build in runtime.plugins.values()]) is not None:
+    plugins = [build() for build in runtime.plugins.values()]
+    if stacks("stack", runtime.model, plugins, runtime.training) is not None:
         del runtimes["stack"]
     requests = _requests(setup, runtime)
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}

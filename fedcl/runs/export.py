@@ -27,6 +27,7 @@ from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import Forgotten
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.messages import Request
+from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output, build_model
 from fedcl.results.checkpoint import Checkpoints
 from fedcl.results.launches import Trust, launched
@@ -48,8 +49,8 @@ class ExportedModel(nn.Module):
     Calling it with inputs (B, ...) gives logits (B, C), bit for bit those of the run's model. ``about`` is the header:
     ``classes`` (names by label), ``labels`` (of each logit column, -1 for none), ``normalisation``, ``tasks`` (each
     with ``classes``, their logit ``columns``, the ``mask`` of columns that a prediction may choose from, and its
-    ``transform``), ``client``, ``round``, ``seed``, ``model`` (its part of the configuration), ``model_sha256``,
-    ``config_sha256`` and ``fedcl``.
+    ``transform``), ``client``, ``round``, ``seed``, ``model`` (its part of the configuration), ``model_sha256``
+    (of what is learned), ``base_digest`` (of what is fixed), ``config_sha256`` and ``fedcl``.
     """
 
     def __init__(self, network: nn.Module, about: Mapping[str, Any]) -> None:
@@ -128,8 +129,8 @@ def export(run_dir: Path, client: str | None = None, out: Path | None = None, tr
         vector = _personal(cfg, setup, server, states, client)
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     model.load(vector)
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.module.state_dict().items()}
-    about = _about(cfg, setup, server, vector, client)
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _every(model.module).items()}
+    about = _about(cfg, setup, server, vector, client) | {"base_digest": model.base_digest}
     name = "model.safetensors" if client is None else f"model_client_{client}.safetensors"
     path = out or run_dir / name
     write_bytes_atomic(path, save(tensors, metadata={_HEADER: json.dumps(about)}))
@@ -162,18 +163,22 @@ def load_model(path: Path | str, *, trusted: Collection[str] = ()) -> ExportedMo
         raise ValueError(f"{path}: is no model exported by fedcl, or of another version than {FORMAT}")
     sizes = {"input_shape": tuple(about["input_shape"]), "heads": tuple(about["heads"])}
     network = build_model(functools.partial(build, about["model"], at="model", trusted=trusted, **sizes), seed=0)
-    network.load_state_dict(tensors)
-    flat = _flat(network)
-    if model_digest({about["target"]: flat}) != about["model_sha256"]:
+    own = _every(network)
+    if own.keys() != tensors.keys():
+        raise ValueError(f"{path}: lacks tensors of the network, as files of an earlier fedcl may: export it again")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    model = FlatModel(network)
+    whole = model_digest({about["target"]: model.flat}), model.base_digest
+    if whole != (about["model_sha256"], about.get("base_digest", "")):
         raise ValueError(f"{path}: its weights are not those it was written with")
     return ExportedModel(network.eval(), about).eval()
 
 
-def _flat(network: nn.Module) -> Tensor:
-    from fedcl.models.flat import Spec
-
-    spec, state = Spec.of(network), network.state_dict()
-    return torch.cat([state[tensor.name].reshape(-1) for tensor in spec])
+def _every(network: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors of a network, learned and fixed, be they state or not."""
+    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 def _about(cfg: Config, setup: Setup, server: Mapping[str, Any], vector: Tensor, client: str | None) -> dict[str, Any]:

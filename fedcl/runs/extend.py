@@ -144,8 +144,14 @@ def _refuse_another_past(old: Setup, new: Setup) -> None:
 def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Setup, new: Setup) -> Saved:
     """Return the newest checkpoint up to which both runs are the same."""
     _refuse_horizons(cfg, longer, old, new)
+    horizon = longer["client"]["schedule"].get("horizon", "local")
+    if horizon == "run" and old.schedule.num_rounds != new.schedule.num_rounds:
+        raise ConfigError("client.schedule.horizon=run: with other rounds the past would have had other learning rates")
     asks = _asks(cfg, old)
-    shared = next((r for r in range(old.schedule.num_rounds) if not _same(old, new, r)), old.schedule.num_rounds)
+    shared = next(
+        (r for r in range(old.schedule.num_rounds) if not _same(old, new, r, horizon == "task")),
+        old.schedule.num_rounds,
+    )
     if shared == new.schedule.num_rounds:
         raise ConfigError(f"rounds_per_task={longer['rounds_per_task']}: leaves nothing to run")
     if asks and shared == old.schedule.num_rounds:  # parts may do less at the end of a run's last task
@@ -162,14 +168,14 @@ def _last_common(run_dir: Path, cfg: Config, longer: Config, old: Setup, new: Se
     )
 
 
-def _same(old: Setup, new: Setup, server_round: int) -> bool:
+def _same(old: Setup, new: Setup, server_round: int, counted: bool) -> bool:
     if server_round >= new.schedule.num_rounds or old.schedule.stage(server_round) != new.schedule.stage(server_round):
         return False
     for client in old.clients:
         one, two = (run.schedule.position(client, server_round) for run in (old, new))
         if one is None or two is None:
             alike = one is two
-        elif old.stream.online:  # every round has its part of the task
+        elif old.stream.online or counted:  # a round's part of the task, or its rate, depends on how many there are
             alike = one == two
         else:
             alike = one.is_last == two.is_last and replace(one, num_rounds=0) == replace(two, num_rounds=0)

@@ -112,6 +112,7 @@ def make_server(
         stream=setup.stream,
         spec=model.spec,
         initial=model.vector(),
+        base_digest=model.base_digest,
         clients=setup.clients,
         record=recorder,
         evaluator=evaluator if evaluate else None,
@@ -154,6 +155,8 @@ def _known(cfg: Config, settings: Settings, setup: Setup, model: FlatModel) -> K
     forward = flops(model.module, setup.dataset.input_shape)
     # forward, and backward to inputs and to weights: three matrix products of one size
     costs = {"parameters": float(model.num_parameters), "flops_per_sample": 3.0 * forward}
+    if model.num_fixed:
+        costs["parameters_fixed"] = float(model.num_fixed)
     counts = {}
     if settings.is_late:
         for client, held in zip(client_ids(cfg), setup.partition.train, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcl.base.randomness import torch_generator
+from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import ErasureOutcome, Forgotten
 from fedcl.contracts.statistics import Statistics
 from fedcl.contracts.strategy import GLOBAL, Target, Update
@@ -108,7 +109,8 @@ class ServerData:
     """A server without its timeline.
 
     Parts see it as a :class:`~fedcl.contracts.view.ServerView`, unlearning edits it, a checkpoint holds it.
-    ``everybody`` are the clients the run began with, ``initial`` the weights (P,).
+    ``everybody`` are the clients the run began with, ``initial`` the weights (P,), ``base_digest`` names the model's
+    fixed tensors, which no checkpoint holds.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class ServerData:
         spec: Spec,
         initial: Tensor,
         clients: Sequence[str],
+        base_digest: str = "",
         record: Record,
         options: LoopOptions,
         evaluator: Evaluator | None = None,
@@ -136,6 +139,7 @@ class ServerData:
         self.record, self.options, self.unlearning = record, options, unlearning
         self.statistics = statistics or Statistics()
         self.compute_in = compute or at_once
+        self._base_digest = base_digest
         self.initial = initial.detach().cpu().clone()
         self.state = ServerState({GLOBAL: self.initial.clone()})
         self._spec = spec
@@ -258,6 +262,7 @@ class ServerData:
             "visits": dict(self.exchange.visits),
             "local_rounds": dict(self.exchange.local_rounds),
             "committed": dict(self.exchange.committed),
+            "base": self._base_digest,
             "bytes": [self.exchange.bytes_up, self.exchange.bytes_down],
             "strategy": self.strategy.state_dict(),
             "statistics": self.statistics.state_dict(),
@@ -266,7 +271,19 @@ class ServerData:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; clients' states must be in their store by now."""
+        """Restore what :meth:`state_dict` returned; clients' states must be in their store by now.
+
+        Raises
+        ------
+        ConfigError
+            If the model's fixed tensors are others than the checkpoint's.
+        """
+        known = state.get("base", self._base_digest)  # an earlier fedcl did not write it
+        if known != self._base_digest or len(state["models"][GLOBAL]) != self._spec.size:
+            raise ConfigError(
+                "model: its fixed tensors are not those of the checkpoint; model.pretrained must be the file that the "
+                "run began with, and an earlier fedcl's runs with model.freeze cannot be resumed"
+            )
         self.state = ServerState(**{name: type(old)(state[name]) for name, old in vars(self.state).items()})
         self.strategy.load_state_dict(state["strategy"])
         self.statistics.load_state_dict(state["statistics"])

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.serverapp import Grid
 
 from fedcl import __version__
-from fedcl.assembly import Settings, client_ids, client_runtime, make_aggregation, participants
+from fedcl.assembly import Settings, client_ids, client_runtime, make_aggregation, make_model, make_stream, participants
 from fedcl.client.device import Agreement
 from fedcl.client.file_state import FileStateStore
 from fedcl.client.local_data import PartitionedData
@@ -117,6 +118,7 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
         cfg,
         dataset,
         partition,
+        base=_base_digest(cfg, dataset),
         workers=backend.workers,
         address=backend.address,
         gpus_per_worker=backend.gpus_per_worker,
@@ -127,9 +129,13 @@ def _own_grid(cfg: dict[str, Any], dataset: Dataset, partition: Partition, state
     )
 
 
+def _base_digest(cfg: dict[str, Any], dataset: Dataset) -> str:
+    return make_model(cfg, dataset, make_stream(cfg, dataset), torch.device("cpu")).base_digest
+
+
 def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool, left: Collection[str]) -> FleetGrid:
-    """Wait for the devices, and agree with each on the run's classes."""
-    agreed = Agreement(dataset.classes, dataset.input_shape, is_local(cfg))
+    """Wait for the devices, and agree with each on the run's classes and fixed tensors."""
+    agreed = Agreement(dataset.classes, dataset.input_shape, is_local(cfg), _base_digest(cfg, dataset))
     settings, clients = Settings.of(cfg), participants(cfg)
     backend = settings.backend
     fleet = FleetGrid(
@@ -137,6 +143,7 @@ def _fleet(cfg: dict[str, Any], dataset: Dataset, grid: Grid, *, resuming: bool,
         clients,
         note=agreed.to_json(),
         code=__version__,
+        base=agreed.base,
         timeout=backend.client_timeout,
         max_bytes=backend.max_message_mb << 20,
         owner=owners(),

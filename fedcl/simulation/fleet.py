@@ -58,6 +58,7 @@ class FleetGrid(ClientGrid):
         *,
         note: str = "",
         code: str = "",
+        base: str = "",
         timeout: float | None = None,
         max_bytes: int = 1 << 29,
         owner: Callable[[int], str | None] | None = None,
@@ -65,7 +66,7 @@ class FleetGrid(ClientGrid):
         refusals: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._grid, self._timeout, self._max_bytes = grid, timeout, max_bytes
-        self._roster = Roster(grid, clients, note=note, code=code, owner=owner, say=say, event=self._event)
+        self._roster = Roster(grid, clients, note=note, code=code, base=base, owner=owner, say=say, event=self._event)
         self.nodes = dict(self._roster.slots)
         self._sent: dict[str, int] = {}  # messages under way -> slot
         self._probe_at: dict[str, tuple[float, float]] = {}  # messages under way -> when to ask after them, and again

@@ -41,6 +41,8 @@ class RayGrid(BaseGrid):
 
     Parameters
     ----------
+    base
+        Digest of the fixed tensors that every worker's model must have.
     workers
         Number of workers; None takes this machine's cores, or the free ones of a cluster that is joined.
     address
@@ -60,6 +62,7 @@ class RayGrid(BaseGrid):
         dataset: Dataset,
         partition: Partition,
         *,
+        base: str = "",
         workers: int | None = None,
         address: str | None = None,
         gpus_per_worker: float = 0.0,
@@ -82,7 +85,7 @@ class RayGrid(BaseGrid):
         try:
             classes = reserve(address, workers, gpus_per_worker, worker_classes, owned=self._owns_ray)
             # with the paths of the user's own modules
-            data = (ray.put(dataset), ray.put(partition), clients, [path for path in sys.path if path])
+            data = (ray.put(dataset), ray.put(partition), clients, [path for path in sys.path if path], base)
             without_gpu = {**config, "device": "cpu"}  # for a worker that has reserved none
             self._pool = WorkerPool(classes, lambda kind: (config if kind.num_gpus else without_gpu, *data))
             self._pool.wait()

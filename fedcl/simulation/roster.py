@@ -34,11 +34,12 @@ class Roster:
         *,
         note: str,
         code: str,
+        base: str,
         owner: Callable[[int], str | None] | None,
         say: Callable[[str], None],
         event: Callable[..., None],
     ) -> None:
-        self._grid, self._note, self._code, self._owner = grid, note, code, owner
+        self._grid, self._note, self._code, self._base, self._owner = grid, note, code, base, owner
         self._say, self._event = say, event
         ordered = sorted(clients, key=client_order)
         self.slots: Mapping[str, int] = {client: FIRST_SLOT + place for place, client in enumerate(ordered)}
@@ -62,7 +63,8 @@ class Roster:
         Raises
         ------
         ConfigError
-            If too few come in time, two call themselves the same, one has another version of fedcl or refuses the run.
+            If too few come in time, two call themselves the same, one has another version of fedcl or other fixed
+            tensors, or refuses the run.
         """
         deadline = time.monotonic() + seconds
         wanted = {client: slot for client, slot in self.slots.items() if client not in left}
@@ -106,7 +108,7 @@ class Roster:
         if reply.has_error():
             return f"node {node} does not answer: {clean(reply.error.reason or '')}"
         try:
-            client, _, code = read_hello(reply.content)
+            client, _, code, base = read_hello(reply.content)
         except ValueError as error:  # a node that is no device of fedcl
             self._event("hello_rejected", node=str(node), reason=clean(str(error)))
             return None
@@ -121,6 +123,11 @@ class Roster:
             return None
         if code != self._code:
             return f"client {client} has fedcl {code}, the server {self._code}"
+        if base != self._base:
+            return (
+                f"client {client} has another base than the server: {_shown(base)} and {_shown(self._base)}; set "
+                "pretrained in its client.yaml to the file of the run's model.pretrained"
+            )
         taken = self._node_at.get(slot, node)
         if taken != node and taken in alive and self._is_of(taken, client):
             return f"two nodes call themselves client {client!r}"
@@ -130,3 +137,8 @@ class Roster:
 
     def _is_of(self, node: int, client: str) -> bool:
         return self._owner is None or self._owner(node) == client
+
+
+def _shown(base: str) -> str:
+    """Return a digest as people compare them."""
+    return f"sha256 {base[:12]}" if base else "no fixed tensors"

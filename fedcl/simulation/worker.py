@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import sys
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from flwr.app import RecordDict
 
 from fedcl.base.tree import pack, unpack
 from fedcl.client.state import MemoryStateStore
+from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import State
 from fedcl.data.dataset import Dataset, Partition
 from fedcl.simulation.compat import quiet_environment
@@ -35,7 +37,13 @@ class Worker:
     """Runs instructions one at a time. Its copies of client states are a cache: the driver owns them."""
 
     def __init__(
-        self, config: dict[str, Any], dataset: Dataset, partition: Partition, clients: tuple[str, ...], paths: list[str]
+        self,
+        config: dict[str, Any],
+        dataset: Dataset,
+        partition: Partition,
+        clients: tuple[str, ...],
+        paths: list[str],
+        base: str = "",
     ) -> None:
         torch.set_num_threads(1)
         # the driver decides whether to stop: a client's own KeyboardInterrupt must not look like a person's
@@ -46,6 +54,11 @@ class Worker:
         from fedcl.client.local_data import PartitionedData
 
         runtime = client_runtime(config, PartitionedData(dataset, partition, clients))
+        if runtime.model.base_digest != base:
+            raise ConfigError(
+                f"model: a worker on {platform.node()} has other fixed tensors than the server: model.pretrained must "
+                "be the same file on every node"
+            )
         self._data = runtime.data
         self._store = _NotingStore()
         self._host = ClientHost(runtime, self._store, make_aggregation(config, runtime.model, dataset))

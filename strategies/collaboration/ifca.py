@@ -8,7 +8,6 @@ with model averaging: with S_j the round's clients that chose cluster j, theta_j
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from fedcl.contracts.fields import TensorField
 from fedcl.contracts.learner import Payload
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
-from fedcl.contracts.strategy import GLOBAL, LocalWork, Target, Update
+from fedcl.contracts.strategy import GLOBAL, Target, Update
 from fedcl.contracts.view import ServerView
 from fedcl.models.flat import Spec
 from fedcl.server.aggregation import aggregate
@@ -26,17 +25,17 @@ from strategies.collaboration.fedavg import FedAvg
 _PREFIX = "cluster-"
 
 
-def shuffled(model_P: Tensor, spec: Spec, spread: float, fixed: Collection[str], generator: torch.Generator) -> Tensor:
+def shuffled(model_P: Tensor, spec: Spec, spread: float, generator: torch.Generator) -> Tensor:
     """Return another start (P,): each parameter tensor w becomes m + sqrt(1 - s^2) (w - m) + s (w' - m).
 
     w' is w with its elements in random order and m their mean. Layers draw the elements of a tensor independently from
     one law, so with ``spread`` s = 1 the result is a draw as likely as the first, and with any s it has the same mean
-    and spread. Buffers and the tensors named in ``fixed`` stay.
+    and spread. Buffers stay.
     """
     start = model_P.clone()
     for tensor in spec:
         order = torch.randperm(tensor.size, generator=generator)
-        if tensor.kind == "buffer" or tensor.name in fixed:
+        if tensor.kind == "buffer":
             continue
         old = model_P[tensor.start : tensor.stop].double()
         mean = old.mean()
@@ -79,24 +78,16 @@ class IFCA(FedAvg):
         choice = TensorField((1,), "int64", low=0, high=clusters - 1)
         self.payloads = (Payload("clusters", "down"), Payload("choice", "up", choice, reduction="stack"))  # type: ignore[misc]
         self.spread = spread
-        self._fixed: tuple[str, ...] = ()
         self._choices: dict[str, int] = {}
         self._switched = 0.0
         # one object for all who are sent the same: clients that share model and payload share a message
         self._models: list[Tensor] = []
         self._others: dict[int, Tensor] = {}
 
-    def bind(self, work: LocalWork) -> None:
-        """Learn which parameters are frozen: clusters do not differ in them."""
-        pairs = zip(work.model.parameters, work.model.parameter_specs, strict=True)
-        self._fixed = tuple(spec.name for parameter, spec in pairs if not parameter.requires_grad)
-
     def initial(self, view: ServerView) -> dict[Target, Tensor]:
         """Return where the clusters start: the first at the run's initial weights, the others shuffled."""
         draws = view.rng("ifca")
-        others = [
-            shuffled(view.global_model, view.spec, self.spread, self._fixed, draws) for _ in range(self.clusters - 1)
-        ]
+        others = [shuffled(view.global_model, view.spec, self.spread, draws) for _ in range(self.clusters - 1)]
         return {f"{_PREFIX}{j}": model for j, model in enumerate([view.global_model.clone(), *others])}
 
     def message_for(self, client: str, view: ServerView) -> tuple[Target, dict[str, Tensor]]:

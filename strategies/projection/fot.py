@@ -106,6 +106,8 @@ class FOT(GrowingBases):
             wrong = f"{KEY}.layers={self.layers}: {min(self._unreadable)} is no linear layer or ungrouped convolution"
             raise ValueError(f"{wrong}; name others, or choose another model")
         self.setup(work.model.spec)
+        if not self._weights and not work.model.fixed:  # below a fixed body and tasks' own heads nothing is shared
+            raise ValueError(f"{KEY}.layers={self.layers}: leaves no weight to protect")
         left = unprotected(work.model.spec, self._weights.values(), self.project_heads)
         if left and self.layers is None:
             self._notes.append({"kind": "weights_unprotected", "weights": left})
@@ -127,7 +129,7 @@ class FOT(GrowingBases):
         """Ask for the layer inputs' subspace whenever it is to be extended: not any more when the run ends."""
         every, task_end = self.extend_at, event.kind == "task_end"
         due = task_end if every == "task" else (event.server_round + 1) % every == 0
-        if not due or event.is_last_task:
+        if not due or event.is_last_task or not self._weights:
             return []
         if self.variant == "official":
             models = {update.client: update.model for update in event.updates}

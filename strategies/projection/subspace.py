@@ -35,7 +35,7 @@ def protected(spec: Spec, layers: Sequence[str] | None, project_heads: bool) -> 
     """Return the weights to protect: those named, else every matrix and 2-d kernel that no task head owns.
 
     Without ``project_heads`` a head that all tasks share is left out too, unless it is named. Raises ``ValueError``
-    where a named layer does not exist or cannot be protected, or none is left.
+    where a named layer is not learned or cannot be protected, or no layer is named.
     """
     if layers is None:
         found = [t for t in spec if t.kind == "parameter" and t.task is None and _is_weight(t)]
@@ -43,9 +43,9 @@ def protected(spec: Spec, layers: Sequence[str] | None, project_heads: bool) -> 
     else:
         missing = [name for name in layers if name not in spec]
         if missing:
-            raise ValueError(f"{KEY}.layers={list(layers)}: {missing[0]} is no tensor of the model")
+            raise ValueError(f"{KEY}.layers={list(layers)}: {missing[0]} is no tensor that the model learns")
         found = [spec[name] for name in layers]
-    if not found:
+    if not found and layers is not None:
         raise ValueError(f"{KEY}.layers={layers}: leaves no weight to protect")
     for tensor in found:
         if not _is_weight(tensor):

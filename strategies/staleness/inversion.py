@@ -83,12 +83,8 @@ class Simulation:
 
 
 def trainable(model: FlatModel) -> Tensor:
-    """Return bool (P,), set where local training moves the model."""
-    frozen = {name for name, parameter in model.module.named_parameters() if not parameter.requires_grad}
-    mask = torch.zeros(model.spec.size, dtype=torch.bool, device=model.device)
-    for tensor in model.parameter_specs:
-        mask[tensor.start : tensor.stop] = tensor.name not in frozen
-    return mask
+    """Return bool (P,), set at parameters: a simulation in evaluation mode moves no buffer."""
+    return torch.arange(model.spec.size, device=model.device) < model.num_parameters
 
 
 def batch_plan(rows: int, num_examples: int, training: LocalTraining, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -38,6 +38,10 @@ def test_a_spec_is_read_and_its_paths_start_from_its_folder(tmp_path: Path) -> N
     assert spec.config_dirs == (tmp_path / "my", Path("/own"))
     assert (spec.client, spec.data, spec.state) == ("3", ("data=npz", "data.root=/x.npz"), tmp_path / "kept")
     assert spec.max_message_bytes == 2 << 20
+    assert spec.pretrained is None
+    spec = spec_of(tmp_path, "client: 3\npretrained: body.npz\n")
+    assert spec.pretrained == tmp_path / "body.npz"
+    assert f'model.pretrained="{tmp_path / "body.npz"}"' in device_overrides([], spec, path_keys)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,7 @@ def test_a_spec_is_read_and_its_paths_start_from_its_folder(tmp_path: Path) -> N
     [
         ("client: ../a\n", "client='../a'"),
         ("client: a\nstate: 3\n", "state=3"),
+        ("client: a\npretrained: [x]\n", "pretrained=['x']: must be a file"),
         ("client: a\ndata: [model=mlp]\n", "data: model=mlp"),
         ("client: a\ndata: [data.root=/x]\n", "one entry must be data=CHOICE"),
         ("client: a\nthread: 2\n", "thread: unknown key"),

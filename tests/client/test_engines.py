@@ -202,10 +202,10 @@ def test_a_term_of_a_plugin_counts_with_every_engine() -> None:
 
 def test_which_networks_are_stacked() -> None:
     lenet = FlatModel(build_model(lambda: LeNet(input_shape=(1, 16, 16), heads=(10,)), seed=1))
-    assert stacks("auto", mlp((9,)), []) is None
-    assert stacks("auto", lenet, []) == "the model is not a plain linear network"
-    assert stacks("stack", lenet, []) is None
-    assert stacks("loop", mlp((9,)), []) == "engine=loop"
+    assert stacks("auto", mlp((9,)), [], PLAIN) is None
+    assert stacks("auto", lenet, [], PLAIN) == "the model is not a plain linear network"
+    assert stacks("stack", lenet, [], PLAIN) is None
+    assert stacks("loop", mlp((9,)), [], PLAIN) == "engine=loop"
     frozen = build_model(lambda: MLP(input_shape=(4,), heads=(2,), hidden=(3,), freeze="hidden"), seed=0)
     cosine = build_model(lambda: MLP(input_shape=(4,), heads=(2,), hidden=(3,), head="cosine"), seed=0)
     assert chain_of(frozen) is None

@@ -37,6 +37,8 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "scenario/task_incremental": "# Tasks.\nnum_tasks: 5\n_allowed_:\n  num_tasks: int >= 1",
             "scenario/free": "# No tasks.\nsteps: 3",
             "model/mlp": "# Small.\n_target_: fedcl.models.MLP\nhidden: [64]\nscale: 1.0",
+            "client/optimizer/sgd": "# SGD.\nlr: 0.3\nmomentum: 0.0\n_allowed_: {lr: number > 0, momentum: 'number in [0, 1)'}",  # noqa: E501
+            "client/schedule/constant": "# Constant.\n{}",
             "learner/finetune": "# Nothing.\n{}",
             "learner/ewc": "# EWC.\newc:\n  _target_: clients.l.EWC\n  weight: 1.0\n  _allowed_: {weight: number > 0}",
             "learner/er": "# Replay.\ner:\n  _target_: clients.learners.ER\n  size: 200",
@@ -292,9 +294,9 @@ class TestBuild:
             ({"_target_": "P.Part", "size": 1, "seed": 2}, r"^learner\.er\.seed: set by the run itself"),
             ({"_target_": "P.Part", "size": -1}, r"^part\.size=-1: must be >= 0$"),
             ({"_target_": "P.Absent"}, "has no Absent"),
-            ({"_target_": "P.CONSTANT"}, "must be a class or a function"),
+            ({"_target_": "P.CONSTANT"}, "must be a class, a function or a class method"),
             ({"_target_": "P"}, "must be a dotted path"),
-            ({"_target_": "P.os.system"}, "not trusted|must be a class or a function"),
+            ({"_target_": "P.os.system"}, "not trusted|must be a class"),
             ({"size": 1}, "has no _target_"),
             ({"_target_": "fedcl.absent.Name"}, "has no absent"),
         ],
@@ -318,7 +320,7 @@ class TestBuild:
         ],
     )  # fmt: skip
     def test_only_trusted_code_is_called(self, target: str) -> None:
-        with pytest.raises(ConfigError, match=r"not trusted|must be a class or a function"):
+        with pytest.raises(ConfigError, match=r"not trusted|must be a class"):
             build({"_target_": target}, at="model")
 
     def test_a_missing_library_is_not_a_missing_target(self, tmp_path: Path, plugin: str) -> None:

@@ -209,11 +209,16 @@ def test_a_read_only_array_becomes_a_tensor_that_shares_its_memory() -> None:
 def test_the_hello_round_trip() -> None:
     (asked,) = requests(hello_content())
     assert asked.kind == "hello"
-    assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0"))) == ("device-3", 120, "1.0")
+    assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0"))) == ("device-3", 120, "1.0", "")
+    base = "0f" * 32
+    assert read_hello(over_the_wire(hello_reply("device-3", 120, "1.0", base))) == ("device-3", 120, "1.0", base)
 
 
-def hello(client: Any = "3", code: Any = "1.0", samples: Any = 1, **more: Any) -> RecordDict:
-    visit, metrics = ConfigRecord({"client": client, "code": code}), MetricRecord({"num-examples": samples})
+def hello(client: Any = "3", code: Any = "1.0", samples: Any = 1, base: Any = "", **more: Any) -> RecordDict:
+    visit, metrics = (
+        ConfigRecord({"client": client, "code": code, "base": base}),
+        MetricRecord({"num-examples": samples}),
+    )
     return RecordDict({VISIT: visit, METRICS: metrics, **more})
 
 
@@ -227,6 +232,7 @@ MALFORMED_HELLOS = {
     **{f"id {client!r}": hello(client) for client in ("", "../../x", ".", "-a", "a b", "a/b", "*", "ä", "x" * 129)},
     **{f"id {client!r}": hello(client) for client in (3, True, b"3", ["3"], "a\n", "\ud800", 0.5)},
     **{f"code {code!r}": hello(code=code) for code in (1, "", "x" * 65, "1.0\n", ["1.0"])},
+    **{f"base {base!r}": hello(base=base) for base in (1, "0g" * 32, "0f" * 31, "0f" * 32 + "\n")},
     **{f"samples {number!r}": hello(samples=number) for number in (-1, 1.0, float("nan"), 10**12, [1])},
 }
 

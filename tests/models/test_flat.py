@@ -38,7 +38,7 @@ def test_writing_flat_changes_the_module_and_a_step_on_the_module_changes_flat()
     model.flat[4] = 0.0
     assert model(torch.tensor([[1.0, -1.0]])).logits[0, 0].item() == -1.0
     model(torch.ones(1, 2)).logits[0, 1].backward()
-    torch.optim.SGD(model.parameters, lr=0.5).step()
+    torch.optim.SGD(model.trainable, lr=0.5).step()
     assert model.flat.tolist() == [1.0, 2.0, 2.5, 3.5, 0.0, 19.5]
 
 
@@ -147,8 +147,11 @@ def test_frozen_parameters_stay_frozen() -> None:
     module = Normalised()
     module.body.weight.requires_grad_(False)
     model = FlatModel(module)
-    assert [p.requires_grad for p in model.parameters] == [False] + [True] * 7
-    assert [spec.name for spec in model.parameter_specs][:2] == ["body.weight", "body.bias"]
+    assert [p.requires_grad for p in module.parameters()] == [False] + [True] * 7
+    assert len(model.trainable) == 7
+    assert [spec.name for spec in model.parameter_specs][:1] == ["body.bias"]
+    assert list(model.fixed) == ["body.weight"]
+    assert (model.num_fixed, model.spec.size) == (module.body.weight.numel(), 57 - module.body.weight.numel())
 
 
 @pytest.mark.gpu
@@ -157,4 +160,4 @@ def test_on_cuda_the_vector_and_the_module_share_memory() -> None:
     model = FlatModel(Normalised(), device="cuda")
     model.load(torch.ones(57))
     assert model.flat.is_cuda
-    assert all(p.is_cuda and p.eq(1).all() for p in model.parameters)
+    assert all(p.is_cuda and p.eq(1).all() for p in model.trainable)

@@ -106,7 +106,8 @@ def test_files_are_also_looked_for_beside_the_data(tmp_path: Path, monkeypatch: 
 
 def test_frozen_parameters_are_those_that_the_expression_finds() -> None:
     model = FlatModel(mlp(freeze=r"^hidden\."))
-    assert [p.requires_grad for p in model.parameters] == [False, False, True, True]
+    assert list(model.fixed) == ["hidden.0.weight", "hidden.0.bias"]
+    assert [tensor.name for tensor in model.spec] == ["head.weight", "head.bias"]
     assert len(model.trainable) == 2
 
 

@@ -125,7 +125,7 @@ def test_gradients_of_single_samples_add_up_to_the_batch_gradient(norm: str) -> 
 
     x = images(3)
     each = vmap(grad(loss), in_dims=(None, 0))(params, x)
-    (whole,) = torch.autograd.grad(model(x).logits.square().sum(), [model.parameters[0]])
+    (whole,) = torch.autograd.grad(model(x).logits.square().sum(), [model.trainable[0]])
     torch.testing.assert_close(each["conv1.weight"].sum(0), whole, rtol=1e-3, atol=1e-4)
 
 
@@ -157,7 +157,8 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_rest_moves_its_own() -
     copy_model.train()
     assert not copy_model.module.get_submodule("bn1").training
     assert copy_model.module.get_submodule("layer2.0.bn1").training
-    assert len(model.trainable) < len(model.parameters)
+    assert {"bn1.weight", "bn1.running_mean", "layer1.0.bn1.running_var"} < model.fixed.keys()
+    assert all(tensor.name.startswith(("layer2.", "head.")) for tensor in model.spec)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
@@ -19,6 +20,7 @@ from fedcl.client.device_state import DeviceStateStore
 from fedcl.config.compose import compose
 from fedcl.config.value_rules import ConfigError
 from fedcl.messages import hello_reply
+from fedcl.models.networks import MLP, build_model
 from fedcl.results import load
 from fedcl.runs.experiment import resume, run
 from fedcl.runs.verify import verify
@@ -365,6 +367,34 @@ def test_two_devices_of_one_name_are_refused(tmp_path: Path, devices: dict[str, 
     overrides = [*SHORT, *DEVICES, f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match="two nodes call themselves client '0'"):
         on_devices(grid_of(devices, overrides), overrides)
+
+
+def test_devices_with_the_base_give_the_numbers_of_one_simulation_and_one_with_another_is_refused(
+    tmp_path: Path,
+    devices: dict[str, Path],
+    run_experiment: Callable[..., Path],
+    metrics_hash: Callable[[Path], str],
+) -> None:
+    frozen = [*SHORT, "model.freeze=hidden", "model.hidden=[6]", f"model.pretrained={tmp_path / 'server.npz'}"]
+    state = build_model(lambda: MLP(input_shape=(64,), heads=(10,), hidden=(6,)), seed=9).state_dict()
+    body = {name: tensor.numpy() for name, tensor in state.items() if name.startswith("hidden")}
+    np.savez(tmp_path / "server.npz", **body)  # type: ignore[arg-type]
+    np.savez(tmp_path / "device.npz", **body)  # type: ignore[arg-type]
+    np.savez(tmp_path / "other.npz", **{name: array + 1e-6 for name, array in body.items()})  # type: ignore[arg-type]
+    plain = {client: spec.read_text() for client, spec in devices.items()}
+    overrides = [*frozen, *DEVICES]
+    for refused, file in (("sha256 [0-9a-f]{12}", "other.npz"), ("sha256 [0-9a-f]{12}", None)):
+        for client, spec in devices.items():
+            name = file if client == "2" else "device.npz"
+            spec.write_text(plain[client] + (f"pretrained: {tmp_path / name}\n" if name else ""))
+        again = [*overrides, f"run_dir={tmp_path / f'refused-{file}'}"]
+        with pytest.raises(ConfigError, match=f"client 2 has another base than the server: {refused}.*pretrained in"):
+            on_devices(grid_of(devices, [text for text in again if "pretrained" not in text]), again)
+    for client, spec in devices.items():
+        spec.write_text(plain[client] + f"pretrained: {tmp_path / 'device.npz'}\n")
+    again = [*overrides, f"run_dir={tmp_path / 'run'}"]
+    folder = on_devices(grid_of(devices, [text for text in again if "pretrained" not in text], run="r2"), again)
+    assert metrics_hash(folder) == metrics_hash(run_experiment("inline", *frozen, "data.partition.alpha=0.3"))
 
 
 def test_a_rehearsing_device_is_refused_by_a_run_on_own_data(tmp_path: Path, devices: dict[str, Path]) -> None:

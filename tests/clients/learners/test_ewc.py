@@ -88,7 +88,7 @@ def test_the_penalty_is_the_sum_over_anchors_and_tensors(device: torch.device) -
     value = penalty(model, fisher, anchor, 0.7)
     grads = torch.autograd.grad(2.0 * value, model.trainable)
     expected = torch.zeros((), device=device)
-    for parameter, spec in zip(model.parameters, model.parameter_specs, strict=True):
+    for parameter, spec in zip(model.trainable, model.parameter_specs, strict=True):
         for f, a in zip(fisher, anchor, strict=True):
             piece = slice(spec.start, spec.stop)
             expected = expected + 0.7 * (f[piece] * (parameter.flatten() - a[piece]) ** 2).sum()
@@ -109,7 +109,7 @@ def test_frozen_parameters_have_no_fisher(device: torch.device) -> None:
         fisher = fisher_diagonal(whole, x, y, None, kind=kind, batch=1)
         where = whole.spec["body.w"]
         assert fisher[where.start : where.stop].tolist() == [0.25, 1.0]
-        assert float(fisher.sum()) == 1.25
+        assert len(fisher) == 2
 
 
 @pytest.mark.parametrize("mode", ["online", "separate"])

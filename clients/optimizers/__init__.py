@@ -1,0 +1,1 @@
+"""Optimizers that clients train with, beside the SGD of the training loop."""

@@ -1,0 +1,59 @@
+"""client/optimizer and client/schedule in whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedcl.config.compose import ConfigError, compose
+from fedcl.results import load
+from fedcl.runs.setup import Setup
+
+RunExperiment = Callable[..., Path]
+SMALL = ("num_clients=2", "model.hidden=[8]", "scenario.num_tasks=2", "rounds_per_task=2", "evaluation.every=0")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "linear", "cosine", "rewarm"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "torch"])
+def test_every_choice_trains(optimizer: str, schedule: str, run_experiment: RunExperiment) -> None:
+    extra = [] if schedule == "constant" else ["client.schedule.horizon=local"]
+    done = run_experiment("run", *SMALL, f"client/optimizer={optimizer}", f"client/schedule={schedule}", *extra)
+    assert load(done).summary["accuracy/average"] > 0.2
+
+
+@pytest.mark.parametrize(("optimizer", "more"), [("adam", []), ("sgd", ["client.optimizer.momentum=0.9"])])
+def test_kept_state_is_counted_and_matters(optimizer: str, more: list[str], run_experiment: RunExperiment) -> None:
+    lines = [*SMALL, "engine=loop", f"client/optimizer={optimizer}", *more]
+    reset, keep = (load(run_experiment(s, *lines, f"client.optimizer.state={s}")).metrics for s in ("reset", "keep"))
+    assert "state_bytes" not in set(reset["name"])
+    assert (keep[keep["name"] == "state_bytes"]["value"] > 0).all()
+    assert "state_bytes" in set(keep["name"])
+    loss = [run[run["name"] == "loss"]["value"].tolist() for run in (reset, keep)]
+    assert loss[0][:2] == loss[1][:2]
+    assert loss[0] != loss[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["strategy/collaboration=scaffold", "client/optimizer=adam"], "SCAFFOLD's control variates suppose plain SGD"),
+        (["strategy/staleness=gradient_inversion", "client/optimizer=adamw"], "inversion repeats plain SGD"),
+        (["unlearner=sifu", "client.clip_norm=1"], "the proof is for plain SGD"),
+        (["client.optimizer.state=kept"], "client.optimizer.state=kept: must be one of reset, keep"),
+        (["client.accumulate=0"], "client.accumulate=0: must be int >= 1"),
+        (["client/optimizer=torch", "client.optimizer._target_=torch.load"], "package 'torch' is not trusted"),
+        (
+            ["client/optimizer=torch", "client.optimizer._target_=torch.optim.optimizer.torch.load"],
+            "optimizer of torch",
+        ),
+        (["client/optimizer=torch", "client.optimizer._target_=torch.optim.LBFGS"], "cannot train this model"),
+        (["client/optimizer=torch", "client.optimizer.args={decay: 1}"], "client.optimizer.decay: no such parameter"),
+        (["strategy/staleness=gradient_inversion", "client/schedule=cosine"], "client/schedule: must be constant"),
+    ],
+)
+def test_what_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Setup.of(compose(overrides))
+    assert said in str(caught.value)
