@@ -7,12 +7,12 @@ that they do not push old classes away; replayed samples choose among all classe
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clients.learners.er import ER
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.contracts.learner import Batch, Context
+from fedcl.models.masks import columns_of
 from fedcl.models.networks import Output
 
 # B = incoming batch, R = replayed samples, C = logit columns
@@ -30,7 +30,7 @@ class ERACE(ER):
     def objective(self, ctx: Context, batch: Batch, out: Output) -> Tensor:
         new, past = halves(batch, out, self._incoming)
         if self._buffer.enabled and len(ctx.task_columns) > 1:
-            new = (Batch(new[0].x, new[0].y, present_columns(new[0], ctx.num_columns)), new[1])
+            new = (Batch(new[0].x, new[0].y, columns_of(new[0].y, ctx.num_columns)), new[1])
         return joint_cross_entropy(new, past)
 
 
@@ -51,10 +51,3 @@ def joint_cross_entropy(new: tuple[Batch, Output], past: tuple[Batch, Output]) -
         return loss
     total = incoming * loss + replayed * masked_cross_entropy(past[1], past[0])
     return total / (incoming + replayed)
-
-
-def present_columns(batch: Batch, num_columns: int) -> Tensor:
-    """Return the columns that are the target of a sample of the batch, bool (C,)."""
-    present = torch.zeros(num_columns, dtype=torch.bool, device=batch.y.device)
-    present[batch.y] = True
-    return present

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedcl.client.loop import masked_cross_entropy
+from fedcl.client.loop import by_batch, masked_cross_entropy
 from fedcl.contracts.learner import Batch, Context
 from fedcl.models.flat import FlatModel
 
@@ -47,7 +47,8 @@ def batches(ctx: Context, purpose: str) -> Iterator[Batch]:
     order = torch.randperm(len(ctx.data), generator=ctx.rng(purpose)).to(ctx.device)
     for start in range(0, len(order), ctx.batch_size):
         chosen = order[start : start + ctx.batch_size]
-        yield Batch(ctx.data.x[chosen], ctx.data.y[chosen], ctx.mask)
+        batch = Batch(ctx.data.x[chosen], ctx.data.y[chosen], ctx.mask)
+        yield by_batch(batch, ctx.num_columns) if ctx.task.by_batch else batch
 
 
 def train_epochs(

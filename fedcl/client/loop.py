@@ -18,6 +18,7 @@ from fedcl.client.moves import Gathered, is_plain, mover, with_rate
 from fedcl.contracts.learner import Batch, Context, LocalTraining, Plugin, overrides
 from fedcl.evaluation.predictions import masked
 from fedcl.models.chain import chain_of
+from fedcl.models.masks import columns_of
 from fedcl.models.networks import Output
 
 
@@ -46,6 +47,12 @@ def masked_cross_entropy(out: Output, batch: Batch) -> Tensor:
     return F.cross_entropy(masked(out.logits, batch.mask), batch.y)
 
 
+def by_batch(batch: Batch, num_columns: int) -> Batch:
+    """Return the batch with the columns of its own classes alone, replayed ones included, of those it may choose."""
+    present = columns_of(batch.y, num_columns)
+    return batch._replace(mask=present if batch.mask is None else present & batch.mask)
+
+
 # takes one step and returns the detached loss before it; None if the step has further batches
 Step = Callable[[Batch], Tensor | None]
 
@@ -59,6 +66,8 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
     before_step = [p for p in plugins if overrides(p, "before_step")]
     after_step = [p for p in plugins if overrides(p, "after_step")]
     sampler, step = owner(plugins, "indices"), _step(ctx, plugins, training, fused)
+    # a learner with an objective of its own has its own rule for the columns
+    narrows = ctx.task.by_batch and owner(plugins, "objective") is None
     data, batches = ctx.data, ctx.rng("batches")
     losses: list[Tensor] = []
     samples = 0
@@ -73,6 +82,8 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
             batch = Batch(*part, ctx.mask)
             for plugin in before_step:
                 batch = plugin.before_step(ctx, batch)
+            if narrows:
+                batch = by_batch(batch, ctx.num_columns)
             loss = step(batch)
             samples += len(batch.y)
             if loss is None:

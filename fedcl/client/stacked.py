@@ -107,6 +107,7 @@ class _Linear:
         refused = torch.ones(self._layers[-1][1].shape[2], dtype=torch.bool, device=starts_KP.device)
         refused[:columns] = False if ctxs[0].mask is None else ~ctxs[0].mask
         self._refused = refused if bool(refused.any()) else None
+        self._by_batch = ctxs[0].task.by_batch
 
     @torch.inference_mode()
     def step(self, part: slice, x: Tensor, y: Tensor, number: int, lr: float) -> Tensor:
@@ -119,7 +120,10 @@ class _Linear:
             kept.append(self._drop(h, p, part, len(kept)))
             inputs.append(h)
         logits = torch.baddbmm(layers[-1][1], inputs[-1], layers[-1][0].mT)
-        if self._refused is not None:
+        if self._by_batch:  # a target is never refused, so that these are all
+            absent = torch.ones_like(logits[:, 0], dtype=torch.bool).scatter_(1, y, False)
+            logits.masked_fill_(absent.unsqueeze(1), float("-inf"))
+        elif self._refused is not None:
             logits.masked_fill_(self._refused, float("-inf"))
         log_p, target = torch.log_softmax(logits, 2), y.unsqueeze(2)
         losses = -log_p.gather(2, target).mean((1, 2))
@@ -209,6 +213,7 @@ class _Differentiated:
 
     def __init__(self, ctxs: Sequence[Context], starts_KP: Tensor, training: LocalTraining) -> None:
         self._model, self._training, self._mask = ctxs[0].model, training, ctxs[0].mask
+        self._by_batch = ctxs[0].task.by_batch
         whole = torch.contiguous_format
         self._params = {t.name: _view(starts_KP, t).clone(memory_format=whole) for t in self._model.spec}
         self.width: int | None = None
@@ -218,7 +223,10 @@ class _Differentiated:
 
     def _loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         logits = functional_call(self._model.module, params, (x,)).logits
-        return functional.cross_entropy(masked(logits, self._mask), y)
+        mask = self._mask
+        if self._by_batch:  # a target is never masked, so that these are all
+            mask = (y.unsqueeze(1) == torch.arange(logits.shape[1], device=y.device)).any(0)
+        return functional.cross_entropy(masked(logits, mask), y)
 
     def step(self, part: slice, x: Tensor, y: Tensor, number: int, lr: float) -> Tensor:
         params = {name: stacked[part] for name, stacked in self._params.items()}

@@ -25,6 +25,13 @@ def column_mask(columns: Iterable[int] | None, num_columns: int, device: torch.d
     return mask
 
 
+def columns_of(y_B: Tensor, num_columns: int) -> Tensor:
+    """Return the columns that are the target of a sample, bool (C,)."""
+    present = torch.zeros(num_columns, dtype=torch.bool, device=y_B.device)
+    present[y_B] = True
+    return present
+
+
 def divergence(teacher_BC: Tensor, student_BC: Tensor, columns_BC: Tensor) -> Tensor:
     """Return KL(teacher || student) of logits over each sample's own ``columns`` (bool), the mean over the batch."""
     log_p, log_q = (

@@ -11,7 +11,7 @@ import numpy as np
 from fedcl.scenario.task import Task
 
 ClassOrder = Literal["shuffled"] | Sequence[int] | None
-Masking = Literal["task", "seen", "all"]
+Masking = Literal["task", "seen", "all", "batch"]
 
 
 def ordered_classes(class_order: ClassOrder, num_classes: int, seed: int) -> list[int]:
@@ -87,16 +87,20 @@ class Tasks:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Masked(Tasks):
-    """Tasks of some classes each, trained with the columns that ``masking`` leaves: ``task``, ``seen`` or ``all``.
+    """Tasks of some classes each, trained with the columns that ``masking`` leaves.
 
-    ``seen`` is what the client itself has seen.
+    These are those of the ``task``, of the tasks that the client itself has ``seen``, ``all``, or in each step those of
+    the classes in its ``batch``. Then ``mask`` lists the columns seen.
     """
 
     masking: Masking = "seen"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._tasks = tuple(replace(task, mask=self._mask(task, range(task.id + 1))) for task in self._tasks)
+        by_batch = self.masking == "batch"
+        self._tasks = tuple(
+            replace(task, mask=self._mask(task, range(task.id + 1)), by_batch=by_batch) for task in self._tasks
+        )
 
     def client_task(self, task_id: int, client: str, seen: Collection[int]) -> Task:
         """Return the task; masked to what has been seen, that is what the client itself has."""

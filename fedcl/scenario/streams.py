@@ -30,7 +30,8 @@ class ClassIncremental(Grouped, SingleHead):
     class_order
         None for 0, 1, 2, ...; ``shuffled`` by the run's seed; or the order itself.
     masking
-        Columns that training may choose from: those of classes ``seen`` so far, of the ``task`` alone, or ``all``.
+        Columns that training may choose from: those of classes ``seen`` so far, of the ``task`` alone, of the classes
+        in a step's ``batch``, or ``all``.
     classes_per_client
         How many of a task's classes each client learns, drawn for each client and task by the run's seed (GLFC, Dong
         et al., CVPR 2022, official code: 6 of 10); None for all. What a client has seen is then what it has learned,
@@ -50,7 +51,7 @@ class ClassIncremental(Grouped, SingleHead):
         if self.classes_per_client is None:
             return super().client_task(task_id, client, seen)
         task = self._part(task_id, client)
-        if self.masking == "seen":
+        if self.masking in ("seen", "batch"):
             parts = [self._part(other, client) for other in {*seen, task_id}]
             return replace(task, mask=tuple(sorted(column for part in parts for column in part.columns)))
         return replace(task, mask=self._mask(task, seen))
@@ -73,7 +74,8 @@ class TaskIncremental(Grouped, Masked):
     head
         ``per_task``: a head for each task that has classes; ``single``: one head of which each task uses its columns.
     masking
-        Columns that training may choose from: those of the ``task``, of tasks ``seen`` so far, or ``all``.
+        Columns that training may choose from: those of the ``task``, of tasks ``seen`` so far, of the classes in a
+        step's ``batch``, or ``all``.
     """
 
     head: Literal["single", "per_task"] = "per_task"

@@ -17,7 +17,8 @@ class Task:
     ``None`` means all. ``head`` is the index of the head that owns the columns. ``portions`` says which part of each
     class belongs to the task, aligned with ``classes``: (start, stop) in [0, 1] of the samples that a client holds of
     the class; ``None`` means all of them. ``without_classes`` and ``without_samples`` (positions in the train half) are
-    what clients must treat as if they did not hold it: what has been asked to be forgotten.
+    what clients must treat as if they did not hold it: what has been asked to be forgotten. With ``by_batch`` the
+    cross-entropy of a training step is over the columns of the classes in its batch alone, those that ``mask`` leaves.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Task:
     portions: tuple[tuple[float, float], ...] | None = None
     without_classes: tuple[int, ...] = ()
     without_samples: tuple[int, ...] = ()
+    by_batch: bool = False
     _json: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def part(self, index: int, of: int) -> Task:
@@ -45,6 +47,8 @@ class Task:
         """Return the record as it travels in a message."""
         if self._json is None:  # once a task: every message and every dispatch asks
             known = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+            if not self.by_batch:
+                del known["by_batch"]  # most tasks: no bytes for it
             object.__setattr__(self, "_json", json.dumps(known, separators=(",", ":"), sort_keys=True))
         assert self._json is not None
         return self._json
@@ -64,6 +68,7 @@ class Task:
             portions=None if portions is None else tuple((float(a), float(b)) for a, b in portions),
             without_classes=tuple(raw.get("without_classes", ())),
             without_samples=tuple(raw.get("without_samples", ())),
+            by_batch=raw.get("by_batch", False),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,29 @@ def test_one_fused_step_by_hand() -> None:
     loss = step(Batch(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), None))
     assert float(loss) == pytest.approx(0.6931472)
     assert model.vector().tolist() == pytest.approx([0.05, 0.1, -0.05, -0.1, 0.05, -0.05])
+
+
+def by_batch(ctxs: list[Context]) -> list[Context]:
+    for ctx in ctxs:
+        ctx.task = replace(ctx.task, by_batch=True)
+    return ctxs
+
+
+@pytest.mark.parametrize("name", [*CASES, "convolutions"])
+def test_engines_agree_on_the_columns_of_each_batch(name: str) -> None:
+    lenet = (lambda: FlatModel(build_model(lambda: LeNet(input_shape=(1, 16, 16), heads=(10,)), seed=1)), (1, 16, 16))
+    make, shape, columns, training = (*lenet, None, PLAIN) if name == "convolutions" else CASES[name]
+    training = replace(training, batch_size=4)  # so that a batch lacks some of ten classes
+    model = make()
+    start = model.vector()
+    expected = looped(model, by_batch(visits(model, shape, columns, training)), training)
+    seen = looped(model, visits(model, shape, columns, training), training)
+    assert all(
+        float((vector - other).abs().max()) > 1e-3 for (vector, _), (other, _) in zip(expected, seen, strict=True)
+    )
+    assert_alike(looped(model, by_batch(visits(model, shape, columns, training)), training, fused=True), expected)
+    starts = [start] * len(SIZES)
+    assert_alike(fit_stacked(by_batch(visits(model, shape, columns, training)), starts, training), expected)
 
 
 class Penalised(Plugin):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedcl.base.randomness import torch_generator
 from fedcl.client.local_evaluation import accuracy
-from fedcl.client.loop import fit, masked_cross_entropy, ordered, owner
+from fedcl.client.loop import by_batch, fit, masked_cross_entropy, ordered, owner
 from fedcl.contracts.learner import Batch, Context, LocalTraining, Phase, Plugin, TaskData
 from fedcl.models.networks import Output
 from fedcl.scenario.task import Task
@@ -94,6 +94,40 @@ def test_columns_masked_in_training_do_not_move(make_context: Make) -> None:
     weight, old = (ctx.model.spec.view(vector, "head.weight") for vector in (ctx.model.flat, before))
     assert torch.equal(weight[3], old[3])
     assert not torch.equal(weight[:3], old[:3])
+
+
+def test_columns_of_a_batchs_own_classes_by_hand() -> None:
+    """Targets 0 and 2 of logits (0, 9, 0, 9): -ln(1/2) each, for columns 1 and 3 are no class of the batch."""
+    out = Output(torch.tensor([[0.0, 9.0, 0.0, 9.0]] * 2), torch.zeros(2, 1))
+    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 2]), None)
+    assert masked_cross_entropy(out, by_batch(batch, 4)).item() == pytest.approx(0.6931472)
+    # a row with columns of its own keeps to them: each sample is alone with its target
+    rows = batch._replace(mask=torch.tensor([[True, True, False, False], [False, False, True, True]]))
+    assert by_batch(rows, 4).mask.tolist() == [[True, False, False, False], [False, False, True, False]]  # type: ignore[union-attr]
+    assert masked_cross_entropy(out, by_batch(rows, 4)).item() == 0.0
+
+
+class Masks(Plugin):
+    """Adds a sample of class 2 to every batch, and keeps the columns that the loss is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor | None] = []
+
+    def before_step(self, ctx: Context, batch: Batch) -> Batch:
+        return Batch(torch.cat([batch.x, batch.x[:1]]), torch.cat([batch.y, batch.y.new_full((1,), 2)]), batch.mask)
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> None:
+        self.seen.append(batch.mask)
+
+
+def test_samples_that_plugins_add_count_as_the_batchs_and_an_objective_keeps_its_columns(make_context: Make) -> None:
+    task = Task(0, (0, 1, 2), (0, 1, 2), mask=(0, 1, 2), by_batch=True)
+    for extra, columns in (([], [True, False, True, False]), ([Objective("o")], [True, True, True, False])):
+        ctx, masks = make_context(task), Masks()
+        ctx.data.x, ctx.data.y = ctx.data.x[:2], torch.zeros_like(ctx.data.y[:2])
+        metrics = fit(ctx, [masks, *extra], LocalTraining(batch_size=2))
+        assert [None if mask is None else mask.tolist() for mask in masks.seen] == [columns]
+        assert metrics["loss"] < 100
 
 
 class Scribe(Plugin):

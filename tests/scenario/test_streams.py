@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_class_incremental_masking_changes_training_only() -> None:
     assert [t.mask for t in trained(task)] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     assert [t.mask for t in trained(everything)] == [None] * 5
     assert task.test_task(0, after=1).mask == everything.test_task(0, after=1).mask == (0, 1, 2, 3)
+
+
+def test_masking_by_batch_leaves_the_columns_seen_and_says_so_to_clients() -> None:
+    stream = ClassIncremental(**IMAGES, masking="batch")
+    assert stream.train_task(1) == replace(ClassIncremental(**IMAGES).train_task(1), by_batch=True)
+    assert stream.client_task(2, "a", {0, 2}).mask == (0, 1, 4, 5)
+    assert stream.test_task(0, after=1).mask == (0, 1, 2, 3)
+    assert Task.from_json(stream.train_task(1).to_json()).by_batch
+    assert "by_batch" not in ClassIncremental(**IMAGES).train_task(1).to_json()
+    # one class of each task: what a client has seen is what it has learned itself
+    own = ClassIncremental(**IMAGES, masking="batch", classes_per_client=1)
+    assert len(own.client_task(1, "a", {0, 1}).mask or ()) == 2
 
 
 def test_task_incremental_gives_each_task_its_head() -> None:

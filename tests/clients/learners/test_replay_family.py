@@ -11,13 +11,14 @@ from torch import Tensor
 
 from clients.learners.agem import AGEM, project
 from clients.learners.der import DER, known_columns, logit_distance
-from clients.learners.er_ace import ERACE, halves, joint_cross_entropy, present_columns
+from clients.learners.er_ace import ERACE, halves, joint_cross_entropy
 from clients.learners.gdumb import GDumb, balanced
 from clients.learners.uer import UER, cosines, head_weights
 from fedcl.client.buffer import ReplayBuffer
 from fedcl.client.loop import masked_cross_entropy
 from fedcl.contracts.learner import Batch, Context, TaskData
 from fedcl.models.flat import FlatModel
+from fedcl.models.masks import columns_of
 from fedcl.models.networks import MLP, Output
 from fedcl.scenario.task import Task
 
@@ -170,11 +171,11 @@ def test_in_the_first_task_er_ace_is_er(device: torch.device) -> None:
     assert ace.objective(ctx, batch, out).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_present_columns_and_halves() -> None:
+def test_columns_of_targets_and_halves() -> None:
     mask = torch.tensor([[True, False], [True, True], [False, True]])
     batch = Batch(torch.zeros(3, 1), torch.tensor([0, 0, 1]), mask)
     (new, _), (past, past_out) = halves(batch, Output(torch.eye(3, 2), torch.ones(3, 1)), 2)
-    assert present_columns(new, 2).tolist() == [True, False]
+    assert columns_of(new.y, 2).tolist() == [True, False]
     assert new.mask is not None
     assert new.mask.tolist() == mask[:2].tolist()
     assert past.y.tolist() == [1]
