@@ -38,8 +38,8 @@ from fedcl.simulation.backend import open_backend
 from fedcl.unlearning.certificate import Receipt
 
 AT, AFTER = 30, (3, 10)  # the round of the request, and how many rounds later its effect is looked at again
-BACKDOOR = 9  # the class that the leaver's marked samples are called
-POISONED = 0.8  # share of the leaver's samples that carry the mark
+BACKDOOR = 9  # the class that the departing client's marked samples are called
+POISONED = 0.8  # share of the departing client's samples that carry the mark
 SEQUENCE = (3, 5, 7, 1)  # classes that are asked to be forgotten one after another, a round apart
 KINDS = ("client", "class", "sample", "sequence")
 SHADOWS = {"sample": 8}  # retrained models of other seeds that the likelihood-ratio attack is fitted to
@@ -82,7 +82,7 @@ def marked(bench: Bench, x: np.ndarray) -> np.ndarray:
 
 
 def poison(bench: Bench, setup: Setup, departing_client: int, seed: int) -> Setup:
-    """Return the run's data with most of the leaver's samples marked and called :data:`BACKDOOR`."""
+    """Return the run's data with most of the departing client's samples marked and called :data:`BACKDOOR`."""
     held = setup.partition.train[departing_client]
     chosen = numpy_generator(seed, "poison").permutation(held)[: round(POISONED * len(held))]
     x, y = setup.dataset.train.x.copy(), setup.dataset.train.y.copy()

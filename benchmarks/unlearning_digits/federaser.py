@@ -86,12 +86,12 @@ def main() -> None:
     file = FOLDER / "federaser.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not args.again else {}
     for setting, (bench, overrides) in SETTINGS.items():
-        honest = {f"{name}, honest leaver": ROWS[name] for name in ("federaser",)}
+        honest = {f"{name}, honest departing client": ROWS[name] for name in ("federaser",)}
         for name, own in {**ROWS, **honest}.items():
             runs = results.setdefault(setting, {}).setdefault(name, {})
             for seed in map(str, args.seeds):
                 if seed not in runs:
-                    runs[seed] = run_row(bench, (*overrides, *own), int(seed), honest=name.endswith("honest leaver"))
+                    runs[seed] = run_row(bench, (*overrides, *own), int(seed), honest=name.endswith("honest departing client"))
             print(setting, name, runs, flush=True)
             file.write_text(compact(results), encoding="utf-8")
     text = table(results, [str(seed) for seed in args.seeds[:3]])
