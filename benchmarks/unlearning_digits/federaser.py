@@ -91,7 +91,8 @@ def main() -> None:
             runs = results.setdefault(setting, {}).setdefault(name, {})
             for seed in map(str, args.seeds):
                 if seed not in runs:
-                    runs[seed] = run_row(bench, (*overrides, *own), int(seed), honest=name.endswith("honest departing client"))
+                    is_honest = name.endswith("honest departing client")
+                    runs[seed] = run_row(bench, (*overrides, *own), int(seed), honest=is_honest)
             print(setting, name, runs, flush=True)
             file.write_text(compact(results), encoding="utf-8")
     text = table(results, [str(seed) for seed in args.seeds[:3]])
