@@ -55,6 +55,8 @@ FITS: dict[str, list[str]] = {
     "data=hf": ["data.root={hf}"],
     "data=text": ["data.root={text}", "data.source.window=8", "data.source.test_fraction=0.3"],
     "data=digits": ["data.source.test_fraction=0.9"],
+    "client/optimizer=rmsprop": ["client.optimizer.lr=0.003"],
+    **{f"client/optimizer={name}": ["client.optimizer.lr=0.01"] for name in ("adam", "adamw", "torch")},
     "model=module": [
         "trusted_packages=[tests]",
         "model.module._target_=tests.toy_network.Cnn",

@@ -10,7 +10,7 @@ class Cnn(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, width, 3)
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
         self.norm = nn.BatchNorm2d(width)
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.hidden = nn.Linear(16 * width, 16)
@@ -18,7 +18,8 @@ class Cnn(nn.Module):
         self.fc = nn.Linear(16, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, 1, H, W) to logits (B, 1000)."""
+        """Map images (B, C, H, W), or rows (B, N), to logits (B, 1000)."""
+        x = x.mean(1, keepdim=True) if x.dim() == 4 else x[:, None, None]
         x = self.pool(self.norm(self.conv(x)).relu()).flatten(1)
         out: Tensor = self.fc(self.dropout(self.hidden(x).relu()))
         return out

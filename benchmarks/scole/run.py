@@ -46,7 +46,7 @@ BENCH = Bench(
         Table("central", "One client", (), rows(100), COLUMNS),
         Table(
             "iid",
-            "Five clients, dealt out evenly",
+            "Five clients, distributed evenly",
             ("num_clients=5", "client.batch_size=13"),
             rows(20)[:2] + rows(20)[-1:],
             COLUMNS,

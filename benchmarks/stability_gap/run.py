@@ -67,7 +67,7 @@ BENCH = Bench(
     Path(__file__).resolve().parent,
     (
         Table("central", "One client", ("num_clients=1", "rounds_per_task=3"), rows(200), COLUMNS),
-        Table("iid", "Five clients, dealt out evenly", (), rows(40)[:2] + rows(40)[-2:], COLUMNS),
+        Table("iid", "Five clients, distributed evenly", (), rows(40)[:2] + rows(40)[-2:], COLUMNS),
         Table("skewed", "Five clients, Dir(0.5)", ("data/partition=dirichlet",), rows(40)[:1] + rows(40)[-1:], COLUMNS),
     ),
     measure=gaps,
