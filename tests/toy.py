@@ -64,6 +64,9 @@ FITS: dict[str, list[str]] = {
     ],
     "data/partition=k_classes": ["data.partition.k=5"],  # fewer, and a client lacks all classes of some task
     "data/partition=dirichlet_client": ["data.partition.train_size=20", "data.partition.test_size=4"],
+    "data/augment=cifar": ["data.augment.padding=1", "client.epochs=6"],
+    "data/augment=crop_flip": ["data.augment.padding=1", "client.epochs=6"],
+    "data/augment=cutout": ["data.augment.cutout=2"],
     "model=mlp": ["model.hidden=[8]"],
     "model=fot_mlp": ["model.hidden=[16,16,16]", "model.dropout=[0.1,0.1,0.1]", "client.epochs=8"],
     "model=lenet": ["client.epochs=8"],

@@ -47,7 +47,7 @@ def batches(ctx: Context, purpose: str) -> Iterator[Batch]:
     order = torch.randperm(len(ctx.data), generator=ctx.rng(purpose)).to(ctx.device)
     for start in range(0, len(order), ctx.batch_size):
         chosen = order[start : start + ctx.batch_size]
-        batch = Batch(ctx.data.x[chosen], ctx.data.y[chosen], ctx.mask)
+        batch = Batch(ctx.augment(ctx.data.x[chosen]), ctx.data.y[chosen], ctx.mask)
         yield by_batch(batch, ctx.num_columns) if ctx.task.by_batch else batch
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedcl.assembly.components import checked, node_at, of_kind
 from fedcl.assembly.settings import Settings
+from fedcl.assembly.training import augmentation
 from fedcl.base.randomness import numpy_generator
 from fedcl.config.checks import is_local
 from fedcl.config.compose import Config
@@ -46,6 +47,9 @@ def check_dataset(cfg: Config, dataset: Dataset) -> tuple[str, ...]:
     most = _MOST_TASKS if own else min(samples, _MOST_TASKS)
     if isinstance(tasks, int) and tasks > most:
         raise ConfigError(f"scenario.num_tasks={tasks}: must be at most {most}, there being {samples} train samples")
+    augment = augmentation(cfg)
+    if augment is not None:
+        checked(augment.check, dataset.input_shape)
     batch = settings.training.batch_size
     if batch > max(samples, _MOST_BATCH):  # some engines fill up the last batch
         raise ConfigError(f"client.batch_size={batch}: must be at most {max(samples, _MOST_BATCH)}")

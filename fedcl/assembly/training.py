@@ -20,6 +20,7 @@ from fedcl.config.instantiate import build, builder, locate
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.learner import LocalTraining
 from fedcl.contracts.optimizer import LocalOptimizer, RateSchedule
+from fedcl.data.augmentation import Augmentation
 from fedcl.scenario.task import Schedule
 
 _AT, _SCHEDULE = "client.optimizer", "client.schedule"
@@ -31,12 +32,17 @@ def local_training(cfg: Config, params: Sequence[Tensor] = ()) -> LocalTraining:
 
     An optimizer of torch's kind is tried on copies of ``params``, if there are any.
     """
-    training = Settings.of(cfg).training
+    training = replace(Settings.of(cfg).training, augment=augmentation(cfg))
     schedule = _schedule(cfg)
     if schedule is not None and cfg["client"]["schedule"]["horizon"] == "local":
         training = replace(training, schedule=schedule)
     node = cfg["client"]["optimizer"]
     return training if TARGET_KEY not in node else replace(training, optimizer=_optimizer(cfg, node, params))
+
+
+def augmentation(cfg: Config) -> Augmentation | None:
+    """Return what changes the samples of training steps; None if nothing does."""
+    return component(cfg, "data.augment", Augmentation) if TARGET_KEY in cfg["data"]["augment"] else None
 
 
 def local_rates(cfg: Config, schedule: Schedule) -> Callable[[str, int], float] | None:

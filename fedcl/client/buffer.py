@@ -181,8 +181,9 @@ class ReplayBuffer:
         return Replayed(inputs.index_select(0, chosen), y, task, logits)
 
     def draw(self, ctx: Context, count: int | None) -> Replayed:
-        """Return ``count`` different samples (None: as many as a batch has) for a training step."""
-        return self.sample(count or ctx.batch_size, ctx.rng("replay"), ctx.data.restore)
+        """Return ``count`` different samples (None: as many as a batch has) for a training step, augmented."""
+        past = self.sample(count or ctx.batch_size, ctx.rng("replay"), ctx.data.restore)
+        return past._replace(x=ctx.augment(past.x))
 
     def rewrite_logits(self, task: int, response: Callable[[Tensor], Tensor], restore: Restore | None = None) -> None:
         """Replace the logits of the held samples of ``task`` with ``response(x)`` (B, C)."""

@@ -28,13 +28,15 @@ def stacks(engine: Engine, model: FlatModel, plugins: Sequence[Plugin], training
 
 
 def _one_by_one(training: LocalTraining) -> str | None:
-    """Return which setting of ``client`` cannot be stacked, None if all can."""
+    """Return which setting of the training cannot be stacked, None if all can."""
     if training.schedule is not None:
         return "client.schedule.horizon=local changes the learning rate in every step"
     if training.keep:
         return "client.optimizer.state=keep gives each client an optimizer of its own"
     if training.accumulate > 1:
         return f"client.accumulate={training.accumulate} makes one step of several batches"
+    if training.augment is not None:
+        return "data.augment changes the samples of every step"
     optimizer = optimizer_of(training)
     return None if isinstance(optimizer, Elementwise) else f"{optimizer} moves one client at a time"
 

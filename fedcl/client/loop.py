@@ -79,7 +79,7 @@ def fit(ctx: Context, plugins: Sequence[Plugin], training: LocalTraining, *, fus
         parts = zip(torch.split(x, training.batch_size), torch.split(y, training.batch_size), strict=True)
         # without samples there is one part, and no start
         for ctx.start, part in zip(range(0, len(order), training.batch_size), parts, strict=False):
-            batch = Batch(*part, ctx.mask)
+            batch = Batch(ctx.augment(part[0]), part[1], ctx.mask)
             for plugin in before_step:
                 batch = plugin.before_step(ctx, batch)
             if narrows:

@@ -108,6 +108,7 @@ class Sessions:
             num_columns=self.num_columns,
             payload=request.payload,
             copy_model=self._copy_model,
+            augmentation=self.training.augment,
         )
 
     def _copy_model(self) -> FlatModel:

@@ -19,6 +19,7 @@ from fedcl.base.randomness import torch_generator
 from fedcl.contracts.fields import Form, TensorField
 from fedcl.contracts.optimizer import LocalOptimizer, RateSchedule
 from fedcl.contracts.requests import ErasureOutcome, ForgetRequest
+from fedcl.data.augmentation import Augmentation
 from fedcl.data.dataset import Indices
 from fedcl.models.flat import FlatModel
 from fedcl.models.masks import column_mask
@@ -82,7 +83,8 @@ class LocalTraining:
 
     ``optimizer`` makes another optimizer, which has its own settings but for ``lr``; ``keep`` says that its state, or
     SGD's velocity, is kept between local rounds. ``schedule`` changes the rate over the steps of a local round. A
-    step's gradient is the mean over ``accumulate`` batches, cut to the L2 norm ``clip_norm``.
+    step's gradient is the mean over ``accumulate`` batches, cut to the L2 norm ``clip_norm``. ``augment`` changes the
+    samples of each step: ``data.augment`` of the configuration.
     """
 
     epochs: int = 1
@@ -96,6 +98,7 @@ class LocalTraining:
     schedule: RateSchedule | None = None
     clip_norm: float | None = None
     accumulate: int = 1
+    augment: Augmentation | None = None
 
 
 Restore = Callable[[Tensor, dict[str, Any] | None], Tensor]
@@ -148,6 +151,7 @@ class Context:
     payload: dict[str, Tensor] = field(default_factory=dict)
     copy_model: Callable[[], FlatModel] | None = None
     optimizer: LocalOptimizer | None = None
+    augmentation: Augmentation | None = None
     step: int = 0
     epoch: int = 0
     order: Tensor | None = None
@@ -179,6 +183,10 @@ class Context:
         if purpose not in self._generators:
             self._generators[purpose] = torch_generator(self.seed, self.client, self.local_round, purpose)
         return self._generators[purpose]
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Return the samples (B, ...) as a training step sees them: changed at random by ``data.augment``, if set."""
+        return x if self.augmentation is None else self.augmentation(x, self.rng("augment"))
 
     def set_teacher(self, vector_P: Tensor) -> None:
         """Set the frozen weights (P,) of :meth:`teacher`; all plugins share one teacher."""

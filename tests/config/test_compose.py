@@ -38,6 +38,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "scenario/free": "# No tasks.\nsteps: 3",
             "model/mlp": "# Small.\n_target_: fedcl.models.MLP\nhidden: [64]\nscale: 1.0",
             "client/optimizer/sgd": "# SGD.\nlr: 0.3\nmomentum: 0.0\n_allowed_: {lr: number > 0, momentum: 'number in [0, 1)'}",  # noqa: E501
+            "data/augment/none": "# As they are.\n{}",
             "client/schedule/constant": "# Constant.\n{}",
             "learner/finetune": "# Nothing.\n{}",
             "learner/ewc": "# EWC.\newc:\n  _target_: clients.l.EWC\n  weight: 1.0\n  _allowed_: {weight: number > 0}",
