@@ -30,7 +30,7 @@ from fedcl.deploy.commands import add as add_deploy
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, NOBODY_READS, TERMINATED = 0, 1, 2, 130, 141, 143
 
-_SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "rich", "yaml")
+_SIM_PACKAGES = ("ray", "pandas", "pyarrow", "matplotlib", "sklearn", "scipy", "jinja2", "rich", "yaml", "PIL")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COPY, _REMOVE = "copy the folder to a place that you can write to", "something else is in its place; remove it"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from fedcl import __version__
+from fedcl import __version__, cli
 from fedcl.config.compose import CONFIG_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +41,12 @@ def test_the_configuration_lies_beside_the_package() -> None:
 def test_a_device_installs_few_packages(project: dict[str, Any]) -> None:
     names = {re.split(r"[<>=\[ ]", entry)[0] for entry in project["project"]["dependencies"]}
     assert names == {"flwr", "torch", "numpy", "hydra-core", "omegaconf", "safetensors"}
+
+
+def test_whichever_package_of_simulations_is_missing_one_line_says_so(project: dict[str, Any]) -> None:
+    imported = {"flwr": "ray", "scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL"}
+    names = [re.split(r"[<>=\[ ]", entry)[0] for entry in project["project"]["optional-dependencies"]["sim"]]
+    assert {imported.get(name, name) for name in names} == set(cli._SIM_PACKAGES)
 
 
 def test_every_dependency_has_its_reason(project: dict[str, Any]) -> None:
