@@ -23,7 +23,7 @@ from types import FrameType
 
 from fedcl import __version__
 from fedcl.commands import add as add_commands
-from fedcl.config.instantiate import add_plugin_paths
+from fedcl.config.own_code import add_plugin_paths
 from fedcl.config.rule_kinds import is_unicode
 from fedcl.config.value_rules import ConfigError, RunFailed
 from fedcl.deploy.commands import add as add_deploy

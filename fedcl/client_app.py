@@ -28,7 +28,8 @@ from fedcl.client.local_data import PartitionedData
 from fedcl.client.runtime import ClientRuntime
 from fedcl.client.state import NEVER
 from fedcl.config.compose import Config
-from fedcl.config.instantiate import add_plugin_paths, targets_in
+from fedcl.config.instantiate import targets_in
+from fedcl.config.own_code import add_plugin_paths
 from fedcl.contracts.learner import State
 from fedcl.contracts.requests import ErasureOutcome, ForgetInstruction, outcomes_json
 from fedcl.messages import CHANGES_STATE, Reply, Request, content_bytes, hello_reply, reply_content, requests

@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
         If a server's folder says nothing of this run.
     """
     from fedcl.config.compose import compose
-    from fedcl.config.instantiate import add_plugin_paths
+    from fedcl.config.own_code import add_plugin_paths
     from fedcl.results.launches import Trust
     from fedcl.runs import experiment
 

@@ -7,6 +7,7 @@ two vectors ``sum_j F_j`` and ``sum_j F_j theta_j``, so neither clients nor task
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ SUMMANDS: Form = {
 }
 
 
-class Quadratic(Plugin):
+class Quadratic(Plugin, ABC):
     """Pull each weight towards its anchors, as strongly as it is important.
 
     A subclass gives the importances of a finished task (:meth:`importance`).
@@ -69,9 +70,9 @@ class Quadratic(Plugin):
         """Factor of the penalty."""
         return self.weight
 
+    @abstractmethod
     def importance(self, ctx: Context) -> Tensor | None:
         """Return how important each weight is for the finished task, (P,); None if the client has no part in it."""
-        raise NotImplementedError
 
     def check(self, model: FlatModel) -> None:
         in_scope(model, self.scope, f"{self.key}.scope")

@@ -21,13 +21,7 @@ from fedcl.contracts.optimizer import Elementwise
 
 
 class Adam(Elementwise):
-    """Adam with weight decay in the gradient.
-
-    Raises
-    ------
-    ValueError
-        If a beta is outside [0, 1), ``eps`` is not positive or ``weight_decay`` negative.
-    """
+    """Adam with weight decay in the gradient."""
 
     num_slots: ClassVar[int] = 2
     decoupled: ClassVar[bool] = False
@@ -36,13 +30,6 @@ class Adam(Elementwise):
         self, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
     ) -> None:
         super().__init__()
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= beta < 1:
-                raise ValueError(f"client.optimizer.{name}={beta}: must be in [0, 1)")
-        if not eps > 0 or not weight_decay >= 0:
-            raise ValueError(
-                f"client.optimizer.eps={eps}, client.optimizer.weight_decay={weight_decay}: must be > 0 and >= 0"
-            )
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
 
     def update(

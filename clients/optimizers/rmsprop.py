@@ -16,13 +16,7 @@ from fedcl.contracts.optimizer import Elementwise
 
 
 class RMSprop(Elementwise):
-    """RMSprop, not centred.
-
-    Raises
-    ------
-    ValueError
-        If ``alpha`` or ``momentum`` is outside [0, 1), ``eps`` is not positive or ``weight_decay`` negative.
-    """
+    """RMSprop, not centred."""
 
     num_slots: ClassVar[int] = 2
 
@@ -30,13 +24,6 @@ class RMSprop(Elementwise):
         self, *, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0, momentum: float = 0.0
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("momentum", momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"client.optimizer.{name}={value}: must be in [0, 1)")
-        if not eps > 0 or not weight_decay >= 0:
-            raise ValueError(
-                f"client.optimizer.eps={eps}, client.optimizer.weight_decay={weight_decay}: must be > 0 and >= 0"
-            )
         self.alpha, self.eps, self.weight_decay, self.momentum = alpha, eps, weight_decay, momentum
 
     def update(

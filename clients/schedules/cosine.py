@@ -15,8 +15,6 @@ class Cosine(RateSchedule):
     """share(t) = end + (1 - end) (1 + cos(pi t / T)) / 2, for t = 0 ... T - 1."""
 
     def __init__(self, *, end: float = 0.0) -> None:
-        if not 0 <= end <= 1:
-            raise ValueError(f"client.schedule.end={end}: must be in [0, 1]")
         self.end = end
 
     def share(self, at: int, of: int) -> float:

@@ -9,8 +9,6 @@ class Linear(RateSchedule):
     """share(t) = 1 - (1 - end) t / T, for t = 0 ... T - 1."""
 
     def __init__(self, *, end: float = 0.0) -> None:
-        if not 0 <= end <= 1:
-            raise ValueError(f"client.schedule.end={end}: must be in [0, 1]")
         self.end = end
 
     def share(self, at: int, of: int) -> float:

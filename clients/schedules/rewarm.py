@@ -18,10 +18,6 @@ class Rewarm(RateSchedule):
     """
 
     def __init__(self, *, warmup: float = 0.01, end: float = 0.1) -> None:
-        if not 0 <= warmup <= 1 or not 0 < end <= 1:
-            raise ValueError(
-                f"client.schedule.warmup={warmup}, client.schedule.end={end}: must be in [0, 1] and in (0, 1]"
-            )
         self.warmup, self.end = warmup, end
 
     def share(self, at: int, of: int) -> float:

@@ -9,8 +9,6 @@ class Step(RateSchedule):
     """share(t) = factor^floor(t / every)."""
 
     def __init__(self, *, every: int = 10, factor: float = 0.1) -> None:
-        if every < 1 or not factor > 0:
-            raise ValueError(f"client.schedule.every={every}, client.schedule.factor={factor}: must be >= 1 and > 0")
         self.every, self.factor = every, factor
 
     def share(self, at: int, of: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcl.client.loop import masked_cross_entropy
-from fedcl.client.moves import mover, sgd_step
+from fedcl.client.moves import SGD, mover
 from fedcl.contracts.fields import MODEL, Form, TensorField
 from fedcl.contracts.learner import Batch, LocalTraining
 from fedcl.contracts.unlearner import Local, Samples, UnlearnContext
@@ -50,20 +50,17 @@ def settings(ctx: UnlearnContext, **changes: float | None) -> LocalTraining:
 
 
 def as_trained(model: FlatModel, training: LocalTraining) -> Step:
-    """Return the client's own steps: its optimizer, which begins anew, and its ``clip_norm``."""
+    """Return the client's own steps: its optimizer, with a new state, and its ``clip_norm``."""
     return mover(training, list(model.trainable))
 
 
 def sgd(model: FlatModel, training: LocalTraining) -> Step:
-    """Return steps of SGD as in training: momentum and weight decay of ``training``, velocity zero at first."""
-    params: list[Tensor] = list(model.trainable)
-    velocity: list[Tensor] | None = None
-
-    def step(grads: list[Tensor]) -> None:
-        nonlocal velocity
-        velocity = sgd_step(params, grads, velocity, training)
-
-    return step
+    """Return steps of SGD with the momentum and weight decay of ``training``, whatever optimizer the client has."""
+    optimizer, params = (
+        SGD(momentum=training.momentum, weight_decay=training.weight_decay),
+        list[Tensor](model.trainable),
+    )
+    return lambda grads: optimizer.step(params, grads, training.lr)
 
 
 def adam(params: Sequence[Tensor], lr: float) -> Step:

@@ -61,7 +61,8 @@ def _schedule(cfg: Config) -> RateSchedule | None:
     if node.get("horizon") not in ("local", "task", "run"):
         raise ConfigError(f"{_SCHEDULE}.horizon={node.get('horizon')}: must be one of local, task, run")
     own = {name: value for name, value in node.items() if name != "horizon"}
-    return of_kind(RateSchedule, build(own, at=_SCHEDULE, trusted=cfg["trusted_packages"]), _SCHEDULE, node)
+    made = build(own, at=_SCHEDULE, trusted=cfg["trusted_packages"])
+    return of_kind(RateSchedule, made, _SCHEDULE, node)  # type: ignore[type-abstract]
 
 
 def _optimizer(cfg: Config, node: Mapping[str, Any], params: Sequence[Tensor]) -> Callable[[], LocalOptimizer]:
@@ -75,7 +76,6 @@ def _optimizer(cfg: Config, node: Mapping[str, Any], params: Sequence[Tensor]) -
         raise ConfigError(f"{_AT}.args.{min(both)}: is a key of {_AT} itself; write {_AT}.{min(both)}")
     own = {name: value for name, value in {**node, **args}.items() if name not in _OURS}
     if inspect.isclass(found) and issubclass(found, LocalOptimizer):
-        component({**cfg, "client": {"optimizer": own}}, _AT, LocalOptimizer)
         return cast(Callable[[], LocalOptimizer], builder(own, at=_AT, trusted=trusted))
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(f"{_AT}.{TARGET_KEY}={target}: must be a LocalOptimizer or an optimizer of torch")

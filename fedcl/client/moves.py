@@ -15,26 +15,8 @@ from fedcl.contracts.optimizer import Elementwise, LocalOptimizer
 Move = Callable[[list[Tensor]], None]  # moves the weights along gradients
 
 
-@torch.no_grad()
-def sgd_step(
-    params: list[Tensor], grads: list[Tensor], velocity: list[Tensor] | None, training: LocalTraining
-) -> list[Tensor] | None:
-    """Move ``params`` in place by one step of SGD and return the velocity."""
-    if training.weight_decay:
-        torch._foreach_add_(grads, params, alpha=training.weight_decay)
-    if training.momentum:
-        if velocity is None:
-            velocity = grads
-        else:
-            torch._foreach_mul_(velocity, training.momentum)
-            torch._foreach_add_(velocity, grads)
-        grads = velocity
-    torch._foreach_add_(params, grads, alpha=-training.lr)
-    return velocity
-
-
 class SGD(Elementwise):
-    """The steps of :func:`sgd_step` for what it is too plain for: a kept velocity, changing rates, clipped stacks."""
+    """SGD with heavy-ball momentum as in PyTorch: v <- momentum v + g + weight_decay w; w <- w - lr v."""
 
     num_slots: ClassVar[int] = 1
 
@@ -49,7 +31,7 @@ class SGD(Elementwise):
     def update(
         self, params: list[Tensor], grads: list[Tensor], slots: list[list[Tensor]], count: int, lr: float
     ) -> None:
-        """Take a step as :func:`sgd_step` does."""
+        """Take a step."""
         if self.weight_decay:
             torch._foreach_add_(grads, params, alpha=self.weight_decay)
         for velocity in slots:
@@ -74,14 +56,6 @@ def is_plain(training: LocalTraining) -> bool:
 
 def mover(training: LocalTraining, params: list[Tensor], ctx: Context | None = None) -> Move:
     """Return what moves ``params`` in place; with ``ctx`` its optimizer goes on, and its rate follows the schedule."""
-    if is_plain(training):
-        velocity: list[Tensor] | None = None
-
-        def plain(grads: list[Tensor]) -> None:
-            nonlocal velocity
-            velocity = sgd_step(params, grads, velocity, training)
-
-        return plain
     kept = None if ctx is None else ctx.optimizer
     optimizer, rate = optimizer_of(training) if kept is None else kept, _rate(training, ctx)
 

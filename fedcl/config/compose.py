@@ -29,11 +29,13 @@ from yaml import YAMLError
 
 from fedcl.config.checks import cross_check
 from fedcl.config.choices import description, groups_in, suggest
-from fedcl.config.conform import SPECIAL, conform, rule_at, rules_of
-from fedcl.config.instantiate import TARGET_KEY, build, plugin_directories, plugin_packages, targets_in
+from fedcl.config.conform import SPECIAL, conform, is_key, rule_at, rules_of
+from fedcl.config.instantiate import TARGET_KEY, build, targets_in
 from fedcl.config.layers import Groups, Layer, chosen, experiment, fitting, leaves, typed
 from fedcl.config.overrides import Setting, in_quotes, setting
+from fedcl.config.own_code import plugin_directories, plugin_packages
 from fedcl.config.pairs import check_pairs
+from fedcl.config.shipped import with_rules
 from fedcl.config.value_rules import ConfigError, is_path, show, takes_text
 
 __all__ = [
@@ -222,7 +224,9 @@ def _with(
 
 def _schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> Mapping[str, Any]:
     """Return what the YAML files alone say, rules and all; it is read and never changed."""
-    return _own_schema(roots, choices) if len(roots) > 1 else _built_in_schema(roots, choices)
+    if len(roots) == 1:
+        return _built_in_schema(roots, choices)
+    return with_rules(_own_schema(roots, choices), roots[0])
 
 
 def _own_schema(roots: tuple[Path, ...], choices: tuple[str, ...]) -> Mapping[str, Any]:
@@ -272,7 +276,7 @@ def _misfit(one: Setting, schema: Mapping[str, Any], groups: Groups) -> str | No
     """Say why a setting does not fit what the files say, None if it does."""
     inner = [f"{one.key}.{name}" for name, _ in leaves(one.value)] if isinstance(one.value, Mapping) else []
     for place in [one.key, *inner]:
-        if not _is_key(place, schema):
+        if not is_key(place, schema):
             known = [*(name for name, _ in leaves(schema)), *groups]
             return f"{one.text}: no such key{suggest(place, known)}"
     group = one.key.replace(".", "/")
@@ -285,16 +289,6 @@ def _misfit(one: Setting, schema: Mapping[str, Any], groups: Groups) -> str | No
     if fault and takes_text(rule) and isinstance(one.value, (list, dict)):
         return f"{fault}; as text, write {in_quotes(one.text)}"
     return fault
-
-
-def _is_key(place: str, schema: Mapping[str, Any]) -> bool:
-    node: Any = schema
-    parts = place.split(".")
-    for i, part in enumerate(parts):
-        if not isinstance(node, Mapping) or part not in node or part in SPECIAL:
-            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that are not known in advance
-        node = node[part]
-    return True
 
 
 def _roots(config_dirs: Sequence[Path]) -> list[Path]:

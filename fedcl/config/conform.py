@@ -77,6 +77,17 @@ def rule_at(default: Mapping[str, Any], key: str) -> Rule | None:
     return rules_of(node, ".".join(parents)).get(name) if isinstance(node, Mapping) else None
 
 
+def is_key(place: str, schema: Mapping[str, Any]) -> bool:
+    """Whether a setting may have the dotted key ``place``: one of the schema's, or below one with free names."""
+    node: Any = schema
+    parts = place.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, Mapping) or part not in node or part in SPECIAL:
+            return i > 0 and rule_at(schema, ".".join(parts[:i])) is not None  # names that are not known in advance
+        node = node[part]
+    return True
+
+
 def _conform_value(value: Any, default: Any, rule: Rule | None, place: str) -> Any:
     if rule is not None:
         fault = rule.fault(value, place)

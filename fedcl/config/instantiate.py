@@ -10,13 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import importlib.machinery
-import importlib.util
 import inspect
-import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from fedcl.config.value_rules import ConfigError
@@ -64,6 +59,8 @@ def build(node: Mapping[str, Any], *, at: str = "", trusted: Collection[str] = (
         raise ConfigError(f"{place}.{min(both)}: set by the run itself; remove it from the YAML")
     _check_parameters(found, target, params, runtime, place)
     if inspect.isclass(found):
+        if inspect.isabstract(found):
+            raise ConfigError(f"{place}: {target} lacks {', '.join(sorted(getattr(found, '__abstractmethods__', ())))}")
         _check_call(found, (), {**params, **runtime}, place)
         if is_own(node):
             _check_methods(found, place)
@@ -135,49 +132,6 @@ def locate(target: str, trusted: Collection[str] = (), at: str = "") -> Callable
 
 def _is_class_method(found: Any) -> bool:
     return inspect.ismethod(found) and inspect.isclass(found.__self__)
-
-
-def plugin_packages(targets: Iterable[str], directories: Sequence[Path]) -> list[str]:
-    """Return the top packages of `targets` that lie directly in one of `directories`, importing nothing.
-
-    Only a direct child counts: a virtual environment below the current directory must not make torch a plugin. And it
-    must be what ``import`` would really take, so an installed package of the same name is never shadowed.
-    """
-    homes = {directory.resolve() for directory in directories}
-    found = set()
-    for top in {target.split(".")[0] for target in targets} - TRUSTED:
-        if not top.isidentifier():
-            continue
-        try:
-            spec = importlib.util.find_spec(top)
-        except ValueError:  # a module without an origin, such as __main__
-            continue
-        spec = spec or importlib.machinery.PathFinder.find_spec(top, [str(home) for home in homes])
-        if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-            continue
-        file = Path(spec.origin).resolve()
-        if (file.parent.parent if spec.submodule_search_locations else file.parent) in homes:
-            found.add(top)
-    return sorted(found)
-
-
-def plugin_directories(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> list[Path]:
-    """Return where a user's modules may be: the current directory, each ``--config-dir`` and the folder around it.
-
-    The current directory is left out if it is within a folder of ``outside``: its code may be somebody else's.
-    """
-    here = Path(os.getcwd()).resolve()
-    folders = [] if any(here.is_relative_to(Path(one).resolve()) for one in outside) else [Path(os.getcwd())]
-    for directory in config_dirs:
-        folders += [Path(directory).resolve(), Path(directory).resolve().parent]
-    return list(dict.fromkeys(folders))
-
-
-def add_plugin_paths(config_dirs: Iterable[Path | str] = (), *, outside: Iterable[Path] = ()) -> None:
-    """Let the user's own modules be imported; appended, so that none of them shadows an installed one."""
-    for folder in plugin_directories(config_dirs, outside=outside):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
 
 
 def targets_in(node: Any) -> list[str]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
-class LocalOptimizer:
-    """Moves the weights of one client by their gradients; made anew for each local round.
+class LocalOptimizer(ABC):
+    """Moves the weights of one client by their gradients; built for each local round.
 
     Constructors take keyword-only hyper-parameters. The learning rate comes with each step, from the schedule.
     """
 
+    @abstractmethod
     def step(self, params: list[Tensor], grads: list[Tensor], lr: float) -> None:
         """Move ``params`` in place by one step along ``grads``, which may be overwritten."""
-        raise NotImplementedError(f"{type(self).__name__}.step")
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return what the next local round goes on from: nested dicts and lists of tensors and numbers."""
-        raise NotImplementedError(f"{type(self).__name__}.state")
 
+    @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state` returned; an empty state is that of an optimizer that has not moved yet."""
-        raise NotImplementedError(f"{type(self).__name__}.load")
 
 
 class Elementwise(LocalOptimizer):
@@ -39,6 +40,7 @@ class Elementwise(LocalOptimizer):
         self._count = 0
         self._slots: list[list[Tensor]] = []
 
+    @abstractmethod
     def update(
         self, params: list[Tensor], grads: list[Tensor], slots: list[list[Tensor]], count: int, lr: float
     ) -> None:
@@ -46,7 +48,6 @@ class Elementwise(LocalOptimizer):
 
         ``count`` is the number of this step, from 1.
         """
-        raise NotImplementedError(f"{type(self).__name__}.update")
 
     @torch.no_grad()
     def step(self, params: list[Tensor], grads: list[Tensor], lr: float) -> None:
@@ -69,9 +70,9 @@ class Elementwise(LocalOptimizer):
         self._count, self._slots = int(state.get("count", 0)), state.get("slots", [])
 
 
-class RateSchedule:
+class RateSchedule(ABC):
     """The learning rate as a share of ``client.optimizer.lr``: a pure function of where training stands."""
 
+    @abstractmethod
     def share(self, at: int, of: int) -> float:
         """Return the share, positive, at the ``at``-th (from 0) of ``of`` steps or rounds."""
-        raise NotImplementedError(f"{type(self).__name__}.share")

@@ -29,7 +29,7 @@ class Augmentation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views(Augmentation):
-    """A random crop, then a mirror image, then a cut-out square, each drawn anew for every sample.
+    """A random crop, then a mirror image, then a cut-out square, with draws of its own for every sample.
 
     Parameters
     ----------

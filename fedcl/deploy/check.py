@@ -230,7 +230,7 @@ def _data(spec: DeviceSpec) -> Finding:
         return Finding(f"device {spec.client}: rehearsal, takes its part of the data that the run names")
     from fedcl.assembly import load_dataset
     from fedcl.config.compose import compose
-    from fedcl.config.instantiate import add_plugin_paths
+    from fedcl.config.own_code import add_plugin_paths
 
     try:
         add_plugin_paths(spec.config_dirs)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcl.config.compose import Config, compose, diff
-from fedcl.config.instantiate import TRUSTED, plugin_directories, plugin_packages, targets_in
+from fedcl.config.instantiate import TRUSTED, targets_in
+from fedcl.config.own_code import plugin_directories, plugin_packages
 from fedcl.config.value_rules import ConfigError
 from fedcl.results import reading, schema
 from fedcl.results.environment import environment

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedcl.assembly import device_of, make_trackers
 from fedcl.config.compose import Config, compose, config_hash, remarks, to_yaml
-from fedcl.config.instantiate import plugin_directories
+from fedcl.config.own_code import plugin_directories
 from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import Dataset
 from fedcl.results import reading, schema, sums

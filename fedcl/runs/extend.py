@@ -20,7 +20,7 @@ import torch
 from fedcl.assembly import local_work, make_model, make_strategy
 from fedcl.base.files import write_atomic
 from fedcl.config.compose import Config, diff
-from fedcl.config.instantiate import plugin_directories
+from fedcl.config.own_code import plugin_directories
 from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.strategy import Projection
 from fedcl.results import reading, schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -35,7 +36,7 @@ def ordered_classes(class_order: ClassOrder, num_classes: int, seed: int) -> lis
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Tasks:
+class Tasks(ABC):
     """A stream that lists its tasks once and trains and tests them as listed; the base of all streams.
 
     The run sets ``num_classes``, ``input_shape`` and ``seed``; the other fields are the stream's hyper-parameters. A
@@ -53,9 +54,9 @@ class Tasks:
         self.heads = (self.num_classes,)
         self._tasks = tuple(self.make_tasks())
 
+    @abstractmethod
     def make_tasks(self) -> Sequence[Task]:
         """Return the tasks in their order; ValueError if the hyper-parameters do not fit the data."""
-        raise NotImplementedError
 
     def train_task(self, task_id: int) -> Task:
         """Return the task as it is trained; IndexError if there is no such task."""

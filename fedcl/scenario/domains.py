@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,9 +21,9 @@ _DIMMEST = 0.3  # contrast of a grey image at full strength
 class _Domains(Tasks):
     """All classes in every task, each task seen through its transform; the first one unchanged."""
 
+    @abstractmethod
     def transforms(self) -> Sequence[dict[str, Any]]:
         """Return the transform of each task but the first."""
-        raise NotImplementedError
 
     def make_tasks(self) -> Sequence[Task]:
         """Return a task for each transform."""

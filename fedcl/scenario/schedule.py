@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Itineraries:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Listed(Itineraries):
+class Listed(Itineraries, ABC):
     """A schedule that lists the itinerary of each client.
 
     The run sets the four fields: the number of tasks of the stream, the rounds of every task or a list with one number
@@ -116,9 +117,9 @@ class Listed(Itineraries):
         self._itineraries = dict(self.itineraries(nominal_rounds(self.num_tasks, self.rounds_per_task)))
         super().__init__(stage_ends=self.ends())
 
+    @abstractmethod
     def itineraries(self, rounds: Sequence[int]) -> Mapping[str, Sequence[Span]]:
         """Return where each client goes; ``rounds`` is the number of rounds of each task."""
-        raise NotImplementedError
 
     def ends(self) -> Sequence[int]:
         """Return the last round of each stage: as :func:`stage_ends`; ValueError for fewer rounds than tasks."""

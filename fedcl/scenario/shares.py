@@ -8,6 +8,7 @@ tasks, and at test no task is named. A task's test samples are all those of its 
 # T = tasks, C = classes, G = groups of classes
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,9 +30,9 @@ class Shares(SingleHead):
 
     online: bool = False
 
+    @abstractmethod
     def shares(self) -> Floats:
         """Return the share of each class in each task, (T, C)."""
-        raise NotImplementedError
 
     def make_tasks(self) -> Sequence[Task]:
         """Return a task for each row; ValueError if an entry is negative or a column does not add up to 1."""

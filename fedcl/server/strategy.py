@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Outgoing:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-class Strategy(Asking):
+class Strategy(Asking, ABC):
     """What the round loop needs of a strategy: :class:`Pipeline`, or Flower's behind an adapter.
 
     ``payloads`` are the tensors that are exchanged with every train message. ``personal`` says that clients have
@@ -56,9 +57,9 @@ class Strategy(Asking):
         """Return the targets besides the global model that exist from the start."""
         return {}
 
+    @abstractmethod
     def outgoing(self, selected: Sequence[str], view: ServerView) -> list[Outgoing]:
         """Return what to send to each selected client."""
-        raise NotImplementedError
 
     def aggregation(self, expected: Expected, max_norm: float | None) -> Aggregation | None:
         """Return how fresh updates are summed if the strategy needs no more of them; otherwise None.
@@ -67,6 +68,7 @@ class Strategy(Asking):
         """
         return None
 
+    @abstractmethod
     def aggregate(
         self, positions: Sequence[Update | None], view: ServerView, partial: PartialSums | None = None
     ) -> dict[Target, Tensor]:
@@ -74,15 +76,14 @@ class Strategy(Asking):
 
         ``partial`` holds the sums of those that were summed where they were made: their places are None.
         """
-        raise NotImplementedError
 
     def target_of(self, client: str, view: ServerView) -> Target:
         """Return whose model ``client`` uses."""
         return GLOBAL
 
+    @abstractmethod
     def forget(self, request: ForgetRequest) -> list[ErasureOutcome]:
         """Forget the forget set and say, part by part, what became of it."""
-        raise NotImplementedError
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcl.config.instantiate import add_plugin_paths
 from fedcl.config.overrides import in_quotes, parse, setting
+from fedcl.config.own_code import add_plugin_paths
 from fedcl.config.value_rules import ConfigError, parse_rule
 from fedcl.results import schema
 from fedcl.results.locking import hold

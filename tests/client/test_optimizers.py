@@ -87,6 +87,12 @@ class Recorded(LocalOptimizer):
     def step(self, params: list[Tensor], grads: list[Tensor], lr: float) -> None:
         self.rates.append(lr)
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        pass
+
 
 @pytest.mark.parametrize("shape", [Linear(), Step(every=1, factor=0.5)])
 def test_the_rate_changes_within_a_local_round(make_context: Make, shape: RateSchedule) -> None:

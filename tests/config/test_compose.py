@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import fedcl.config.compose
 from fedcl.config.compose import ConfigError, build, compose, config_hash, diff, kinds, list_choices, to_yaml
 from fedcl.config.conform import conform
-from fedcl.config.instantiate import locate, plugin_packages
+from fedcl.config.instantiate import locate
+from fedcl.config.own_code import plugin_packages
 from fedcl.config.value_rules import parse_rule
 
 REAL = Path(fedcl.config.compose.__file__).resolve().parents[2] / "configs"
@@ -316,7 +317,7 @@ class TestBuild:
         [
             "torch.load", "os.system", "posix.system", "subprocess.Popen", "builtins.eval", "pickle.loads",
             "shutil.rmtree", "fedcl.cli.sys.exit", "fedcl.cli.traceback.print_exc",
-            "fedcl.config.instantiate.os.system", "fedcl.config.compose.copy.deepcopy",
+            "fedcl.config.own_code.os.system", "fedcl.config.compose.copy.deepcopy",
             "fedcl.config.instantiate.importlib.import_module", "fedcl.config.compose.Path",
         ],
     )  # fmt: skip
