@@ -17,10 +17,10 @@ PLACES = (10, 30, 60)  # tasks after which the knowledge is measured
 AROUND = 10  # over so many tasks up to that one: a single one depends on which two classes came last
 ROWS = (
     Row("SGD, the task's columns", ()),
-    Row("SGD, columns seen", ("scenario.masking=seen",)),
+    Row("SGD, columns seen", ("scenario.train_masking=seen",)),
     Row("SGD, momentum 0.9", ("client.optimizer.momentum=0.9", "client.optimizer.lr=0.01")),
     Row("SGD, five classes a task", ("scenario.classes_per_task=5",)),
-    Row("ER, 100 samples, columns seen", ("scenario.masking=seen", "learner=er", "learner.er.budget={budget}")),
+    Row("ER, 100 samples, columns seen", ("scenario.train_masking=seen", "learner=er", "learner.er.budget={budget}")),
     Row("joint", ("scenario=joint", "scenario.num_tasks=1", "rounds_per_task=12")),
 )
 

@@ -11,13 +11,12 @@ import torch
 from fedcl.assembly.components import checked, of_kind
 from fedcl.base.randomness import key
 from fedcl.config.compose import Config
-from fedcl.config.instantiate import build, is_own
+from fedcl.config.instantiate import TARGET_KEY, build, is_own, targets_in
 from fedcl.config.value_rules import ConfigError
 from fedcl.data.dataset import Dataset
 from fedcl.models.budget import TooLarge
 from fedcl.models.check import check_network
 from fedcl.models.flat import FlatModel
-from fedcl.models.module import ModuleNetwork
 from fedcl.models.networks import build_model
 from fedcl.scenario.task import Stream
 
@@ -49,7 +48,7 @@ def make_model(cfg: Config, dataset: Dataset, stream: Stream, device: torch.devi
 
 def check_model(cfg: Config, dataset: Dataset, stream: Stream, model: FlatModel) -> None:
     """Refuse a network that is not fedcl's and would break what every run promises: equal bits, and nothing lost."""
-    if is_own(cfg["model"]) or isinstance(model.module, ModuleNetwork):
+    if any(is_own({TARGET_KEY: target}) for target in targets_in(cfg["model"])):
         checked(check_network, model, dataset.input_shape, sum(stream.heads))
 
 

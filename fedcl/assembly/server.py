@@ -61,9 +61,7 @@ def make_strategy(
             if node.get(name, {}).get("server") is not None
         }
         strategy = checked(Pipeline, **parts)
-        _check_one_rate(
-            cfg, settings, [*(part for name, part in parts.items() if name == "staleness"), make_unlearner(cfg)]
-        )
+        _check_one_rate(cfg, settings, [*filter(None, [parts.get("staleness")]), make_unlearner(cfg)])
     checked(strategy.setup, model.spec)
     plugins = [make() for make in learner_factories(cfg).values()]
     for plugin in plugins:
@@ -76,16 +74,17 @@ def make_strategy(
 
 def _check_one_rate(cfg: Config, settings: Settings, parts: Sequence[Part | Unlearner]) -> None:
     """Refuse parts that repeat local training with one learning rate, batch by batch, where it has others."""
-    faults = {
-        f"client.optimizer.task_decay={settings.task_decay}: must be 1": settings.task_decay != 1.0,
-        "client/schedule: must be constant": TARGET_KEY in cfg["client"]["schedule"],
-        f"client.accumulate={settings.training.accumulate}: must be 1": settings.training.accumulate > 1,
-    }
-    for fault in (text for text, holds in faults.items() if holds):
-        for part in parts:
-            if type(part).bind not in (Part.bind, Unlearner.bind):
-                assumed = "one batch a step" if "accumulate" in fault else "one learning rate"
-                raise ConfigError(f"{fault} with {type(part).__name__}, which assumes {assumed}")
+    part = next((part for part in parts if type(part).bind not in (Part.bind, Unlearner.bind)), None)
+    if part is None:
+        return
+    decay, accumulate = settings.task_decay, settings.training.accumulate
+    for holds, fault, assumed in (
+        (decay == 1.0, f"client.optimizer.task_decay={decay}: must be 1", "one learning rate"),
+        (TARGET_KEY not in cfg["client"]["schedule"], "client/schedule: must be constant", "one learning rate"),
+        (accumulate == 1, f"client.accumulate={accumulate}: must be 1", "one batch a step"),
+    ):
+        if not holds:
+            raise ConfigError(f"{fault} with {type(part).__name__}, which assumes {assumed}")
 
 
 def local_work(

@@ -38,7 +38,7 @@ def _one_by_one(training: LocalTraining) -> str | None:
     if training.augment is not None:
         return "data.augment changes the samples of every step"
     optimizer = optimizer_of(training)
-    return None if isinstance(optimizer, Elementwise) else f"{optimizer} moves one client at a time"
+    return None if isinstance(optimizer, Elementwise) else f"{type(optimizer).__name__} moves one client at a time"
 
 
 def stackable(model: FlatModel, plugins: Sequence[Plugin]) -> str | None:

@@ -47,6 +47,3 @@ class TorchOptimizer(LocalOptimizer):
             kept = {int(place): values for place, values in self._loaded.items()}
             made.load_state_dict({**made.state_dict(), "state": kept})
         return made
-
-    def __str__(self) -> str:
-        return "an optimizer of torch.optim's kind"

@@ -41,10 +41,14 @@ def learned_tensors(module: nn.Module) -> list[Learned]:
     return learned
 
 
+def every_tensor(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, also buffers that are no state."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
 def fixed_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return everything else by name, but for batch norm's counter of batches, which its statistics do not use."""
-    learned = {name for name, _, _ in learned_tensors(module)}
-    every = dict(module.named_parameters()) | dict(module.named_buffers())
+    """Return what is not learned by name, but for batch norm's counter of batches, which its statistics do not use."""
+    learned, every = {name for name, _, _ in learned_tensors(module)}, every_tensor(module)
     return {name: t.detach() for name, t in every.items() if name not in learned and not _is_counter(module, name)}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from fedcl.models.fixed import digest_of, fixed_tensors, learned_tensors, still_layers
+from fedcl.models.fixed import digest_of, every_tensor, fixed_tensors, learned_tensors, still_layers
 from fedcl.models.networks import Output, RandomLayer
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -238,10 +238,9 @@ class FlatModel:
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
     def copy(self) -> FlatModel:
-        """Return an independent model of the same kind, with this one's present weights and its very fixed tensors."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        places = {tensor.data_ptr() for tensor in self.fixed.values()}
-        shared = {id(tensor): tensor for tensor in tensors if tensor.data_ptr() in places}
+        """Return an independent model of the same kind, with this one's weights now; they share the fixed tensors."""
+        every = every_tensor(self.module)
+        shared = {id(every[name]): every[name] for name in self.fixed}
         return FlatModel(copy.deepcopy(self.module, shared), device=self.device)
 
     def train(self) -> None:

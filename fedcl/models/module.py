@@ -133,6 +133,8 @@ class _ChannelDropout(Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with channels dropped; same shape."""
+        if not self.training or self.p == 0.0:
+            return x
         ones = x.new_ones(x.shape[: x.ndim - self.axes])
         return x * super().forward(ones).reshape(*ones.shape, *[1] * self.axes)
 

@@ -27,6 +27,7 @@ from fedcl.config.value_rules import ConfigError
 from fedcl.contracts.requests import Forgotten
 from fedcl.contracts.strategy import GLOBAL
 from fedcl.messages import Request
+from fedcl.models.fixed import every_tensor
 from fedcl.models.flat import FlatModel
 from fedcl.models.networks import Output, build_model
 from fedcl.results.checkpoint import Checkpoints
@@ -129,7 +130,7 @@ def export(run_dir: Path, client: str | None = None, out: Path | None = None, tr
         vector = _personal(cfg, setup, server, states, client)
     model = make_model(cfg, setup.dataset, setup.stream, torch.device("cpu"))
     model.load(vector)
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _every(model.module).items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in every_tensor(model.module).items()}
     about = _about(cfg, setup, server, vector, client) | {"base_digest": model.base_digest}
     name = "model.safetensors" if client is None else f"model_client_{client}.safetensors"
     path = out or run_dir / name
@@ -163,7 +164,7 @@ def load_model(path: Path | str, *, trusted: Collection[str] = ()) -> ExportedMo
         raise ValueError(f"{path}: is no model exported by fedcl, or of another version than {FORMAT}")
     sizes = {"input_shape": tuple(about["input_shape"]), "heads": tuple(about["heads"])}
     network = build_model(functools.partial(build, about["model"], at="model", trusted=trusted, **sizes), seed=0)
-    own = _every(network)
+    own = every_tensor(network)
     if own.keys() != tensors.keys():
         raise ValueError(f"{path}: lacks tensors of the network, as files of an earlier fedcl may: export it again")
     with torch.no_grad():
@@ -174,11 +175,6 @@ def load_model(path: Path | str, *, trusted: Collection[str] = ()) -> ExportedMo
     if whole != (about["model_sha256"], about.get("base_digest", "")):
         raise ValueError(f"{path}: its weights are not those it was written with")
     return ExportedModel(network.eval(), about).eval()
-
-
-def _every(network: nn.Module) -> dict[str, Tensor]:
-    """Return all tensors of a network, learned and fixed, be they state or not."""
-    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 def _about(cfg: Config, setup: Setup, server: Mapping[str, Any], vector: Tensor, client: str | None) -> dict[str, Any]:

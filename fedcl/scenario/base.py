@@ -88,17 +88,17 @@ class Tasks(ABC):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Masked(Tasks):
-    """Tasks of some classes each, trained with the columns that ``masking`` leaves.
+    """Tasks of some classes each, trained with the columns that ``train_masking`` leaves.
 
     These are those of the ``task``, of the tasks that the client itself has ``seen``, ``all``, or in each step those of
     the classes in its ``batch``. Then ``mask`` lists the columns seen.
     """
 
-    masking: Masking = "seen"
+    train_masking: Masking = "seen"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        by_batch = self.masking == "batch"
+        by_batch = self.train_masking == "batch"
         self._tasks = tuple(
             replace(task, mask=self._mask(task, range(task.id + 1)), by_batch=by_batch) for task in self._tasks
         )
@@ -109,9 +109,9 @@ class Masked(Tasks):
         return replace(task, mask=self._mask(task, {*seen, task_id}))
 
     def _mask(self, task: Task, seen: Collection[int]) -> tuple[int, ...] | None:
-        if self.masking == "all":
+        if self.train_masking == "all":
             return None
-        return tuple(sorted(task.columns)) if self.masking == "task" else self._columns(seen)
+        return tuple(sorted(task.columns)) if self.train_masking == "task" else self._columns(seen)
 
     def _columns(self, task_ids: Collection[int]) -> tuple[int, ...]:
         """Return all columns of some tasks, ascending."""

@@ -36,7 +36,7 @@ class SCoLe(SingleHead):
     fresh
         Whether a class that comes back brings samples that have not been shown yet, an equal part each time, instead
         of all its samples again. A class that is never drawn then leaves its samples unused either way.
-    masking, online
+    train_masking, online
         As for :class:`~fedcl.scenario.streams.ClassIncremental`; published with the ``task``'s columns only.
     """
 
@@ -44,7 +44,7 @@ class SCoLe(SingleHead):
     classes_per_task: int = 2
     entropy_decrease: float | None = None
     fresh: bool = False
-    masking: Masking = "task"
+    train_masking: Masking = "task"
     online: bool = False
 
     def make_tasks(self) -> Sequence[Task]:

@@ -77,8 +77,8 @@ def homes(groups: Sequence[Sequence[int]], num_classes: int) -> Floats:
 class Overlapping(Grouped, Shares):
     """Class-incremental, but each class spills the share ``overlap`` of its samples into the next task.
 
-    The last task's classes have no next task to spill into. ``num_tasks``, ``increments``, ``class_order``, ``masking``
-    and ``online`` as for :class:`~fedcl.scenario.streams.ClassIncremental`.
+    The last task's classes have no next task to spill into. ``num_tasks``, ``increments``, ``class_order``,
+    ``train_masking`` and ``online`` as for :class:`~fedcl.scenario.streams.ClassIncremental`.
     """
 
     overlap: float = 0.2
@@ -113,7 +113,7 @@ class SiBlurry(Shares):
         Share of a blurry class's samples that are spread over all tasks, m in the paper, in [0, 1].
     stochastic
         Whether the splits are drawn; otherwise they are equal.
-    masking, online
+    train_masking, online
         As for :class:`~fedcl.scenario.streams.ClassIncremental`; published for ``online`` learning.
     """
 
@@ -160,7 +160,7 @@ class LinearDecay(Shares):
         Number of groups of classes, as equal as can be; None for one a window.
     ramp
         Length of the ramp around a border, in lengths of a group, in [0, 1]: 1 leaves no plateau between two ramps.
-    class_order, masking, online
+    class_order, train_masking, online
         As for :class:`~fedcl.scenario.streams.ClassIncremental`.
     """
 
@@ -202,7 +202,7 @@ class LabelShift(Shares):
     """
 
     alpha: float = 0.5
-    masking: Masking = field(default="all", init=False)
+    train_masking: Masking = field(default="all", init=False)
 
     def shares(self) -> Floats:
         """Return the shares that follow from each task's prior."""

@@ -29,7 +29,7 @@ class ClassIncremental(Grouped, SingleHead):
         How many classes each task brings, 0 for an empty task; None for equally many.
     class_order
         None for 0, 1, 2, ...; ``shuffled`` by the run's seed; or the order itself.
-    masking
+    train_masking
         Columns that training may choose from: those of classes ``seen`` so far, of the ``task`` alone, of the classes
         in a step's ``batch``, or ``all``.
     classes_per_client
@@ -51,7 +51,7 @@ class ClassIncremental(Grouped, SingleHead):
         if self.classes_per_client is None:
             return super().client_task(task_id, client, seen)
         task = self._part(task_id, client)
-        if self.masking in ("seen", "batch"):
+        if self.train_masking in ("seen", "batch"):
             parts = [self._part(other, client) for other in {*seen, task_id}]
             return replace(task, mask=tuple(sorted(column for part in parts for column in part.columns)))
         return replace(task, mask=self._mask(task, seen))
@@ -73,13 +73,13 @@ class TaskIncremental(Grouped, Masked):
         As for :class:`ClassIncremental`.
     head
         ``per_task``: a head for each task that has classes; ``single``: one head of which each task uses its columns.
-    masking
+    train_masking
         Columns that training may choose from: those of the ``task``, of tasks ``seen`` so far, of the classes in a
         step's ``batch``, or ``all``.
     """
 
     head: Literal["single", "per_task"] = "per_task"
-    masking: Masking = "task"
+    train_masking: Masking = "task"
 
     def make_tasks(self) -> Sequence[Task]:
         """Return a task for each group of classes."""

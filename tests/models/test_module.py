@@ -112,6 +112,18 @@ def test_channels_are_dropped_whole_and_the_mean_is_kept() -> None:
     assert float((out > 0).double().mean()) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 2000) ** 0.5)
 
 
+def test_dropout_is_replaced_where_it_drops_nothing_too() -> None:
+    model = FlatModel(network(lambda: Cnn(0.0)))  # which refuses torch's own
+    assert torch.equal(model(torch.ones(2, *SHAPE)).features, model(torch.ones(2, *SHAPE)).features)
+
+
+def test_other_types_of_numbers_are_refused_by_name() -> None:
+    net = network()
+    net.body.conv.double()
+    with pytest.raises(ValueError, match=r"^model: tensor body\.conv\.weight is torch\.float64; .*float32 only$"):
+        FlatModel(net)
+
+
 def test_batch_norm_takes_a_client_with_one_value_a_channel() -> None:
     net = network()
     assert type(net.body.norm) is BatchNorm2d
@@ -173,7 +185,6 @@ VIT = (
 
 @pytest.mark.parametrize("module", [RESNET, VIT], ids=["resnet", "vit"])
 def test_a_package_of_somebody_elses(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     words = [*RUN, module, "model.classifier=classifier", "trusted_packages=[transformers]", "learner=er"]
     assert main(["run", *words, "strategy/projection=none"]) == 0

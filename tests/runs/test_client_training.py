@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedcl.config.compose import ConfigError, compose
-from fedcl.results import load, recorder
-from fedcl.runs.experiment import resume, run
+from fedcl.results import load
 from fedcl.runs.setup import Setup
-from tests.runs.test_resume import Killed, _nth_call
+from tests.runs.test_resume import killed_and_resumed
 
 RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -86,13 +85,7 @@ def test_an_interrupted_run_goes_on_with_the_kept_state(
     tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_experiment("whole", *KEPT)
-    overrides = [*KEPT, "backend=inline", "compare_with=null", "figures=false"]
-    overrides += [f"run_dir={tmp_path / 'cut'}", "checkpoint.min_seconds=0"]
-    with monkeypatch.context() as patched:
-        _nth_call(patched, recorder.Recorder, "_line", 30)
-        with pytest.raises(Killed):
-            run(compose(overrides), overrides, [], quiet=True)
-    resume(tmp_path / "cut", force=False, quiet=True)
+    killed_and_resumed([*KEPT], tmp_path / "cut", 30, monkeypatch)
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 

@@ -81,6 +81,12 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(run_experiment: RunExperim
     reckons = run_experiment("reckons", *SMALL, *horizon, "scenario.num_tasks=2")
     with pytest.raises(ConfigError, match="depends on the rounds of the whole run"):
         extend(reckons, ["scenario.num_tasks=9", new], force=False, quiet=True)
+    decays = ("client/schedule=linear", "client.schedule.horizon=run", "strategy/projection=none")
+    faded = run_experiment(
+        "faded", *SMALL, *decays, "scenario=domain_permuted", "scenario.num_tasks=2", "rounds_per_task=1"
+    )
+    with pytest.raises(ConfigError, match="the past would have had other learning rates"):
+        extend(faded, ["scenario.num_tasks=3", new], force=False, quiet=True)
     (short / "STATUS").write_text("interrupted\n")
     with pytest.raises(ConfigError, match="is interrupted, not done"):
         extend(short, ["rounds_per_task=3", new], force=False, quiet=True)

@@ -22,7 +22,7 @@ from fedcl.results.checkpoint import Checkpoints
 from fedcl.runs.experiment import resume, run
 from fedcl.runs.export import export, load_model
 from fedcl.simulation.worker import Worker
-from tests.runs.test_resume import Killed, _nth_call
+from tests.runs.test_resume import Killed, _nth_call, killed_and_resumed
 
 RunExperiment = Callable[..., Path]
 Hash = Callable[[Path], str]
@@ -148,13 +148,7 @@ def test_an_interrupted_run_with_a_fixed_body_goes_on(
     tmp_path: Path, run_experiment: RunExperiment, metrics_hash: Hash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_experiment("whole", *SHORT, *METHODS["fot"])
-    overrides = [*SHORT, *METHODS["fot"], "backend=inline", "compare_with=null", "figures=false"]
-    overrides += [f"run_dir={tmp_path / 'cut'}", "checkpoint.min_seconds=0"]
-    with monkeypatch.context() as patched:
-        _nth_call(patched, recorder.Recorder, "_line", 60)
-        with pytest.raises(Killed):
-            run(compose(overrides), overrides, [], quiet=True)
-    resume(tmp_path / "cut", force=False, quiet=True)
+    killed_and_resumed([*SHORT, *METHODS["fot"]], tmp_path / "cut", 60, monkeypatch)
     assert metrics_hash(tmp_path / "cut") == metrics_hash(whole)
 
 

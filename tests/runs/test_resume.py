@@ -69,6 +69,17 @@ def _nth_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: in
     monkeypatch.setattr(owner, name, counting)
 
 
+def killed_and_resumed(overrides: list[str], folder: Path, line: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run into ``folder``, die before the ``line``-th row, and resume."""
+    overrides = [*overrides, "backend=inline", "compare_with=null", "figures=false", f"run_dir={folder}"]
+    overrides.append("checkpoint.min_seconds=0")
+    with monkeypatch.context() as patched:
+        _nth_call(patched, recorder.Recorder, "_line", line)
+        with pytest.raises(Killed):
+            run(compose(overrides), overrides, [], quiet=True)
+    resume(folder, force=False, quiet=True)
+
+
 def _kill_at(point: str, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     if point == "line":  # anywhere: each row, timing and event is a line
         _nth_call(monkeypatch, recorder.Recorder, "_line", draw.randrange(2, 150))

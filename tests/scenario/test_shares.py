@@ -40,8 +40,10 @@ class Given(Shares):
         return self.table
 
 
-def given_shares(table: Floats, masking: Masking) -> Stream:
-    return Given(**{**RUN, "num_classes": table.shape[1]}, num_tasks=len(table), masking=masking, table=table)
+def given_shares(table: Floats, train_masking: Masking) -> Stream:
+    return Given(
+        **{**RUN, "num_classes": table.shape[1]}, num_tasks=len(table), train_masking=train_masking, table=table
+    )
 
 
 def trained(stream: Stream) -> list[Task]:
@@ -87,7 +89,7 @@ def test_any_matrix_of_shares_tiles_any_client(weights: list[list[int]], labels:
     columns = [np.asarray(column, np.float64) for column in weights if sum(column)]
     if not columns:
         return
-    stream = given_shares(np.stack([c / c.sum() for c in columns], axis=1), masking="seen")
+    stream = given_shares(np.stack([c / c.sum() for c in columns], axis=1), train_masking="seen")
     y = np.asarray([label for label in labels if label < len(columns)], np.int64)
     whole = [materialise(task, y) for task in trained(stream)]
     assert sorted(np.concatenate(whole).tolist()) == list(range(len(y)))
@@ -95,7 +97,7 @@ def test_any_matrix_of_shares_tiles_any_client(weights: list[list[int]], labels:
 
 def test_portions_are_rounded_to_the_nearest_sample() -> None:
     y = np.zeros(3, np.int64)
-    tasks = trained(given_shares(np.array([[0.5], [0.25], [0.25]]), masking="all"))
+    tasks = trained(given_shares(np.array([[0.5], [0.25], [0.25]]), train_masking="all"))
     # 0, 1.5, 2.25 and 3 samples
     assert [materialise(task, y).tolist() for task in tasks] == [[0, 1], [], [2]]
 

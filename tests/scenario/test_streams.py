@@ -62,22 +62,22 @@ def test_class_incremental_by_hand() -> None:
 
 
 def test_class_incremental_masking_changes_training_only() -> None:
-    task = ClassIncremental(**IMAGES, masking="task")
-    everything = ClassIncremental(**IMAGES, masking="all")
+    task = ClassIncremental(**IMAGES, train_masking="task")
+    everything = ClassIncremental(**IMAGES, train_masking="all")
     assert [t.mask for t in trained(task)] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     assert [t.mask for t in trained(everything)] == [None] * 5
     assert task.test_task(0, after=1).mask == everything.test_task(0, after=1).mask == (0, 1, 2, 3)
 
 
 def test_masking_by_batch_leaves_the_columns_seen_and_says_so_to_clients() -> None:
-    stream = ClassIncremental(**IMAGES, masking="batch")
+    stream = ClassIncremental(**IMAGES, train_masking="batch")
     assert stream.train_task(1) == replace(ClassIncremental(**IMAGES).train_task(1), by_batch=True)
     assert stream.client_task(2, "a", {0, 2}).mask == (0, 1, 4, 5)
     assert stream.test_task(0, after=1).mask == (0, 1, 2, 3)
     assert Task.from_json(stream.train_task(1).to_json()).by_batch
     assert "by_batch" not in ClassIncremental(**IMAGES).train_task(1).to_json()
     # one class of each task: what a client has seen is what it has learned itself
-    own = ClassIncremental(**IMAGES, masking="batch", classes_per_client=1)
+    own = ClassIncremental(**IMAGES, train_masking="batch", classes_per_client=1)
     assert len(own.client_task(1, "a", {0, 1}).mask or ()) == 2
 
 
@@ -93,7 +93,7 @@ def test_task_incremental_gives_each_task_its_head() -> None:
 
 
 def test_task_incremental_with_one_masked_head() -> None:
-    stream = TaskIncremental(**IMAGES, num_tasks=2, head="single", masking="all")
+    stream = TaskIncremental(**IMAGES, num_tasks=2, head="single", train_masking="all")
     assert stream.heads == (10,)
     assert stream.train_task(1) == Task(1, (5, 6, 7, 8, 9), (5, 6, 7, 8, 9), mask=None, head=0)
     assert stream.test_task(1, after=0).mask == (5, 6, 7, 8, 9)
@@ -163,8 +163,8 @@ def test_classes_per_client_are_drawn_for_each_client_and_task() -> None:
     assert stream.test_task(1, after=1).classes == (5, 6, 7, 8, 9)
     everything = ClassIncremental(**IMAGES, num_tasks=2, classes_per_client=9)
     assert everything.client_task(1, "a", {1}) == ClassIncremental(**IMAGES, num_tasks=2).client_task(1, "a", {1})
-    assert ClassIncremental(**IMAGES, masking="all", classes_per_client=1).client_task(1, "a", {1}).mask is None
-    only = ClassIncremental(**IMAGES, masking="task", classes_per_client=1).client_task(1, "a", {0, 1})
+    assert ClassIncremental(**IMAGES, train_masking="all", classes_per_client=1).client_task(1, "a", {1}).mask is None
+    only = ClassIncremental(**IMAGES, train_masking="task", classes_per_client=1).client_task(1, "a", {0, 1})
     assert only.mask == only.classes
 
 

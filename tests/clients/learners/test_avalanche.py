@@ -80,7 +80,7 @@ def theirs(kind: str, samples: list[Any], start: Tensor, **settings: Any) -> Ten
 def test_avalanche_ends_with_the_same_weights(
     make_client: Callable[..., Any], kind: str, settings: dict[str, Any], learner: Callable[[], Plugin] | None
 ) -> None:
-    stream = ClassIncremental(num_classes=10, input_shape=(1, 8, 8), seed=0, num_tasks=TASKS, masking="all")
+    stream = ClassIncremental(num_classes=10, input_shape=(1, 8, 8), seed=0, num_tasks=TASKS, train_masking="all")
     training = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "momentum": 0.0, "hidden": (HIDDEN,)}
     ends = {}
     for name, plugins in (("ours", {} if learner is None else {"learner": learner}), ("naive", {})):
