@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcl.config.compose import ConfigError, compose
+from fedcl.config.compose import ConfigError, compose, remarks
 from fedcl.results import load
 from fedcl.runs.setup import Setup
 from tests.runs.test_resume import killed_and_resumed
@@ -95,3 +95,25 @@ def test_kept_state_of_forgotten_samples_is_reset(run_experiment: RunExperiment)
     (certificate,) = [path.read_text() for path in (folder / "certificates").glob("*.json")]
     assert "client optimizer" in certificate
     assert "its state is a mean over gradients" in certificate
+
+
+@pytest.mark.parametrize(
+    ("choice", "rate"),
+    [
+        ("strategy/collaboration=ditto", "strategy.collaboration.client.lr"),
+        ("strategy/collaboration=fedavg_ft", "strategy.collaboration.client.lr"),
+        ("strategy/collaboration=fedrep", ""),
+        ("strategy/collaboration=apfl", ""),
+        ("strategy/collaboration=pfedme", ""),
+        ("learner=fpf", "learner.fpf.lr"),
+        ("learner=k_fpf", "learner.k_fpf.lr"),
+    ],
+)
+def test_parts_with_sgd_of_their_own_warn_beside_another_optimizer(choice: str, rate: str) -> None:
+    settings = [choice, "strategy/projection=none", "evaluation.personal=true"]
+    assert remarks(settings) == []
+    (said,) = remarks([*settings, "client/optimizer=adam"])
+    assert "SGD" in said
+    if rate:
+        assert f"set {rate}" in said
+        assert remarks([*settings, "client/optimizer=adam", f"{rate}=0.1"]) == []
