@@ -45,7 +45,10 @@ class L2(Quadratic):
     def setup(self, ctx: Context) -> None:
         """Hold the elements in scope, all with the importance 1."""
         if self.weight:
-            self._importance_AP = held_elements(ctx, self.scope, self._columns)[None]
+            self._importance_AP = self.importance(ctx)[None]
+
+    def importance(self, ctx: Context) -> Tensor:
+        return held_elements(ctx, self.scope, self._columns)
 
     def after_task(self, ctx: Context) -> None:
         if self.weight:
