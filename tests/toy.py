@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -282,13 +283,12 @@ def run_toy(
     setup = Setup.of(cfg)
     diary = Diary(rounds=setup.schedule.num_rounds)
     setup = replace(setup, partition=awkward(setup.dataset)) if edges else setup
-    with open_backend(cfg, setup.dataset, setup.partition) as backend:
+    with open_backend(cfg, setup.dataset, setup.partition) as backend, TemporaryDirectory() as folder:
         watched: Any = Watched(backend, diary) if watch else backend.grid
         recorder: Any = diary
         states = backend.states
         assert states is not None
-        cache = Path(cfg["unlearning"]["cache"] or "")
-        unlearning = make_unlearning(cfg, setup, backend, cache) if cfg["unlearning"]["requests"] else None
+        unlearning = make_unlearning(cfg, setup, backend, Path(folder)) if cfg["unlearning"]["requests"] else None
         server = make_server(
             cfg, setup, replace(backend, grid=watched, cohorts=cohorts), recorder, unlearning=unlearning
         )

@@ -54,7 +54,7 @@ class Served:
     measured: dict[str, float]
 
 
-def served(unlearner: str, *extra: str, seed: int = 0, folder: Path = Path()) -> Served:
+def served(unlearner: str, *extra: str, folder: Path, seed: int = 0) -> Served:
     """Let the largest of ten clients poison FedAvg for 30 rounds and leave at the end of the run."""
     overrides = ["data=digits", "data/partition=dirichlet", "data.partition.alpha=0.5", "num_clients=10"]
     overrides += ["scenario=joint", "rounds_per_task=30", "model=mlp", "model.hidden=[256,128]", "client.epochs=2"]
